@@ -1,0 +1,85 @@
+# Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help run test check format bench-latency lock clean
+.DELETE_ON_ERROR:
+
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+help:
+	@echo "make run            set everything up and run the whole system (ARGS=--help for its options)"
+	@echo "make test           set everything up and run the tests (ARGS= goes to pytest)"
+	@echo "make check          format, lint, types, import contracts, settings and migrations"
+	@echo "make format         format the code and mend what the linter can"
+	@echo "make bench-latency  measure the time from reading to notification"
+	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
+	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
+
+run: $(VENV)/.run
+	@exec $(BIN)/python -m deploy.run $(ARGS)
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m deploy.servers get
+	@$(BIN)/python -m pytest $(ARGS)
+	@echo "the database parts again, on PostgreSQL"
+	@$(BIN)/python -m pytest --postgres $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose no test that uses the database
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+	$(BIN)/lint-imports
+	@echo "manage.py check --deploy, as in production"
+	@secret() { $(BIN)/python -c 'import secrets; print(secrets.token_urlsafe(48))'; }; \
+	SECRET_KEY=$$(secret) JWT_SECRET=$$(secret) DEVICE_TOKEN_KEY=$$(secret) REDIS_PASSWORD=$$(secret) MQTT_PASSWORD=$$(secret) \
+	AEMOS_ENV=production ALLOWED_HOSTS=aemos.test \
+	$(BIN)/python manage.py check --deploy --fail-level WARNING
+	@echo "manage.py makemigrations --check"
+	@AEMOS_ENV=test $(BIN)/python manage.py makemigrations --check --dry-run
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-latency: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.latency $(ARGS)
+
+# In an environment of its own, so that what was installed by hand is not pinned for everybody.
+lock: $(BIN)/python
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cp requirements*.txt "$$work" && : >"$$work/constraints.txt" && \
+	"$(PYTHON)" -m venv "$$work/venv" && cd "$$work" && \
+	venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-examples.txt && \
+	{ echo "# Every Python package at the version the tests run with. Written by make lock."; \
+	venv/bin/python -m pip freeze --disable-pip-version-check; } >"$(CURDIR)/constraints.txt.new" && \
+	mv "$(CURDIR)/constraints.txt.new" "$(CURDIR)/constraints.txt"
+
+clean:
+	rm -rf $(VENV) .servers staticfiles .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "AEMOS needs Python 3.11 or later, and there is no python3; install it"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "AEMOS needs Python 3.11 or later; $(PYTHON) is older. Install python3.11, or name another with PYTHON="; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "$(PYTHON) cannot make virtual environments; install them (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+
+# A stamp is newer than the lists it was made from, so an unchanged list installs nothing.
+$(VENV)/.run: requirements.txt requirements-examples.txt constraints.txt | $(BIN)/python
+	@$(call install,-r requirements.txt -r requirements-examples.txt)
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt constraints.txt | $(BIN)/python
+	@$(call install,-r requirements-dev.txt)
+
+define install
+echo "installing the Python packages of: $(subst -r ,,$(1)) (once, about a minute)"; \
+$(PIP) $(1) 2>$(VENV)/pip.log || { grep -m 1 ERROR $(VENV)/pip.log || tail -n 1 $(VENV)/pip.log; \
+echo "the packages could not be installed; is there a network? The whole story: $(VENV)/pip.log"; exit 1; }; \
+touch $@
+endef

@@ -1,0 +1,15 @@
+"""The Django app of the composition root: whatever starts Django starts here, and stops here when the settings are unsafe."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class AemosConfig(AppConfig):
+    name = "aemos"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from aemos import checks
+
+        checks.refuse_unsafe_settings()

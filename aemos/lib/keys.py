@@ -1,0 +1,75 @@
+"""Every Redis key name: what is stored in, the key out. Keys of one partition share the hash tag {partition}."""
+
+from __future__ import annotations
+
+
+def events(lane: str, partition: int) -> str:
+    """Stream: one entry holds the events of one request for this lane and partition."""
+    return f"aemos:events:{lane}:{{{partition}}}"
+
+
+def ledger(lane: str, partition: int) -> str:
+    """Hash of exact counts in events: accepted, processed, duplicate, dead, depth."""
+    return f"aemos:ledger:{lane}:{{{partition}}}"
+
+
+def backlog(lane: str, partition: int) -> str:
+    """Hash: organization id -> events of its that the slot holds."""
+    return f"aemos:backlog:{lane}:{{{partition}}}"
+
+
+def delayed(lane: str, partition: int) -> str:
+    """Sorted set of events that wait for another attempt; the score is the due time in ms."""
+    return f"aemos:delayed:{lane}:{{{partition}}}"
+
+
+def ticket(lane: str, partition: int) -> str:
+    """Flag that expires: a drain ticket is queued for the partition."""
+    return f"aemos:ticket:{lane}:{{{partition}}}"
+
+
+def lease(lane: str, partition: int) -> str:
+    """Fencing token of the worker that drains the partition."""
+    return f"aemos:lease:{lane}:{{{partition}}}"
+
+
+def suspect(lane: str, partition: int) -> str:
+    """Id of the event that is being decided while a worker takes over what another one died on."""
+    return f"aemos:suspect:{lane}:{{{partition}}}"
+
+
+def stalled(lane: str, partition: int) -> str:
+    """Text that expires: why the partition waits (database away, for example)."""
+    return f"aemos:stalled:{lane}:{{{partition}}}"
+
+
+def latest(source_type: str, uuid: str) -> str:
+    """Hash: variable or state name -> packed (timestamp in us, value), the newest known."""
+    return f"aemos:latest:{source_type}:{uuid}"
+
+
+NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
+NOTIFICATIONS_MQTT_GROUP = "mqtt"
+SCHEDULER_LEADER = "aemos:scheduler:leader"
+MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
+BROKER_SYNC_LEADER = "aemos:broker-sync:leader"
+REJECTED = "aemos:rejected"  # hash: reason -> refused events; "unrecorded" -> those of them that were not kept
+
+
+def replay_ticket(uuid: str) -> str:
+    """Flag that expires: the next step of the replay is queued."""
+    return f"aemos:replay-ticket:{uuid}"
+
+
+def replay_lease(uuid: str) -> str:
+    """Flag that expires: a worker does a step of the replay."""
+    return f"aemos:replay-lease:{uuid}"
+
+
+def replay_pace(uuid: str) -> str:
+    """Time in seconds up to which the replay has used its rate; expires."""
+    return f"aemos:replay-pace:{uuid}"
+
+
+RETENTION_DONE = "aemos:retention-done"  # flag that expires: what is too old was deleted within the last hour
+METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

@@ -1,0 +1,143 @@
+"""What AEMOS counts and measures, for Prometheus: increments of this process in, families with sums over all processes out.
+
+No label ever carries a device, sensor, user or event. django-prometheus counts HTTP and database of the web process by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from django.conf import settings
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+
+from aemos.lib import keys, redis
+from aemos.lib.tally import Tally
+
+SEPARATOR = "|"
+# Seconds; a batch or a chain takes from microseconds to its timeout.
+DURATION_BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+
+
+def _folder() -> Path:
+    return Path(settings.VAR_DIR) / "counts"
+
+
+TALLY = Tally(_folder)
+
+
+class Cell:
+    """One number: a counter with its labels."""
+
+    __slots__ = ("_field",)
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def inc(self, amount: float = 1.0) -> None:
+        TALLY.add(self._field, amount)
+
+
+class Counter:
+    """A counter; `name` ends in _total."""
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str] = ()) -> None:
+        self.name = name
+        self._documentation = documentation
+        self._label_names = tuple(labels)
+        self.labels = cache(self._cell)
+
+    def _cell(self, *values: str) -> Cell:
+        if len(values) != len(self._label_names):
+            raise ValueError(f"{self.name} has the labels {self._label_names}")
+        return Cell(SEPARATOR.join((self.name, *values)))
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Of a counter without labels."""
+        self.labels().inc(amount)
+
+    def family(self, sums: Mapping[tuple[str, ...], float]) -> Metric:
+        """`sums`: name and label values -> number."""
+        family = CounterMetricFamily(self.name, self._documentation, labels=self._label_names)
+        if not self._label_names:
+            sums = {(self.name,): 0.0} | dict(sums)
+        for (name, *values), number in sorted(sums.items()):
+            if name == self.name and len(values) == len(self._label_names):
+                family.add_metric(values, number)
+        return family
+
+
+class Histogram:
+    """Durations in seconds, without labels."""
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float] = DURATION_BUCKETS) -> None:
+        self.name = name
+        self._documentation = documentation
+        self._bounds = tuple(bounds)
+        self._fields = [SEPARATOR.join((name, str(bound))) for bound in (*self._bounds, "+Inf")]
+        self._sum = SEPARATOR.join((name, "sum"))
+
+    def observe(self, seconds: float) -> None:
+        TALLY.add(self._fields[bisect_left(self._bounds, seconds)])
+        TALLY.add(self._sum, seconds)
+
+    def family(self, sums: Mapping[tuple[str, ...], float]) -> Metric:
+        family = HistogramMetricFamily(self.name, self._documentation)
+        if (self.name, "sum") not in sums:
+            return family
+        buckets, total = [], 0.0
+        for bound in (*map(str, self._bounds), "+Inf"):
+            total += sums.get((self.name, bound), 0.0)
+            buckets.append((bound, total))
+        family.add_metric([], buckets, sum_value=sums[self.name, "sum"])
+        return family
+
+
+INGESTED = Counter(
+    "telemetry_ingestion_total",
+    "Events received, by protocol and result: accepted, or the reason of the refusal.",
+    ["protocol", "result"],
+)
+UNRECORDED = Counter(
+    "rejected_unrecorded_total", "Refusals that were counted but not kept, because too many came at once."
+)
+RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by result: completed or failed.", ["result"])
+RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
+RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
+COLLECTION_SECONDS = Histogram(
+    "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
+)
+STATE_CHANGES = Counter(
+    "device_state_changes_total", "Changes of device states, by source: device, rule or person.", ["source"]
+)
+NOTIFICATIONS_SENT = Counter(
+    "notifications_sent_total",
+    "Messages that a transport was done with, by protocol and state: sent, acknowledged or failed.",
+    ["protocol", "state"],
+)
+FAMILIES: tuple[Counter | Histogram, ...] = (
+    INGESTED,
+    UNRECORDED,
+    RULE_EXECUTIONS,
+    RULE_SECONDS,
+    RULE_ACTIONS,
+    COLLECTION_SECONDS,
+    STATE_CHANGES,
+    NOTIFICATIONS_SENT,
+)
+
+
+def flush() -> None:
+    """Tells Redis what this process has counted; when Redis is away, the numbers wait."""
+    TALLY.try_flush()
+
+
+def collect() -> Iterator[Metric]:
+    """All families with the sums of all processes. Raises RedisError."""
+    TALLY.flush()
+    held = redis.client().hgetall(keys.METRICS)
+    sums = {tuple(name.decode().split(SEPARATOR)): float(number) for name, number in held.items()}
+    for family in FAMILIES:
+        yield family.family(sums)

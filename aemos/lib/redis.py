@@ -1,0 +1,73 @@
+"""Redis clients of this process: a purpose in, a connected client with password, TLS and bounded waiting out."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import redis
+from django.conf import settings
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError
+from redis.retry import Retry
+
+# A request makes at most two calls before it is answered, so a Redis that hangs costs a device two seconds, not a minute.
+SOCKET_TIMEOUT_SECONDS = 1.0
+
+
+# redis-py annotates answers for clients that decode and for those that do not at once; these do not: answers are bytes.
+Client = Any
+
+
+@cache
+def client() -> Client:
+    """For everything that is not tied to a partition: latest values, the notification stream, leader locks."""
+    return connect(SOCKET_TIMEOUT_SECONDS)
+
+
+def journal_client(partition: int) -> Client:
+    """The server that holds the partition. Always asked for by partition, so that partitions can be spread over servers."""
+    return client()
+
+
+@cache
+def blocking_client() -> Client:
+    """For reads that wait for news on a stream: the socket timeout must outlast the wait."""
+    return connect(SOCKET_TIMEOUT_SECONDS + 10)
+
+
+def connect(timeout_seconds: float) -> Client:
+    # One retry covers a connection that Redis closed while it was idle. Ten, the default, would push twice and wait long;
+    # a call that timed out may have been carried out and is not repeated at all.
+    options: dict[str, Any] = {
+        "host": settings.REDIS_HOST,
+        "port": settings.REDIS_PORT,
+        "db": settings.REDIS_DB,
+        "username": settings.REDIS_USERNAME or None,
+        "password": settings.REDIS_PASSWORD or None,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": SOCKET_TIMEOUT_SECONDS,
+        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        "protocol": 2,
+    }
+    if settings.REDIS_TLS:
+        options |= {"ssl": True, "ssl_ca_certs": settings.REDIS_CA_FILE or None}
+    return redis.Redis(**options)
+
+
+def explain(error: RedisError) -> str:
+    """What went wrong in one line that says where to look; never holds the password."""
+    where = f"Redis at {settings.REDIS_HOST}:{settings.REDIS_PORT}"
+    if isinstance(error, AuthenticationError) or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+        return f"{where} refuses the password: check REDIS_PASSWORD and REDIS_USERNAME"
+    if isinstance(error, redis.TimeoutError):
+        return f"{where} does not answer within {SOCKET_TIMEOUT_SECONDS:g} s"
+    if isinstance(error, redis.ConnectionError):
+        return f"{where} cannot be reached"
+    return f"{where} answered: {error}"
+
+
+def forget_connections() -> None:
+    """For a process that was just forked: sockets of the parent are not its own."""
+    client.cache_clear()
+    blocking_client.cache_clear()

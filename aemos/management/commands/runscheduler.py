@@ -1,0 +1,75 @@
+"""`manage.py runscheduler`: does what time, not an event, calls for; of several that run, one leads."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+from django.db import Error as DatabaseError
+from django.db import close_old_connections
+from redis.exceptions import RedisError
+
+from aemos.lib import keys, redis
+from aemos.lib.leader import Leader
+from notifications import outbox
+from rules import backpressure, recovery, replay, retention
+
+log = logging.getLogger(__name__)
+TICK_SECONDS = 1.0
+DUTIES: tuple[Callable[[], object], ...] = (
+    recovery.reissue_lost_tickets,
+    outbox.sweep,
+    backpressure.keep_watch,
+    replay.queue_steps,
+    retention.delete_expired,
+)
+
+
+class Command(BaseCommand):
+    help = (
+        "Queue lost drain tickets again, publish notifications that a crash left in the outbox, move the circuit and replays "
+        "on, delete what is too old. Run two or more: one leads, another takes over within five seconds when it dies."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--once", action="store_true", help="Do every duty once, leading or not, and end.")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        if options["once"]:
+            for duty in DUTIES:
+                duty()
+            return
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        self.stdout.write("The scheduler runs; Ctrl-C stops it.")
+        _run(stop)
+
+
+def _run(stop: threading.Event) -> None:
+    leader = Leader(keys.SCHEDULER_LEADER)
+    while not stop.wait(TICK_SECONDS):
+        try:
+            if leader.leads():
+                _do_duties()
+        except RedisError as error:
+            log.warning("the scheduler waits: %s", redis.explain(error))
+    try:
+        leader.resign()
+    except RedisError as error:
+        log.warning("another scheduler takes over in five seconds: %s", redis.explain(error))
+
+
+def _do_duties() -> None:
+    """Each on its own: the database being away must not keep tickets from being queued."""
+    for duty in DUTIES:
+        try:
+            duty()
+        except DatabaseError as error:
+            log.warning("%s waits, the database is away: %s", duty.__name__, error)
+        finally:
+            close_old_connections()
