@@ -1,0 +1,222 @@
+"""The admin's pages of organizations, members, sensors, devices, tokens and readings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.core.exceptions import ValidationError
+from django.db.models import ForeignKey, QuerySet
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.html import format_html
+
+from devices.models import (
+    Device,
+    DeviceState,
+    DeviceToken,
+    Membership,
+    Organization,
+    Reading,
+    Sensor,
+    StateChange,
+    Variable,
+)
+from devices.permissions import access_of
+from devices.scoped_admin import FixedParentForm, OrganizationListFilter, RecordAdmin, ScopedAdmin, TabularInline
+from devices.serializers import value_of
+
+
+@admin.register(Organization)
+class OrganizationAdmin(ScopedAdmin):
+    resource = "organizations"
+    organization_path = "pk"
+    fixed = ()
+    list_display = ("name", "uuid", "created_at")
+
+
+@admin.register(Membership)
+class MembershipAdmin(ScopedAdmin):
+    resource = "memberships"
+    uuid_paths = ("organization__uuid",)
+    fixed = ("organization", "user")
+    readonly_fields = ()
+    list_display = ("user", "organization", "role")
+    list_filter = ("role", OrganizationListFilter)
+    list_select_related = ("user", "organization")
+    search_fields = ("user__username", "organization__name")
+    search_help_text = "A part of the user's or organization's name"
+    autocomplete_fields = ("organization",)
+    raw_id_fields = ("user",)
+
+    def formfield_for_foreignkey(self, db_field: ForeignKey[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
+        """Staff choose among the people they share an organization with; the REST API takes any user name."""
+        access = access_of(request)
+        if db_field.name == "user" and not access.superuser:
+            people = db_field.related_model._default_manager.all()
+            kwargs["queryset"] = people.filter(memberships__organization__in=access.roles).distinct()
+        return super().formfield_for_foreignkey(db_field, request, **kwargs)
+
+
+class VariableInline(TabularInline):
+    model = Variable
+    extra = 1
+    readonly_fields = ("uuid",)
+
+
+@admin.register(Sensor)
+class SensorAdmin(ScopedAdmin):
+    resource = "sensors"
+    list_display = ("name", "organization", "uuid", "created_at")
+    list_filter = (OrganizationListFilter,)
+    list_select_related = ("organization",)
+    autocomplete_fields = ("organization",)
+    inlines = (VariableInline,)
+
+
+@admin.register(Variable)
+class VariableAdmin(ScopedAdmin):
+    resource = "variables"
+    organization_path = "sensor__organization"
+    uuid_paths = ("uuid", "sensor__uuid")
+    fixed = ("sensor",)
+    list_display = ("name", "sensor", "datatype", "unit", "uuid", "readings")
+    list_filter = ("datatype", OrganizationListFilter)
+    list_select_related = ("sensor__organization",)
+    search_fields = ("name", "sensor__name")
+    autocomplete_fields = ("sensor",)
+
+    def readings(self, row: Variable) -> str:
+        url = reverse("admin:devices_reading_changelist")
+        return format_html('<a href="{}?variable__id__exact={}">readings</a>', url, row.pk)
+
+
+class DeviceStateInline(TabularInline):
+    model = DeviceState
+    extra = 1
+    fields = ("name", "datatype", "allowed_values", "value", "changed_at", "uuid")
+    readonly_fields = ("value", "changed_at", "uuid")
+    formfield_overrides = {
+        DeviceState._meta.get_field("allowed_values").__class__: {"widget": forms.Textarea(attrs={"rows": 2})}
+    }
+
+
+@admin.register(Device)
+class DeviceAdmin(ScopedAdmin):
+    resource = "devices"
+    list_display = ("name", "organization", "uuid", "created_at")
+    list_filter = (OrganizationListFilter,)
+    list_select_related = ("organization",)
+    autocomplete_fields = ("organization",)
+    inlines = (DeviceStateInline,)
+
+
+@admin.register(DeviceState)
+class DeviceStateAdmin(ScopedAdmin):
+    resource = "device-states"
+    organization_path = "device__organization"
+    uuid_paths = ("uuid", "device__uuid")
+    fixed = ("device",)
+    readonly_fields = ("uuid", "created_at", "value", "changed_at")
+    list_display = ("name", "device", "datatype", "allowed_values", "value", "changed_at", "uuid")
+    list_filter = ("datatype", OrganizationListFilter)
+    list_select_related = ("device__organization",)
+    search_fields = ("name", "device__name")
+    autocomplete_fields = ("device",)
+
+
+class DeviceTokenForm(FixedParentForm):
+    class Meta:
+        model = DeviceToken
+        fields = ("sensor", "device", "name", "highest_priority", "expires_at")
+
+    highest_priority = forms.IntegerField(
+        min_value=1, max_value=10, initial=5, help_text=DeviceToken._meta.get_field("highest_priority").help_text
+    )
+
+    def clean_expires_at(self) -> Any:
+        moment = self.cleaned_data["expires_at"]
+        if moment is not None and moment != self.instance.expires_at and moment <= timezone.now():
+            raise ValidationError("Must be in the future.")
+        return moment
+
+    def clean(self) -> dict[str, Any] | None:
+        cleaned = super().clean()
+        owner = self.cleaned_data.get("sensor") or self.cleaned_data.get("device")
+        if owner is not None:
+            self.instance.organization_id = owner.organization_id
+        return cleaned
+
+
+@admin.register(DeviceToken)
+class DeviceTokenAdmin(ScopedAdmin):
+    """A token is shown once, after it is issued. It is revoked, not deleted, so that what it did can still be explained."""
+
+    resource = "device-tokens"
+    form = DeviceTokenForm
+    uuid_paths = ("uuid", "sensor__uuid", "device__uuid")
+    fixed = ("organization", "sensor", "device")
+    readonly_fields = ("uuid", "prefix", "created_at", "revoked_at")
+    list_display = ("prefix", "owner", "name", "organization", "highest_priority", "expires_at", "revoked_at")
+    list_filter = (("revoked_at", admin.EmptyFieldListFilter), OrganizationListFilter)
+    list_select_related = ("sensor", "device", "organization")
+    search_fields = ("prefix", "name", "sensor__name", "device__name")
+    autocomplete_fields = ("sensor", "device")
+    actions = ("revoke",)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        editable = ("sensor", "device", "name", "highest_priority", "expires_at")
+        return editable if obj is None else ("organization", *editable, *self.readonly_fields)
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        if change:
+            super().save_model(request, obj, form, change)
+            return
+        values = {name: form.cleaned_data[name] for name in ("name", "highest_priority", "expires_at")}
+        issued, token = DeviceToken.objects.issue(obj.owner, **values)
+        obj.__dict__.update(issued.__dict__)
+        messages.success(request, format_html("The token, shown this once: <code>{}</code>", token))
+
+    @admin.action(description="Revoke selected tokens", permissions=["change"])
+    def revoke(self, request: HttpRequest, queryset: QuerySet[DeviceToken]) -> None:
+        allowed = access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
+        count = DeviceToken.objects.filter(pk__in=list(allowed.values_list("pk", flat=True))).revoke()
+        messages.success(request, f"Revoked: {count}. Devices that use them are refused within a second or two.")
+
+
+@admin.register(Reading)
+class ReadingAdmin(RecordAdmin):
+    """The newest readings to arrive; of one variable, from its page, the newest by their own time."""
+
+    resource = "readings"
+    organization_path = "variable__sensor__organization"
+    uuid_paths = ("variable__uuid", "variable__sensor__uuid")
+    list_display = ("variable", "timestamp", "value")
+    list_filter = (OrganizationListFilter,)
+    list_select_related = ("variable__sensor",)
+    fields = ("variable", "timestamp", "value")
+    search_fields = ("=variable__name",)
+    search_help_text = "The whole name of a variable, or the uuid of a variable or sensor"
+
+    def get_ordering(self, request: HttpRequest) -> tuple[str, ...]:
+        # Each order has its index; by time over all variables would sort the whole table.
+        return ("-timestamp",) if "variable__id__exact" in request.GET else ("-id",)
+
+    def value(self, row: Reading) -> str:
+        return str(value_of(row))
+
+
+@admin.register(StateChange)
+class StateChangeAdmin(RecordAdmin):
+    resource = "state-changes"
+    organization_path = "state__device__organization"
+    uuid_paths = ("uuid", "state__uuid", "state__device__uuid")
+    list_display = ("timestamp", "state", "previous", "value", "source", "actor")
+    list_filter = ("source", OrganizationListFilter)
+    list_select_related = ("state__device",)
+    search_fields = ("state__name", "state__device__name", "actor")

@@ -1,0 +1,14 @@
+"""The Django app of organizations, sensors, devices, tokens and what they measured."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class DevicesConfig(AppConfig):
+    name = "devices"
+
+    def ready(self) -> None:
+        from devices import catalogue
+
+        catalogue.connect_signals()

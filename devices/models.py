@@ -1,0 +1,241 @@
+"""Tables of who speaks: organizations and members, sensors and their variables, devices and their states, tokens, readings."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import ClassVar
+
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.db import models
+from django.utils import timezone
+
+from devices.querysets import DeviceTokenQuerySet
+from devices.values import Datatype, value_problem
+
+
+class Identified(models.Model):
+    """Integers inside, uuids outside: the uuid is what people, devices and rules say."""
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        abstract = True
+
+
+class Organization(Identified):
+    """A farm or a company: the boundary that nothing and nobody sees across."""
+
+    name = models.CharField(max_length=200, unique=True)
+
+    class Meta:
+        ordering = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Role(models.TextChoices):
+    VIEWER = "viewer", "viewer: sees everything"
+    OPERATOR = "operator", "operator: also switches devices and edits rules"
+    ADMIN = "admin", "admin: also manages members, sensors, devices and tokens"
+
+
+class Membership(models.Model):
+    """A person's role in an organization."""
+
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="memberships")
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="memberships")
+    role = models.CharField(max_length=20, choices=Role.choices, default=Role.VIEWER)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["user", "organization"], name="one_membership_per_organization")]
+        ordering = ["organization", "user"]
+
+    def __str__(self) -> str:
+        return f"{self.user}, {self.role} of {self.organization}"
+
+
+class Sensor(Identified):
+    """Something that measures one or more variables."""
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="sensors")
+    name = models.CharField(max_length=200)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["organization", "name"], name="sensor_name_in_organization")]
+        ordering = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Variable(Identified):
+    """One quantity a sensor measures, such as ph or waterLevel."""
+
+    sensor = models.ForeignKey(Sensor, on_delete=models.CASCADE, related_name="variables")
+    name = models.CharField(max_length=100)
+    datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.NUMBER)
+    unit = models.CharField(max_length=20, blank=True)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["sensor", "name"], name="variable_name_in_sensor")]
+        ordering = ["sensor", "name"]
+
+    def __str__(self) -> str:
+        return f"{self.sensor}: {self.name}"
+
+
+class Device(Identified):
+    """Something that acts: a pump, a fan, a lamp."""
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="devices")
+    name = models.CharField(max_length=200)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["organization", "name"], name="device_name_in_organization")]
+        ordering = ["name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class DeviceState(Identified):
+    """One switchable property of a device and the value it should have now."""
+
+    device = models.ForeignKey(Device, on_delete=models.CASCADE, related_name="states")
+    name = models.CharField(max_length=100)
+    datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.STRING)
+    allowed_values = models.JSONField(
+        default=list, blank=True, help_text='For example ["on", "off"]; empty allows any value.'
+    )
+    value = models.JSONField(null=True, blank=True, editable=False)
+    changed_at = models.DateTimeField(null=True, blank=True, editable=False)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["device", "name"], name="state_name_in_device")]
+        ordering = ["device", "name"]
+
+    def __str__(self) -> str:
+        return f"{self.device}: {self.name}"
+
+    def clean(self) -> None:
+        if not isinstance(self.allowed_values, list):
+            raise ValidationError({"allowed_values": "must be a list of values"})
+        for index, value in enumerate(self.allowed_values):
+            problem = value_problem(value, self.datatype)
+            if problem:
+                raise ValidationError({"allowed_values": f"item {index}: {problem}"})
+
+    def problem_with(self, value: object) -> str:
+        """Why the state cannot take the value, as the end of a sentence; empty when it can."""
+        problem = value_problem(value, self.datatype)
+        if problem:
+            return problem
+        # 1 == True in Python, and "on" is not 1: the datatype was checked above, so plain membership is exact here.
+        if self.allowed_values and value not in self.allowed_values:
+            return f"must be one of {self.allowed_values}"
+        return ""
+
+
+class DeviceToken(Identified):
+    """The right of one sensor or one device to speak. The token itself is shown once and never stored: see devices.tokens."""
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="device_tokens")
+    sensor = models.ForeignKey(Sensor, null=True, blank=True, on_delete=models.CASCADE, related_name="tokens")
+    device = models.ForeignKey(Device, null=True, blank=True, on_delete=models.CASCADE, related_name="tokens")
+    name = models.CharField(max_length=200, blank=True)
+    prefix = models.CharField(max_length=20, unique=True, editable=False)
+    digest = models.CharField(max_length=64, editable=False)
+    highest_priority = models.PositiveSmallIntegerField(
+        default=5, help_text="The most urgent priority the token may claim: 1 is the most urgent, 10 the least."
+    )
+    expires_at = models.DateTimeField(null=True, blank=True)
+    revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
+
+    objects: ClassVar = DeviceTokenQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(sensor__isnull=True) ^ models.Q(device__isnull=True),
+                name="token_of_sensor_xor_device",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(highest_priority__gte=1, highest_priority__lte=10), name="token_priority_1_to_10"
+            ),
+        ]
+        ordering = ["-created_at"]
+
+    def __str__(self) -> str:
+        return f"{self.prefix}… of {self.sensor or self.device}"
+
+    @property
+    def owner(self) -> Sensor | Device:
+        owner = self.sensor or self.device
+        assert owner is not None  # noqa: S101  the check constraint says so
+        return owner
+
+    def clean(self) -> None:
+        if (self.sensor is None) == (self.device is None):
+            raise ValidationError("A token belongs to one sensor or to one device.")
+        if self.owner.organization_id != self.organization_id:
+            raise ValidationError("The sensor or device belongs to another organization.")
+
+    def is_live(self, now: datetime) -> bool:
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+class Reading(models.Model):
+    """One measured value. The pair (variable, timestamp) is what makes it a duplicate of another."""
+
+    id = models.BigAutoField(primary_key=True)
+    variable = models.ForeignKey(Variable, on_delete=models.CASCADE, related_name="readings", db_index=False)
+    timestamp = models.DateTimeField()
+    number = models.FloatField(null=True, help_text="The value of a number; 1 or 0 for true or false.")
+    text = models.TextField(null=True, help_text="The value of a string.")
+
+    class Meta:
+        # The unique index also serves "the readings of a variable in a time span", the one question charts ask.
+        constraints = [
+            models.UniqueConstraint(fields=["variable", "timestamp"], name="one_reading_per_variable_and_time")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.variable_id} {self.timestamp:%Y-%m-%dT%H:%M:%S.%fZ}: {self.number if self.text is None else self.text}"
+
+
+class StateChange(models.Model):
+    """One change of a device's state: who or what, from which value to which. The effect key makes it happen once."""
+
+    class Source(models.TextChoices):
+        RULE = "rule"
+        PERSON = "person"
+        DEVICE = "device"
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    effect_key = models.CharField(max_length=200, unique=True)
+    state = models.ForeignKey(DeviceState, on_delete=models.CASCADE, related_name="changes")
+    value = models.JSONField(null=True)
+    previous = models.JSONField(null=True)
+    source = models.CharField(max_length=10, choices=Source.choices)
+    actor = models.CharField(max_length=200, help_text="The rule chain and node, the user name, or the token prefix.")
+    timestamp = models.DateTimeField(db_index=True)
+
+    class Meta:
+        ordering = ["-timestamp", "-id"]
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.previous!r} -> {self.value!r}"
+
+
+class CatalogueVersion(models.Model):
+    """Counts changes of an organization's sensors, devices, tokens and rules: what caches compare to know that they are old."""
+
+    organization = models.OneToOneField(Organization, on_delete=models.CASCADE, primary_key=True, related_name="+")
+    version = models.BigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"{self.organization_id}: {self.version}"

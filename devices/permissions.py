@@ -1,0 +1,164 @@
+"""Who may do what: a person in, the organizations and rows they may view, add, change and delete out.
+
+RIGHTS is the one table of it. The REST API and the admin both ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from django.db.models import Model, QuerySet
+from django.http import HttpRequest
+from rest_framework.exceptions import PermissionDenied
+from rest_framework.permissions import SAFE_METHODS, BasePermission
+from rest_framework.request import Request
+
+from devices.models import Membership, Role
+
+if TYPE_CHECKING:
+    from rest_framework.views import APIView
+
+Verb = Literal["view", "add", "change", "delete"]
+Row = TypeVar("Row", bound=Model)
+
+_RANK: Mapping[str, int] = {Role.VIEWER: 1, Role.OPERATOR: 2, Role.ADMIN: 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rights:
+    """The least role that each verb needs in the row's organization; None leaves it to superusers."""
+
+    view: Role | None = Role.VIEWER
+    add: Role | None = None
+    change: Role | None = None
+    delete: Role | None = None
+
+
+_OF_OPERATORS = Rights(add=Role.OPERATOR, change=Role.OPERATOR, delete=Role.OPERATOR)
+_OF_ADMINS = Rights(add=Role.ADMIN, change=Role.ADMIN, delete=Role.ADMIN)
+
+RIGHTS: Mapping[str, Rights] = {
+    "organizations": Rights(change=Role.ADMIN),
+    "memberships": _OF_ADMINS,
+    "sensors": _OF_ADMINS,
+    "variables": _OF_ADMINS,
+    "devices": _OF_ADMINS,
+    "device-states": _OF_OPERATORS,
+    "device-tokens": _OF_ADMINS,
+    "readings": Rights(),
+    "state-changes": Rights(add=Role.OPERATOR),
+    "rule-chains": _OF_OPERATORS,
+    "notifications": Rights(),
+    "rejected-events": Rights(change=Role.OPERATOR),
+    "dead-letters": Rights(change=Role.OPERATOR),
+    "replays": Rights(change=Role.OPERATOR),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What one person may do. `roles`: organization id -> role; a superuser needs none."""
+
+    superuser: bool
+    roles: Mapping[int, str]
+
+    def may(self, verb: Verb, resource: str, organization_id: int | None) -> bool:
+        if self.superuser:
+            return True
+        needed: Role | None = getattr(RIGHTS[resource], verb)
+        role = self.roles.get(organization_id) if organization_id is not None else None
+        return needed is not None and role is not None and _RANK[role] >= _RANK[needed]
+
+    def organizations(self, verb: Verb, resource: str) -> list[int]:
+        """The ids of the organizations in which the verb is allowed; means nothing for a superuser."""
+        return [organization_id for organization_id in self.roles if self.may(verb, resource, organization_id)]
+
+    def may_somewhere(self, verb: Verb, resource: str) -> bool:
+        return self.superuser or bool(self.organizations(verb, resource))
+
+    def limit(self, rows: QuerySet[Row], path: str, *, resource: str, verb: Verb = "view") -> QuerySet[Row]:
+        """The rows with which the verb is allowed; `path` leads from a row to its organization."""
+        if self.superuser:
+            return rows
+        return rows.filter(**{f"{path}__in": self.organizations(verb, resource)})
+
+    def demand(self, verb: Verb, resource: str, organization_id: int | None) -> None:
+        """Raises PermissionDenied with the roles held and needed; only for an organization the person may see."""
+        if not self.may(verb, resource, organization_id):
+            held = self.roles.get(organization_id) if organization_id is not None else None
+            raise PermissionDenied(_refusal(verb, resource, held))
+
+
+def _refusal(verb: Verb, resource: str, held: str | None) -> str:
+    needed: Role | None = getattr(RIGHTS[resource], verb)
+    who = f"the role {needed.value}" if needed else "a superuser"
+    yours = f"; yours in this organization is {held}" if held else ""
+    return f"To {verb} {resource} takes {who}{yours}."
+
+
+def access_of(request: Request | HttpRequest) -> Access:
+    """The access of the person who asks, looked up once per request."""
+    known = getattr(request, "aemos_access", None)
+    if isinstance(known, Access):
+        return known
+    user = request.user
+    superuser = bool(user.is_active and user.is_superuser)
+    roles = {} if superuser or not user.is_authenticated else _roles_of(user.pk)
+    access = Access(superuser, roles)
+    request.aemos_access = access  # type: ignore[union-attr]
+    return access
+
+
+def _roles_of(user_id: int) -> dict[int, str]:
+    return dict(Membership.objects.filter(user_id=user_id).values_list("organization_id", "role"))
+
+
+def organization_of(row: Model, path: str) -> int | None:
+    """The id of the organization to which `path` leads from a row; None for the few rows that have none."""
+    found = row if path == "pk" else attrgetter(path.replace("__", "."))(row)
+    key: int | None = found.pk if found is not None else None
+    return key
+
+
+class MemberPermission(BasePermission):
+    """Lets in people who are logged in; a view that names a `resource` is also checked against RIGHTS.
+
+    Rows are looked up among the visible ones first, so that a foreign row is a 404 whatever one may do.
+    """
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        if not (request.user and request.user.is_authenticated):
+            return False
+        resource, verb = getattr(view, "resource", None), verb_of(request, view)
+        if resource is not None and verb == "add" and not access_of(request).may_somewhere(verb, resource):
+            raise PermissionDenied(_refusal(verb, resource, None))
+        return True
+
+    def has_object_permission(self, request: Request, view: APIView, obj: Any) -> bool:
+        resource = getattr(view, "resource", None)
+        if resource is not None:
+            access_of(request).demand(verb_of(request, view), resource, view.organization_of(obj))  # type: ignore[attr-defined]
+        return True
+
+
+_VERBS: Mapping[str, Verb] = {
+    "create": "add",
+    "update": "change",
+    "partial_update": "change",
+    "revoke": "change",
+    "discard": "change",
+    "replay": "change",
+    "stop": "change",
+    "destroy": "delete",
+}
+
+
+def verb_of(request: Request, view: APIView) -> Verb:
+    """The verb of the action under way. An action that does not exist needs no right: it is a 405 for everybody."""
+    if request.method in SAFE_METHODS:
+        return "view"
+    verbs: Mapping[str, Verb] = getattr(view, "verbs", _VERBS)
+    return verbs.get(getattr(view, "action", None) or "", "view")

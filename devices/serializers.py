@@ -1,0 +1,352 @@
+"""JSON of organizations, members, sensors, devices, tokens and readings: camelCase in, rows out, and back again."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+from uuid import UUID
+
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError as DjangoValidationError
+from django.db.models import Model, QuerySet, UniqueConstraint
+from django.utils import timezone
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+from rest_framework.exceptions import ValidationError
+from rest_framework.relations import PKOnlyObject
+from rest_framework_simplejwt.serializers import TokenObtainPairSerializer, TokenRefreshSerializer
+
+from devices.models import (
+    Device,
+    DeviceState,
+    DeviceToken,
+    Membership,
+    Organization,
+    Reading,
+    Sensor,
+    StateChange,
+    Variable,
+)
+from devices.permissions import access_of
+from devices.values import Datatype
+
+Row = TypeVar("Row", bound=Model)
+AnyJSON = {"description": "a number, a text, true or false, or null", "nullable": True}
+
+
+def camel(name: str) -> str:
+    return re.sub(r"_(\w)", lambda match: match[1].upper(), name)
+
+
+class StrictMixin(serializers.Serializer[Any]):
+    """Refuses fields that do not exist, and read-only ones unless they say what is so already (GET, edit, PUT)."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        errors = self._misplaced(data) if isinstance(data, Mapping) else {}
+        try:
+            value = super().to_internal_value(data)
+        except ValidationError as error:
+            detail = error.detail if isinstance(error.detail, dict) else {"detail": error.detail}
+            raise ValidationError({**detail, **errors}) from error
+        if errors:
+            raise ValidationError(errors)
+        return value
+
+    def _misplaced(self, data: Mapping[str, Any]) -> dict[str, list[str]]:
+        known = ", ".join(name for name, field in self.fields.items() if not field.read_only)
+        errors = {
+            str(name): [f"There is no such field; known here: {known}."] for name in data if name not in self.fields
+        }
+        read_only = [name for name in data if name in self.fields and self.fields[name].read_only]
+        if read_only:
+            current = self.to_representation(self.instance) if isinstance(self.instance, Model) else {}
+            changed = [name for name in read_only if name not in current or current[name] != data[name]]
+            errors |= {name: ["This field cannot be written."] for name in changed}
+        return errors
+
+
+class CamelCaseMixin(StrictMixin):
+    """Fields are declared under the names of the model and shown in camelCase."""
+
+    def get_fields(self) -> dict[str, serializers.Field[Any, Any, Any, Any]]:
+        renamed = {}
+        for name, field in super().get_fields().items():
+            if camel(name) != name and field.source is None:
+                field.source = name
+            renamed[camel(name)] = field
+        return renamed
+
+
+class CamelCaseSerializer(CamelCaseMixin, serializers.ModelSerializer[Row]):
+    """Of a model. `Meta.immutable` names what is fixed after creation; the model's clean() and constraints are asked."""
+
+    def get_unique_together_validators(self) -> list[Any]:
+        return []  # _refuse_doubles names the field; REST framework's own says "non_field_errors"
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        if self.instance is not None:
+            self._refuse_moves(attrs)
+        candidate = self.candidate(attrs)
+        try:
+            candidate.clean()
+        except DjangoValidationError as error:
+            raise ValidationError(in_camel_case(error)) from error
+        self._refuse_doubles(candidate)
+        return attrs
+
+    def candidate(self, attrs: Mapping[str, Any]) -> Model:
+        """The row as it would be, for the model to judge."""
+        model: type[Model] = self.Meta.model
+        row = copy.copy(self.instance) if isinstance(self.instance, Model) else model()
+        for name, value in attrs.items():
+            setattr(row, name, value)
+        return row
+
+    def _refuse_moves(self, attrs: Mapping[str, Any]) -> None:
+        immutable = getattr(self.Meta, "immutable", ())
+        moved = [name for name in immutable if name in attrs and attrs[name] != getattr(self.instance, name)]
+        if moved:
+            raise ValidationError({camel(name): ["This field cannot be changed after creation."] for name in moved})
+
+    def _refuse_doubles(self, candidate: Model) -> None:
+        for constraint in candidate._meta.constraints:
+            if not isinstance(constraint, UniqueConstraint):
+                continue
+            try:
+                constraint.validate(type(candidate), candidate)
+            except DjangoValidationError as error:
+                *scope, name = sorted(constraint.fields, key=lambda field: field == "name")
+                kind = candidate._meta.verbose_name
+                text = f"There is already a {kind} with this {name} for this {' and '.join(scope)}."
+                raise ValidationError({camel(name): [text]}) from error
+
+
+def in_camel_case(error: DjangoValidationError) -> dict[str, list[str]]:
+    """The messages of a model's ValidationError under the names that the API knows; "detail" when it names no field."""
+    if hasattr(error, "error_dict"):
+        return {camel(name) if name != "__all__" else "detail": texts for name, texts in error.message_dict.items()}
+    return {"detail": error.messages}
+
+
+class ScopedField(serializers.SlugRelatedField[Row]):
+    """A row by its uuid, found only in the organizations of the person who asks; `path` leads to the organization."""
+
+    default_error_messages = {"does_not_exist": "There is none with the uuid {value}.", "invalid": "Must be a uuid."}
+
+    def __init__(self, *, path: str = "organization", **options: Any) -> None:
+        self.path = path
+        super().__init__(slug_field="uuid", **options)
+
+    def get_queryset(self) -> QuerySet[Row]:
+        rows = super().get_queryset()
+        assert rows is not None  # noqa: S101  only writable fields are asked, and those were given one
+        return access_of(self.context["request"]).limit(rows, self.path, resource="organizations")
+
+    def to_internal_value(self, data: Any) -> Row:
+        try:
+            UUID(data)
+        except (ValueError, TypeError, AttributeError):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+    def to_representation(self, value: Row | PKOnlyObject) -> str:
+        return str(super().to_representation(value))
+
+
+def organization_field() -> ScopedField[Organization]:
+    return ScopedField(queryset=Organization.objects.all(), path="pk")
+
+
+class LoginSerializer(StrictMixin, TokenObtainPairSerializer):
+    """A user name and a password in, an access and a refresh token out."""
+
+
+class RefreshSerializer(StrictMixin, TokenRefreshSerializer):
+    """A refresh token in, an access token out."""
+
+
+class AccessTokenSerializer(serializers.Serializer[Any]):
+    """What opens the API for half an hour, as `Authorization: Bearer <access>`."""
+
+    access = serializers.CharField()
+
+
+class TokenPairSerializer(AccessTokenSerializer):
+    """What opens the API, and what gets a new access token for a week."""
+
+    refresh = serializers.CharField()
+
+
+class OrganizationSerializer(CamelCaseSerializer[Organization]):
+    """A farm or a company."""
+
+    class Meta:
+        model = Organization
+        fields = ["uuid", "name", "created_at"]
+
+
+class MembershipSerializer(CamelCaseSerializer[Membership]):
+    """A person's role in an organization."""
+
+    organization = organization_field()
+    user = serializers.SlugRelatedField(slug_field="username", queryset=get_user_model()._default_manager.all())
+
+    class Meta:
+        model = Membership
+        fields = ["organization", "user", "role"]
+        immutable = ["organization", "user"]
+
+
+class SensorSerializer(CamelCaseSerializer[Sensor]):
+    """Something that measures."""
+
+    organization = organization_field()
+
+    class Meta:
+        model = Sensor
+        fields = ["uuid", "organization", "name", "created_at"]
+        immutable = ["organization"]
+
+
+class VariableSerializer(CamelCaseSerializer[Variable]):
+    """One quantity a sensor measures."""
+
+    sensor = ScopedField[Sensor](queryset=Sensor.objects.select_related("organization"))
+
+    class Meta:
+        model = Variable
+        fields = ["uuid", "sensor", "name", "datatype", "unit", "created_at"]
+        immutable = ["sensor"]
+
+
+class DeviceSerializer(CamelCaseSerializer[Device]):
+    """Something that acts."""
+
+    organization = organization_field()
+
+    class Meta:
+        model = Device
+        fields = ["uuid", "organization", "name", "created_at"]
+        immutable = ["organization"]
+
+
+@extend_schema_field({"type": "array", "items": AnyJSON, "description": "Empty allows any value of the datatype."})
+class ValueListField(serializers.JSONField):
+    """Judged by DeviceState.clean, which knows the datatype."""
+
+
+@extend_schema_field(AnyJSON)
+class ValueField(serializers.JSONField):
+    """One value of any of the three datatypes."""
+
+
+class DeviceStateSerializer(CamelCaseSerializer[DeviceState]):
+    """One switchable property of a device; its value is set by POST /device-state-instances and by rules."""
+
+    device = ScopedField[Device](queryset=Device.objects.select_related("organization"))
+    allowed_values = ValueListField(required=False)
+    value = ValueField(read_only=True)
+
+    class Meta:
+        model = DeviceState
+        fields = ["uuid", "device", "name", "datatype", "allowed_values", "value", "changed_at", "created_at"]
+        immutable = ["device"]
+
+
+class DeviceTokenSerializer(CamelCaseSerializer[DeviceToken]):
+    """The right of one sensor or one device to speak."""
+
+    organization = ScopedField[Organization](read_only=True)
+    sensor = ScopedField[Sensor](queryset=Sensor.objects.all(), required=False, allow_null=True)
+    device = ScopedField[Device](queryset=Device.objects.all(), required=False, allow_null=True)
+
+    class Meta:
+        model = DeviceToken
+        fields = [
+            "uuid",
+            "organization",
+            "sensor",
+            "device",
+            "name",
+            "prefix",
+            "highest_priority",
+            "expires_at",
+            "revoked_at",
+            "created_at",
+        ]
+        immutable = ["sensor", "device"]
+        extra_kwargs = {"highest_priority": {"min_value": 1, "max_value": 10}}
+
+    issued = ""
+
+    def candidate(self, attrs: Mapping[str, Any]) -> Model:
+        row = super().candidate(attrs)
+        assert isinstance(row, DeviceToken)  # noqa: S101  Meta.model
+        owner = row.sensor or row.device
+        row.organization_id = owner.organization_id if owner else None  # type: ignore[assignment]
+        return row
+
+    def validate_expiresAt(self, value: Any) -> Any:  # noqa: N802  REST framework finds it by the field's name
+        current = self.instance.expires_at if isinstance(self.instance, DeviceToken) else None
+        if value is not None and value != current and value <= timezone.now():
+            raise ValidationError("Must be in the future.")
+        return value
+
+    def create(self, validated_data: dict[str, Any]) -> DeviceToken:
+        """The new row; `issued` holds the token itself, here and never again."""
+        sensor, device = validated_data.pop("sensor", None), validated_data.pop("device", None)
+        row, token = DeviceToken.objects.issue(sensor or device, **validated_data)
+        self.issued = token
+        return row
+
+
+class IssuedTokenSerializer(DeviceTokenSerializer):
+    """The answer to the one request that issues a token."""
+
+    token = serializers.SerializerMethodField(help_text="Shown this once; it cannot be had again.")
+
+    def get_token(self, _row: Any) -> str:
+        return self.issued
+
+    class Meta(DeviceTokenSerializer.Meta):
+        fields = [*DeviceTokenSerializer.Meta.fields, "token"]
+
+
+def value_of(reading: Reading) -> float | str | bool | None:
+    """What was measured, as the variable's datatype has it."""
+    if reading.text is not None or reading.number is None:
+        return reading.text
+    return bool(reading.number) if reading.variable.datatype == Datatype.BOOLEAN else reading.number
+
+
+class ReadingSerializer(serializers.ModelSerializer[Reading]):
+    """One measured value."""
+
+    sensor = serializers.UUIDField(source="variable.sensor.uuid")
+    variable = serializers.UUIDField(source="variable.uuid")
+    name = serializers.CharField(source="variable.name")
+    value = serializers.SerializerMethodField(method_name="get_measured")
+
+    class Meta:
+        model = Reading
+        fields = ["sensor", "variable", "name", "timestamp", "value"]
+
+    @extend_schema_field(AnyJSON)
+    def get_measured(self, row: Reading) -> float | str | bool | None:
+        return value_of(row)
+
+
+class StateChangeSerializer(serializers.ModelSerializer[StateChange]):
+    """One change of a device's state."""
+
+    device = serializers.UUIDField(source="state.device.uuid")
+    state = serializers.UUIDField(source="state.uuid")
+    stateName = serializers.CharField(source="state.name")  # noqa: N815  the API speaks camelCase
+    value = ValueField()
+    previous = ValueField()
+
+    class Meta:
+        model = StateChange
+        fields = ["uuid", "device", "state", "stateName", "value", "previous", "source", "actor", "timestamp"]

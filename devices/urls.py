@@ -1,0 +1,34 @@
+"""URLs of the devices part of the REST API, under /api/v1/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.urls import path
+from rest_framework.routers import SimpleRouter
+
+from devices import views
+
+router = SimpleRouter(trailing_slash=False, use_regex_path=False)
+router.register("organizations", views.OrganizationViewSet)
+router.register("sensors", views.SensorViewSet)
+router.register("variables", views.VariableViewSet)
+router.register("devices", views.DeviceViewSet)
+router.register("device-states", views.DeviceStateViewSet)
+router.register("device-tokens", views.DeviceTokenViewSet)
+router.register("readings", views.ReadingViewSet)
+router.register("state-changes", views.StateChangeViewSet)
+
+Actions = dict[str, Any]
+MEMBERSHIPS: Actions = {"get": "list", "post": "create"}
+MEMBERSHIP: Actions = {"get": "retrieve", "put": "update", "patch": "partial_update", "delete": "destroy"}
+
+urlpatterns = [
+    path("auth/login", views.LoginView.as_view(), name="login"),
+    path("auth/refresh", views.RefreshView.as_view(), name="refresh"),
+    path("memberships", views.MembershipViewSet.as_view(MEMBERSHIPS), name="membership-list"),
+    path(
+        "memberships/<uuid:uuid>/<str:username>", views.MembershipViewSet.as_view(MEMBERSHIP), name="membership-detail"
+    ),
+    *router.urls,
+]

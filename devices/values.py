@@ -1,0 +1,53 @@
+"""The three kinds of value a variable or a state can have: a value and a datatype in, what is wrong with it out."""
+
+from __future__ import annotations
+
+import math
+
+from django.db import models
+
+MAXIMUM_TEXT_LENGTH = 1_000
+
+
+class Datatype(models.TextChoices):
+    NUMBER = "number"
+    STRING = "string"
+    BOOLEAN = "boolean"
+
+
+def value_problem(value: object, datatype: str) -> str:
+    """Why the value is not of the datatype, as the end of a sentence; empty when it is."""
+    if datatype == Datatype.NUMBER:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"must be a number, not {_kind(value)}"
+        return _number_problem(value)
+    if datatype == Datatype.BOOLEAN:
+        return "" if isinstance(value, bool) else f"must be true or false, not {_kind(value)}"
+    if not isinstance(value, str):
+        return f"must be a string, not {_kind(value)}"
+    if len(value) > MAXIMUM_TEXT_LENGTH:
+        return f"is longer than {MAXIMUM_TEXT_LENGTH} characters"
+    # PostgreSQL stores no NUL in a text: told now, rather than after the event was accepted.
+    return "holds a NUL character" if "\x00" in value else ""
+
+
+def _number_problem(value: float) -> str:
+    try:
+        finite = math.isfinite(float(value))
+    except OverflowError:
+        finite = False
+    return "" if finite else "is not a finite number"
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)

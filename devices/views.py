@@ -1,0 +1,274 @@
+"""The REST API of logging in, organizations, members, sensors, devices, tokens and readings: requests in, JSON out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.db.models import Q, QuerySet
+from django.shortcuts import get_object_or_404
+from django.utils import timezone
+from drf_spectacular.utils import extend_schema, extend_schema_view
+from rest_framework.decorators import action
+from rest_framework.exceptions import AuthenticationFailed, ValidationError
+from rest_framework.mixins import ListModelMixin
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.serializers import BaseSerializer
+from rest_framework.throttling import ScopedRateThrottle
+from rest_framework.views import APIView
+from rest_framework_simplejwt.views import TokenObtainPairView, TokenRefreshView
+
+from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
+from devices.models import (
+    Device,
+    DeviceState,
+    DeviceToken,
+    Membership,
+    Organization,
+    Reading,
+    Role,
+    Sensor,
+    StateChange,
+    Variable,
+)
+from devices.parsers import BoundedJSONParser
+from devices.serializers import (
+    AccessTokenSerializer,
+    DeviceSerializer,
+    DeviceStateSerializer,
+    DeviceTokenSerializer,
+    IssuedTokenSerializer,
+    LoginSerializer,
+    MembershipSerializer,
+    OrganizationSerializer,
+    ReadingSerializer,
+    RefreshSerializer,
+    SensorSerializer,
+    StateChangeSerializer,
+    TokenPairSerializer,
+    VariableSerializer,
+)
+from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
+
+
+class LoginThrottle(ScopedRateThrottle):
+    """Ten failed logins a minute from one address. Counted in each web process; successes cost nothing."""
+
+    THROTTLE_RATES = {"login": "10/min"}
+    duration: int
+
+    def get_ident(self, request: Request) -> str:
+        """The client's address: what the proxy in front appended last, because senders can write the rest themselves."""
+        address = request.META.get("REMOTE_ADDR", "")
+        forwarded = request.META.get("HTTP_X_FORWARDED_FOR", "") if settings.TLS_IN_FRONT else ""
+        return str(forwarded.rsplit(",", 1)[-1].strip() or address)
+
+    def throttle_success(self) -> bool:
+        return True
+
+    def count_failure(self, request: Request, view: APIView) -> None:
+        if self.allow_request(request, view):
+            self.history.insert(0, self.now)
+            self.cache.set(self.key, self.history, self.duration)
+
+
+@extend_schema(
+    tags=["auth"], summary="Log in", description="Ten failures a minute close the door.", responses=TokenPairSerializer
+)
+class LoginView(TokenObtainPairView):
+    serializer_class = LoginSerializer
+    parser_classes = [BoundedJSONParser]
+    throttle_classes = [LoginThrottle]
+    throttle_scope = "login"
+
+    def handle_exception(self, exc: Exception) -> Response:
+        if isinstance(exc, AuthenticationFailed):
+            LoginThrottle().count_failure(self.request, self)
+        return super().handle_exception(exc)
+
+
+@extend_schema(tags=["auth"], summary="Get a new access token", description="", responses=AccessTokenSerializer)
+class RefreshView(TokenRefreshView):
+    serializer_class = RefreshSerializer
+    parser_classes = [BoundedJSONParser]
+
+
+class OrganizationViewSet(EditViewSet[Organization]):
+    """Organizations that one belongs to. Superusers create and delete them."""
+
+    resource = "organizations"
+    organization_path = "pk"
+    queryset = Organization.objects.all()
+    serializer_class = OrganizationSerializer
+
+    def perform_create(self, serializer: BaseSerializer[Any]) -> None:
+        serializer.save()
+
+
+class MembershipFilter(FilterSet):
+    organization = by_uuid("organization")
+    user = CharFilter(field_name="user__username")
+    role = ChoiceFilter(choices=Role.choices)
+
+
+class MembershipViewSet(EditViewSet[Membership]):
+    """Who belongs to an organization, and as what. A membership is addressed by organization and user name."""
+
+    resource = "memberships"
+    queryset = Membership.objects.select_related("organization", "user")
+    serializer_class = MembershipSerializer
+    filterset_class = MembershipFilter
+
+    def get_object(self) -> Membership:
+        rows = self.get_queryset()
+        found = get_object_or_404(rows, organization__uuid=self.kwargs["uuid"], user__username=self.kwargs["username"])
+        self.check_object_permissions(self.request, found)
+        return found
+
+
+class OrganizationFilter(FilterSet):
+    """Of rows that have a name in an organization."""
+
+    organization = by_uuid("organization")
+    name = CharFilter(lookup_expr="icontains")
+
+
+class SensorViewSet(EditViewSet[Sensor]):
+    """What measures."""
+
+    resource = "sensors"
+    queryset = Sensor.objects.select_related("organization")
+    serializer_class = SensorSerializer
+    filterset_class = OrganizationFilter
+
+
+class VariableFilter(FilterSet):
+    sensor = by_uuid("sensor")
+    name = CharFilter()
+
+
+class VariableViewSet(EditViewSet[Variable]):
+    """The quantities that sensors measure; a sensor can only send what is listed here."""
+
+    resource = "variables"
+    organization_path = "sensor__organization"
+    parent = "sensor"
+    queryset = Variable.objects.select_related("sensor__organization")
+    serializer_class = VariableSerializer
+    filterset_class = VariableFilter
+
+
+class DeviceViewSet(EditViewSet[Device]):
+    """What acts."""
+
+    resource = "devices"
+    queryset = Device.objects.select_related("organization")
+    serializer_class = DeviceSerializer
+    filterset_class = OrganizationFilter
+
+
+class DeviceStateFilter(FilterSet):
+    device = by_uuid("device")
+    name = CharFilter()
+
+
+class DeviceStateViewSet(EditViewSet[DeviceState]):
+    """What can be switched on a device. Its value is set through /device-state-instances."""
+
+    resource = "device-states"
+    organization_path = "device__organization"
+    parent = "device"
+    queryset = DeviceState.objects.select_related("device__organization")
+    serializer_class = DeviceStateSerializer
+    filterset_class = DeviceStateFilter
+
+
+class DeviceTokenFilter(FilterSet):
+    organization = by_uuid("organization")
+    sensor = by_uuid("sensor")
+    device = by_uuid("device")
+    live = BooleanFilter(method="filter_live", label="neither revoked nor expired")
+
+    def filter_live(self, rows: QuerySet[DeviceToken], _name: str, value: bool) -> QuerySet[DeviceToken]:
+        expired = Q(revoked_at__isnull=False) | Q(expires_at__lte=timezone.now())
+        return rows.exclude(expired) if value else rows.filter(expired)
+
+
+@extend_schema_view(
+    create=extend_schema(responses={201: IssuedTokenSerializer}),
+    destroy=extend_schema(summary="Revoke the token; its row stays"),
+)
+class DeviceTokenViewSet(EditViewSet[DeviceToken]):
+    """Tokens of sensors and devices. A token is shown once, in the answer to the POST that issues it."""
+
+    resource = "device-tokens"
+    queryset = DeviceToken.objects.select_related("organization", "sensor", "device")
+    serializer_class = DeviceTokenSerializer
+    filterset_class = DeviceTokenFilter
+
+    def get_serializer_class(self) -> type[DeviceTokenSerializer]:
+        return IssuedTokenSerializer if self.action == "create" else DeviceTokenSerializer
+
+    def perform_create(self, serializer: BaseSerializer[Any]) -> None:
+        owner: Sensor | Device = serializer.validated_data.get("sensor") or serializer.validated_data["device"]
+        self.access.demand("add", self.resource, owner.organization_id)
+        serializer.save()
+
+    @extend_schema(request=None, responses=DeviceTokenSerializer)
+    @action(detail=True, methods=["post"])
+    def revoke(self, request: Request, uuid: str) -> Response:
+        token = self.get_object()
+        self.perform_destroy(token)
+        token.refresh_from_db()
+        return Response(self.get_serializer(token).data)
+
+    def perform_destroy(self, instance: DeviceToken) -> None:
+        DeviceToken.objects.filter(pk=instance.pk).revoke()
+
+
+class ReadingFilter(FilterSet):
+    span = "timestamp"
+    variable = UUIDFilter(method="filter_variable")
+    sensor = UUIDFilter(method="filter_sensor")
+
+    # The rows of Variable are looked up first: with their ids in hand the database reads the readings in the order of
+    # the index on (variable, timestamp), and none that do not belong to the answer.
+    def filter_variable(self, rows: QuerySet[Reading], _name: str, value: Any) -> QuerySet[Reading]:
+        return rows.filter(variable__in=list(Variable.objects.filter(uuid=value).values_list("pk", flat=True)))
+
+    def filter_sensor(self, rows: QuerySet[Reading], _name: str, value: Any) -> QuerySet[Reading]:
+        return rows.filter(variable__in=list(Variable.objects.filter(sensor__uuid=value).values_list("pk", flat=True)))
+
+
+class ReadingViewSet(ListModelMixin, ScopedViewSet[Reading]):
+    """What was measured, newest first. Takes a `variable` or a `sensor`."""
+
+    resource = "readings"
+    organization_path = "variable__sensor__organization"
+    queryset = Reading.objects.select_related("variable__sensor").order_by("-timestamp", "-variable_id")
+    serializer_class = ReadingSerializer
+    filterset_class = ReadingFilter
+
+    def filter_queryset(self, queryset: QuerySet[Reading, Any]) -> QuerySet[Reading, Any]:
+        """Refuses to sort the readings of everything that an organization ever measured."""
+        if not {"variable", "sensor"} & self.request.query_params.keys():
+            raise ValidationError({"variable": ["Say which variable, or which sensor."]})
+        return super().filter_queryset(queryset)
+
+
+class StateChangeFilter(FilterSet):
+    span = "timestamp"
+    device = by_uuid("state__device")
+    state = by_uuid("state")
+    source = ChoiceFilter(choices=StateChange.Source.choices)
+
+
+class StateChangeViewSet(ReadViewSet[StateChange]):
+    """Who or what switched which state, newest first."""
+
+    resource = "state-changes"
+    organization_path = "state__device__organization"
+    queryset = StateChange.objects.select_related("state__device")
+    serializer_class = StateChangeSerializer
+    filterset_class = StateChangeFilter
