@@ -1,0 +1,340 @@
+"""From the nodes of a rule chain to a `Chain`, which turns one event into an `Outcome` with its effects."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rules.actions import Command, Effect, compile_action
+from rules.conditions import Lookup, Reference, Sample, Value, compile_condition, not_a_name
+from rules.exceptions import InvalidChain, Problem
+from rules.transforms import compile_transform
+
+MAX_STEPS = 1_000
+"""Nodes in one chain, and so steps in one run, because no run meets a node twice."""
+
+MAX_REFERENCES = 10_000
+"""Variables that may trigger one chain, because every one of them is an entry in the index of every worker."""
+
+SHOWN_NAMES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec:
+    """One configured node: `type` is filter, transform or action; only a filter may have `on_false`."""
+
+    name: str
+    type: str
+    config: Mapping[str, object]
+    next: str | None = None
+    on_false: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSpec:
+    """One configured chain; the order of `nodes` means nothing but the position that problems name."""
+
+    uuid: str
+    version: int
+    nodes: tuple[NodeSpec, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class Trigger:
+    """The event that a chain runs for; `uuid` is in lower case, `timestamp_us` in microseconds since 1970 (UTC).
+
+    `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
+    what the event carries for its own originator, null included, is never asked of it.
+    """
+
+    event_id: str
+    source_type: str
+    uuid: str
+    values: Mapping[str, Value]
+    timestamp_us: int
+    lookup: Lookup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to: its effects in order, the references it found without a value (each once), its steps.
+
+    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end.
+    """
+
+    effects: tuple[Effect, ...]
+    missing: tuple[Reference, ...]
+    stopped_at: str | None
+    steps: int
+
+
+class _Run:
+    """The state of one run, which dies with it."""
+
+    __slots__ = ("effects", "missing", "read", "trigger", "values")
+
+    def __init__(self, trigger: Trigger) -> None:
+        self.trigger = trigger
+        self.values = dict(trigger.values)
+        self.read = _reader(trigger, self.values)
+        self.missing: list[Reference] = []
+        self.effects: list[Effect] = []
+
+
+def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
+    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup."""
+    source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
+
+    def read(reference: Reference) -> Sample | None:
+        if reference.uuid == uuid and reference.key in values and reference.source_type == source_type:
+            return Sample(values[reference.key], timestamp_us)
+        return lookup(reference)
+
+    return read
+
+
+class _Node:
+    """A compiled node, linked to those that follow it; `execute` is false only where a filter says no."""
+
+    __slots__ = ("execute", "name", "on_false", "on_true")
+
+    def __init__(self, name: str, execute: Callable[[_Run], bool]) -> None:
+        self.name = name
+        self.execute = execute
+        self.on_true: _Node | None = None
+        self.on_false: _Node | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chain:
+    """A compiled chain; safe to keep and to run any number of times, since a run leaves nothing behind.
+
+    `references` trigger the chain and must be known to the lookup: what its filters read and, where a filter reads
+    the result of a transform before it, also what that transform reads. `commands` are the devices and states that
+    its actions address; whether they exist in the organization is the caller's to check.
+    """
+
+    spec: ChainSpec
+    references: frozenset[Reference]
+    commands: tuple[Command, ...]
+    _start: _Node = field(repr=False)
+
+    def run(self, trigger: Trigger) -> Outcome:
+        """Run the chain for one event; raises ChainFailed if a node cannot do its work."""
+        run = _Run(trigger)
+        steps = 0
+        stopped_at: str | None = None
+        node: _Node | None = self._start
+        while node is not None:
+            steps += 1
+            if node.execute(run):
+                node = node.on_true
+            elif node.on_false is not None:
+                node = node.on_false
+            else:
+                stopped_at = node.name
+                break
+        return Outcome(
+            effects=tuple(run.effects),
+            missing=tuple(dict.fromkeys(run.missing)),
+            stopped_at=stopped_at,
+            steps=steps,
+        )
+
+
+def compile(spec: ChainSpec) -> Chain:
+    """Judge and compile a chain; the only judge there is, asked on save and on load.
+
+    A valid chain has at least one filter, names that are unique, links that lead to its own nodes, one node to start
+    from and no cycle. It need not have an action. Raises InvalidChain with every problem of the chain, except that
+    a chain of too many nodes is refused unread.
+    """
+    if len(spec.nodes) > MAX_STEPS:
+        raise InvalidChain([Problem("nodes", len(spec.nodes), f"must not have more than {MAX_STEPS} nodes")])
+    problems = _name_problems(spec.nodes)
+    edges = _edges(spec.nodes, problems)
+    order = _topological_order(spec.nodes, edges, problems)
+    start = _find_start(spec.nodes, edges, problems)
+    parts = _parts(spec, problems)
+    if problems:
+        raise InvalidChain(problems)
+    references = _triggers(order, edges, parts)
+    if len(references) > MAX_REFERENCES:
+        raise InvalidChain([Problem("nodes", None, f"must not read more than {MAX_REFERENCES} variables")])
+    return Chain(
+        spec=spec,
+        references=references,
+        commands=tuple(command for part in parts for command in part.commands),
+        _start=_link(spec.nodes, edges, parts)[start],
+    )
+
+
+Edges = list[dict[str, int]]
+"""Per node position: the link's name (next, onFalse) -> the position it leads to."""
+
+
+def _name_problems(nodes: tuple[NodeSpec, ...]) -> list[Problem]:
+    problems = []
+    seen: set[str] = set()
+    for position, node in enumerate(nodes):
+        if (complaint := not_a_name(node.name)) is not None:
+            problems.append(Problem(f"nodes[{position}].name", node.name, complaint))
+        elif node.name in seen:
+            problems.append(Problem(f"nodes[{position}].name", node.name, "is the name of an earlier node"))
+        seen.add(node.name)
+    return problems
+
+
+def _edges(nodes: tuple[NodeSpec, ...], problems: list[Problem]) -> Edges:
+    """Resolve the names of all links; of nodes with the same name the first is meant."""
+    positions = {node.name: position for position, node in reversed(list(enumerate(nodes)))}
+    edges: Edges = [{} for _ in nodes]
+    for position, node in enumerate(nodes):
+        for link, name in (("next", node.next), ("onFalse", node.on_false)):
+            if name is None:
+                continue
+            if name in positions:
+                edges[position][link] = positions[name]
+            else:
+                problems.append(Problem(f"nodes[{position}].{link}", name, "names no node of this chain"))
+        if node.on_false is not None and node.type != "filter":
+            problems.append(Problem(f"nodes[{position}].onFalse", node.on_false, "is for filters only"))
+    return edges
+
+
+def _topological_order(nodes: tuple[NodeSpec, ...], edges: Edges, problems: list[Problem]) -> list[int]:
+    """Order the positions so that every link leads forward, and add a problem for every link that closes a cycle.
+
+    A depth-first walk without recursion: `path` holds the nodes from the root to here, each with its links to come.
+    """
+    done: dict[int, None] = {}
+    for root in range(len(nodes)):
+        path: dict[int, Iterator[tuple[str, int]]] = {} if root in done else {root: iter(edges[root].items())}
+        while path:
+            here = next(reversed(path))
+            for link, target in path[here]:
+                if target in path:
+                    problems.append(_cycle(nodes, [*path], here=here, link=link, target=target))
+                elif target not in done:
+                    path[target] = iter(edges[target].items())
+                    break
+            else:
+                del path[here]
+                done[here] = None
+    return [*reversed(done)]
+
+
+def _cycle(nodes: tuple[NodeSpec, ...], path: list[int], *, here: int, link: str, target: int) -> Problem:
+    names = [nodes[position].name for position in path[path.index(target) :]]
+    message = f"closes a cycle of {_count(len(names))}: {_listed([*names, names[0]], ' -> ')}"
+    return Problem(f"nodes[{here}].{link}", nodes[target].name, message)
+
+
+def _find_start(nodes: tuple[NodeSpec, ...], edges: Edges, problems: list[Problem]) -> int:
+    """Find the position of the one node that no other points to; where there is none, the cycle is the problem."""
+    pointed_to = {target for source, links in enumerate(edges) for target in links.values() if target != source}
+    first_of_name = {node.name: position for position, node in reversed(list(enumerate(nodes)))}
+    starts = sorted(set(first_of_name.values()) - pointed_to)
+    if len(starts) > 1:
+        names = [nodes[position].name for position in starts]
+        message = f"must have one start, but no other node points to {_count(len(names))}: {_listed(names, ', ')}"
+        problems.append(Problem("nodes", len(names), message))
+    return starts[0] if starts else 0
+
+
+def _count(number: int) -> str:
+    return "1 node" if number == 1 else f"{number} nodes"
+
+
+def _listed(names: list[str], separator: str) -> str:
+    return separator.join([*names[:SHOWN_NAMES], "..."] if len(names) > SHOWN_NAMES else names)
+
+
+class _Part(NamedTuple):
+    """What one node's config compiles to; `derives` is the (target, key) of a transform."""
+
+    execute: Callable[[_Run], bool]
+    references: frozenset[Reference] = frozenset()
+    derives: tuple[str, str] | None = None
+    commands: tuple[Command, ...] = ()
+
+
+def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
+    condition = compile_condition(node.config, path=path)
+    evaluate = condition.evaluate
+    return _Part(lambda run: evaluate(run.read, run.missing), references=condition.references)
+
+
+def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
+    apply, key, target = compile_transform(node.config, chain_uuid=chain_uuid, node=node.name, path=path)
+
+    def execute(run: _Run) -> bool:
+        apply(run.values)
+        return True
+
+    return _Part(execute, derives=(target, key))
+
+
+def _action(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
+    act, commands = compile_action(node.config, chain_uuid=chain_uuid, node=node.name, path=path)
+
+    def execute(run: _Run) -> bool:
+        run.effects.append(act(run.trigger.event_id, run.trigger.timestamp_us, run.values))
+        return True
+
+    return _Part(execute, commands=commands)
+
+
+NODE_TYPES = {"filter": _filter, "transform": _transform, "action": _action}
+
+
+def _parts(spec: ChainSpec, problems: list[Problem]) -> list[_Part]:
+    """Compile every node's config; the result has a part for every node unless `problems` grew."""
+    parts = []
+    for position, node in enumerate(spec.nodes):
+        if (compile_part := NODE_TYPES.get(node.type)) is None:
+            message = f"must be one of {', '.join(NODE_TYPES)}"
+            problems.append(Problem(f"nodes[{position}].type", node.type, message))
+            continue
+        try:
+            parts.append(compile_part(node, chain_uuid=spec.uuid, path=f"nodes[{position}].config"))
+        except InvalidChain as error:
+            problems.extend(error.problems)
+    if all(node.type != "filter" for node in spec.nodes):
+        problems.append(Problem("nodes", len(spec.nodes), "must have a filter, or nothing can trigger the chain"))
+    return parts
+
+
+def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[Reference]:
+    """Gather what the filters read, and behind each derived key what it may be derived from on the way there.
+
+    Stops soon after MAX_REFERENCES: derived keys multiply, and a small configuration could fill the memory.
+    """
+    references: set[Reference] = set()
+    arriving: defaultdict[int, dict[str, frozenset[str]]] = defaultdict(dict)
+    for position in order:
+        part = parts[position]
+        derived = arriving.pop(position, {})
+        for reference in part.references:
+            references.add(reference)
+            references.update(reference._replace(key=key) for key in derived.get(reference.key, ()))
+        if len(references) > MAX_REFERENCES:
+            break
+        if part.derives is not None:
+            target, key = part.derives
+            derived = {**derived, target: derived.get(key, frozenset()) | {key}}
+        for successor in {*edges[position].values()}:
+            merged = arriving[successor]
+            for target, keys in derived.items():
+                merged[target] = merged[target] | keys if target in merged else keys
+    return frozenset(references)
+
+
+def _link(nodes: tuple[NodeSpec, ...], edges: Edges, parts: list[_Part]) -> list[_Node]:
+    linked = [_Node(node.name, part.execute) for node, part in zip(nodes, parts, strict=True)]
+    for node, links in zip(linked, edges, strict=True):
+        node.on_true = linked[links["next"]] if "next" in links else None
+        node.on_false = linked[links["onFalse"]] if "onFalse" in links else None
+    return linked

@@ -1,0 +1,108 @@
+"""Changes of rule chains: a chain and its new nodes in, a validated chain with a new version in the database.
+
+REST and admin both save through `save` and `delete`; all of one chain's changes happen one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from django.db import transaction
+
+from devices import catalogue
+from rules import validation
+from rules.exceptions import InvalidChain, Problem
+from rules.models import RuleChain, RuleNode
+
+
+def locked(chain_id: int) -> RuleChain:
+    """The chain as it is now, until the end of the transaction unchanged by others. Raises RuleChain.DoesNotExist."""
+    return RuleChain.objects.select_for_update(of=("self",)).select_related("organization").get(pk=chain_id)
+
+
+@transaction.atomic
+def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None) -> None:
+    """Writes the chain and, if given, these nodes in place of all it had; its version grows by one.
+
+    Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only when it is switched on: one whose
+    sensor was deleted can still be renamed and switched off.
+    """
+    stored = locked(chain.pk) if chain.pk else None
+    judged = nodes if nodes is not None or not _switched_on(chain, stored) else list(chain.nodes.all())
+    problems = validation.problems_of(chain, judged) if judged is not None else []
+    if problems:
+        raise InvalidChain(problems)
+    chain.version = stored.version + 1 if stored else 1
+    chain.save()
+    if nodes is not None:
+        _replace_nodes(chain, nodes)
+    catalogue.mark_changed(chain.organization_id)
+
+
+@transaction.atomic
+def delete(chain: RuleChain) -> None:
+    organization_id = chain.organization_id
+    chain.delete()
+    catalogue.mark_changed(organization_id)
+
+
+def _switched_on(chain: RuleChain, stored: RuleChain | None) -> bool:
+    return stored is not None and chain.enabled and not stored.enabled
+
+
+def _replace_nodes(chain: RuleChain, nodes: Sequence[RuleNode]) -> None:
+    """Deletes and inserts instead of updating, so that two nodes can swap their names; uuids stay."""
+    chain.nodes.all().delete()
+    for position, node in enumerate(nodes):
+        node.pk, node.chain, node.position = None, chain, position
+        node._state.adding = True
+    RuleNode.objects.bulk_create(nodes)
+
+
+def insert(nodes: list[RuleNode], new: RuleNode, *, after: str | None) -> list[RuleNode]:
+    """Links a node in after the one named, or at the end of the main line. The new node's own `next` wins over the old.
+
+    Raises InvalidChain when no node has that name.
+    """
+    if not nodes:
+        return [new]
+    previous = _by_name(nodes, after) if after else _end_of_main_line(nodes)
+    if previous is None:
+        raise InvalidChain([Problem("previous", after, "names no node of this chain")])
+    new.next = new.next or previous.next
+    previous.next = new.name
+    position = nodes.index(previous) + 1
+    return [*nodes[:position], new, *nodes[position:]]
+
+
+def rename(nodes: list[RuleNode], old: str, new: str) -> None:
+    """Lets the links that led to a node follow its new name."""
+    _relink(nodes, old, new)
+
+
+def remove(nodes: list[RuleNode], gone: RuleNode) -> list[RuleNode]:
+    """Takes a node out and links those before it to its `next`."""
+    left = [node for node in nodes if node is not gone]
+    _relink(left, gone.name, gone.next)
+    return left
+
+
+def _relink(nodes: list[RuleNode], old: str, new: str) -> None:
+    for node in nodes:
+        node.next = new if node.next == old else node.next
+        node.on_false = new if node.on_false == old else node.on_false
+
+
+def _by_name(nodes: list[RuleNode], name: str) -> RuleNode | None:
+    return next((node for node in nodes if node.name == name), None)
+
+
+def _end_of_main_line(nodes: list[RuleNode]) -> RuleNode:
+    """From the node that no other points to along `next`, as far as it leads."""
+    pointed_to = {name for node in nodes for name in (node.next, node.on_false)}
+    here = next((node for node in nodes if node.name not in pointed_to), nodes[0])
+    seen = {here.name}
+    while (following := _by_name(nodes, here.next)) is not None and following.name not in seen:
+        seen.add(following.name)
+        here = following
+    return here

@@ -1,0 +1,372 @@
+"""Events: the bytes a sender sends in, validated Event objects out, and their compact form in the journal. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Protocol
+from uuid import UUID
+
+import msgspec
+
+from devices.exceptions import BadPayload, Forbidden, TooLarge
+
+MAXIMUM_BYTES = 1_048_576
+MAXIMUM_EVENTS = 1_000
+MAXIMUM_FUTURE = timedelta(hours=24)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# A clock that was never set says 1970 or 1980. Such readings would never be found again among the real ones.
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class EventType(StrEnum):
+    SCHEDULED = "scheduled"
+    CRITICAL_ALARM = "critical-alarm"
+    TELEMETRY_DATA = "telemetry-data"
+    DEVICE_STATE_CHANGE = "device-state-change"
+    BATCH_OPERATION = "batch-operation"
+
+
+class Lane(StrEnum):
+    """A journal stream and an RQ queue; in the order in which workers serve them."""
+
+    CRITICAL = "critical"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+# The server, not the sender, says how urgent a type is.
+PRIORITIES: Mapping[str, int] = {
+    EventType.SCHEDULED: 1,
+    EventType.CRITICAL_ALARM: 1,
+    EventType.TELEMETRY_DATA: 5,
+    EventType.DEVICE_STATE_CHANGE: 5,
+    EventType.BATCH_OPERATION: 10,
+}
+# What a sender may call its event; "scheduled" is the scheduler's.
+CLAIMABLE = frozenset(EventType) - {EventType.SCHEDULED}
+
+
+def lane_of(priority: int) -> Lane:
+    if priority <= 2:
+        return Lane.CRITICAL
+    return Lane.NORMAL if priority <= 5 else Lane.LOW
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened, as the journal keeps it. Times are microseconds since 1970, UTC.
+
+    `trace` is a W3C traceparent or empty. After `command_deadline_us` the event switches no device any more; 0 is never.
+    `attempt` counts runs that failed before; `chains` then names the chains that are still to run, None meaning all.
+    """
+
+    id: UUID
+    type: str
+    priority: int
+    source_type: str
+    originator_uuid: str
+    organization_id: int
+    values: dict[str, Any]
+    timestamp_us: int
+    received_us: int
+    protocol: str
+    trace: str = ""
+    command_deadline_us: int = 0
+    attempt: int = 0
+    chains: tuple[str, ...] | None = None
+
+    @property
+    def lane(self) -> Lane:
+        return lane_of(self.priority)
+
+
+class Originator(Protocol):
+    """What must be known of a sender to judge its events (devices.catalogue.Originator)."""
+
+    @property
+    def source_type(self) -> str: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def organization_id(self) -> int: ...
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
+
+
+class _Item(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    values: dict[str, Any]
+    timestamp: datetime | None = None
+    event_id: UUID | None = None
+    type: str | None = None
+    uuid: UUID | None = None
+
+
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    events: list[_Item]
+
+
+_item_decoder = msgspec.json.Decoder(_Item)
+_batch_decoder = msgspec.json.Decoder(_Batch)
+_BATCH_START = re.compile(rb'\s*\{\s*"events"')
+_MSGSPEC_PLACE = re.compile(r" - at `\$(?:\.events\[(\d+)\])?\.?(.*)`$")
+
+
+def decode(
+    payload: bytes, originator: Originator, *, highest_priority: int, now: datetime, protocol: str
+) -> list[Event]:
+    """The events of one request: `{"values": ...}` or `{"events": [...]}`, at most 1,000 and 1 MB.
+
+    Raises BadPayload (naming item and field), Forbidden (another's uuid, a type more urgent than the token may claim) or
+    TooLarge; then nothing of the request counts as an event.
+    """
+    if len(payload) > MAXIMUM_BYTES:
+        raise TooLarge(f"the request has {len(payload)} bytes, at most {MAXIMUM_BYTES} are allowed")
+    is_batch = _BATCH_START.match(payload) is not None
+    items = _items(payload, is_batch=is_batch)
+    if len(items) > MAXIMUM_EVENTS:
+        raise TooLarge(f"the request has {len(items)} events, at most {MAXIMUM_EVENTS} are allowed")
+    if not items:
+        raise BadPayload("events is empty", field="events")
+    reader = _Reader(originator, highest_priority, now, protocol)
+    return [reader.event(item, index if is_batch else None) for index, item in enumerate(items)]
+
+
+def _items(payload: bytes, *, is_batch: bool) -> list[_Item]:
+    try:
+        return _batch_decoder.decode(payload).events if is_batch else [_item_decoder.decode(payload)]
+    except msgspec.ValidationError as error:
+        raise _not_finite(payload, is_batch=is_batch) or _explained(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(payload, error, is_batch=is_batch) from None
+
+
+def _explained(error: msgspec.ValidationError) -> BadPayload:
+    """msgspec says "Expected `str`, got `int` - at `$.events[3].timestamp`"; senders get index and field apart."""
+    text = _MSGSPEC_PLACE.sub("", str(error)).replace("`", "'")
+    place = _MSGSPEC_PLACE.search(str(error))
+    index = int(place.group(1)) if place and place.group(1) else None
+    named = re.search(r"(?:unknown|missing required) field '(.+?)'", text)
+    field = named.group(1) if named else place.group(2) if place else ""
+    where = f"{_place(index)}{field}".rstrip(".")
+    return BadPayload(f"{where}: {text}" if where else text, index=index, field=field)
+
+
+def _malformed(payload: bytes, error: Exception, *, is_batch: bool) -> BadPayload:
+    text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return _not_finite(payload, is_batch=is_batch) or BadPayload(f"the request is not valid JSON: {text}")
+
+
+def _not_finite(payload: bytes, *, is_batch: bool) -> BadPayload | None:
+    """NaN and Infinity are not JSON, yet common in sensors' code: Python's lenient reader finds the item and the field."""
+    try:
+        document = json.loads(payload)
+        items = document["events"] if is_batch else [document]
+        for index, item in enumerate(items):
+            for name, value in item["values"].items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    place = index if is_batch else None
+                    text = f"{_place(place)}values.{name} is not a finite number"
+                    return BadPayload(text, index=place, field=f"values.{name}")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None  # broken in another way, which the caller tells
+    return None
+
+
+class _Reader:
+    """Turns the items of one request into events of one originator."""
+
+    def __init__(self, originator: Originator, highest_priority: int, now: datetime, protocol: str) -> None:
+        self._originator = originator
+        self._highest_priority = highest_priority
+        self._now = now
+        self._received_us = microseconds(now)
+        self._protocol = protocol
+
+    def event(self, item: _Item, index: int | None) -> Event:
+        kind = self._type(item, index)
+        return Event(
+            id=item.event_id or uuid.uuid4(),
+            type=kind,
+            priority=PRIORITIES[kind],
+            source_type=self._originator.source_type,
+            originator_uuid=self._originator.uuid,
+            organization_id=self._originator.organization_id,
+            values=self._values(item, index),
+            timestamp_us=self._timestamp_us(item, index),
+            received_us=self._received_us,
+            protocol=self._protocol,
+        )
+
+    def _type(self, item: _Item, index: int | None) -> str:
+        if item.uuid is not None and str(item.uuid) != self._originator.uuid:
+            raise Forbidden(f"{_place(index)}uuid: the token belongs to another {self._originator.source_type}")
+        if item.type is None:
+            is_sensor = self._originator.source_type == "sensor"
+            return EventType.TELEMETRY_DATA if is_sensor else EventType.DEVICE_STATE_CHANGE
+        if item.type not in CLAIMABLE:
+            known = ", ".join(sorted(CLAIMABLE))
+            raise BadPayload(f"{_place(index)}type: {item.type!r} is not one of: {known}", index=index, field="type")
+        if PRIORITIES[item.type] < self._highest_priority:
+            raise Forbidden(
+                f"{_place(index)}type: the token may not send {item.type}; its limit is priority {self._highest_priority}"
+            )
+        return item.type
+
+    def _values(self, item: _Item, index: int | None) -> dict[str, Any]:
+        if not item.values:
+            raise BadPayload(f"{_place(index)}values is empty", index=index, field="values")
+        for name, value in item.values.items():
+            field = self._originator.fields.get(name)
+            if field is None:
+                kind = "variable" if self._originator.source_type == "sensor" else "state"
+                known = ", ".join(sorted(self._originator.fields)) or "none"
+                problem = f"is not a {kind} of this {self._originator.source_type} (known: {known})"
+            else:
+                problem = field.problem_with(value)
+            if problem:
+                raise BadPayload(f"{_place(index)}values.{name} {problem}", index=index, field=f"values.{name}")
+        return item.values
+
+    def _timestamp_us(self, item: _Item, index: int | None) -> int:
+        if item.timestamp is None:
+            # A microsecond apart: readings of one variable at one moment would be duplicates of each other.
+            return self._received_us + (index or 0)
+        problem = self._timestamp_problem(item.timestamp)
+        if problem:
+            raise BadPayload(f"{_place(index)}timestamp {problem}", index=index, field="timestamp")
+        return microseconds(item.timestamp)
+
+    def _timestamp_problem(self, timestamp: datetime) -> str:
+        if timestamp.tzinfo is None:
+            return "has no time zone: end it with Z or an offset such as +02:00"
+        if timestamp - self._now > MAXIMUM_FUTURE:
+            return "is more than 24 hours in the future"
+        if timestamp < EARLIEST:
+            return "is before the year 2000: the sender's clock seems not to be set"
+        return ""
+
+
+def _place(index: int | None) -> str:
+    return "" if index is None else f"events[{index}]."
+
+
+def microseconds(moment: datetime) -> int:
+    return (moment - EPOCH) // _MICROSECOND
+
+
+def moment(microseconds_since_epoch: int) -> datetime:
+    return EPOCH + timedelta(microseconds=microseconds_since_epoch)
+
+
+def as_sent(event: Event) -> bytes:
+    """The event as a sender could send it again, with the id and time that it has now."""
+    return msgspec.json.encode(
+        {
+            "values": event.values,
+            "timestamp": moment(event.timestamp_us),
+            "eventId": event.id,
+            "type": event.type,
+        }
+    )
+
+
+class _Group(msgspec.Struct, array_like=True, frozen=True):
+    """Events of one request share all but id, time and values: stored once for up to 1,000 events."""
+
+    type: str
+    priority: int
+    source_type: str
+    originator_uuid: bytes
+    organization_id: int
+    received_us: int
+    protocol: str
+    trace: str
+    command_deadline_us: int
+    items: list[tuple[bytes, int, dict[str, Any]]]
+
+
+class _Retry(msgspec.Struct, array_like=True, frozen=True):
+    attempt: int
+    chains: tuple[str, ...] | None
+    group: _Group
+
+
+_encoder = msgspec.msgpack.Encoder()
+_group_decoder = msgspec.msgpack.Decoder(list[_Group])
+_retry_decoder = msgspec.msgpack.Decoder(_Retry)
+
+
+def encode(events: Sequence[Event]) -> bytes:
+    """The bytes of one journal entry; about 40 per event in batches of 100 with one value each."""
+    groups: list[_Group] = []
+    shared: tuple[Any, ...] = ()
+    for event in events:
+        header = _header(event)
+        if header != shared:
+            shared = header
+            groups.append(_group(header, []))
+        groups[-1].items.append(_item(event))
+    return _encoder.encode(groups)
+
+
+def decode_entry(data: bytes) -> list[Event]:
+    """The events of a journal entry; msgspec.DecodeError when the bytes are none."""
+    return [event for group in _group_decoder.decode(data) for event in _ungrouped(group)]
+
+
+def encode_retry(event: Event) -> bytes:
+    return _encoder.encode(_Retry(event.attempt, event.chains, _group(_header(event), [_item(event)])))
+
+
+def decode_retry(data: bytes) -> Event:
+    retry = _retry_decoder.decode(data)
+    return msgspec.structs.replace(_ungrouped(retry.group)[0], attempt=retry.attempt, chains=retry.chains)
+
+
+def _group(header: tuple[Any, ...], items: list[tuple[bytes, int, dict[str, Any]]]) -> _Group:
+    return _Group(*header, items)  # type: ignore[call-arg]  # the header has the fields before `items`
+
+
+def _header(event: Event) -> tuple[Any, ...]:
+    return (
+        event.type,
+        event.priority,
+        event.source_type,
+        UUID(event.originator_uuid).bytes,
+        event.organization_id,
+        event.received_us,
+        event.protocol,
+        event.trace,
+        event.command_deadline_us,
+    )
+
+
+def _item(event: Event) -> tuple[bytes, int, dict[str, Any]]:
+    return event.id.bytes, event.timestamp_us, event.values
+
+
+def _ungrouped(group: _Group) -> list[Event]:
+    originator_uuid = str(UUID(bytes=group.originator_uuid))
+    return [
+        Event(
+            id=UUID(bytes=identifier),
+            type=group.type,
+            priority=group.priority,
+            source_type=group.source_type,
+            originator_uuid=originator_uuid,
+            organization_id=group.organization_id,
+            values=values,
+            timestamp_us=timestamp_us,
+            received_us=group.received_us,
+            protocol=group.protocol,
+            trace=group.trace,
+            command_deadline_us=group.command_deadline_us,
+        )
+        for identifier, timestamp_us, values in group.items
+    ]

@@ -1,0 +1,216 @@
+"""Tables of the rules: chains and their nodes, and the events that could not be accepted or could not be finished."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.db import models
+from django.utils import timezone
+
+from devices.models import Identified, Organization
+
+
+class RuleChain(Identified):
+    """What a grower wants to happen: an ordered graph of nodes that an event runs through."""
+
+    class ExecutionType(models.TextChoices):
+        EVENT_TRIGGERED = "event-triggered"
+        SCHEDULE_ONLY = "schedule-only"
+        HYBRID = "hybrid"
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="rule_chains")
+    name = models.CharField(max_length=200)
+    enabled = models.BooleanField(default=True)
+    version = models.PositiveIntegerField(default=1, editable=False)
+    execution_type = models.CharField(
+        max_length=20, choices=ExecutionType.choices, default=ExecutionType.EVENT_TRIGGERED
+    )
+    priority = models.PositiveSmallIntegerField(default=5, help_text="Of chains that one event triggers, 1 runs first.")
+    max_retries = models.PositiveSmallIntegerField(default=3)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["organization", "name"], name="chain_name_in_organization")]
+        ordering = ["priority", "name"]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class RuleNode(models.Model):
+    """One step of a chain: a filter, a transform or an action. Names, not ids, link nodes, so that a chain can be read."""
+
+    class Type(models.TextChoices):
+        FILTER = "filter"
+        TRANSFORM = "transform"
+        ACTION = "action"
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    chain = models.ForeignKey(RuleChain, on_delete=models.CASCADE, related_name="nodes")
+    name = models.CharField(max_length=100)
+    type = models.CharField(max_length=10, choices=Type.choices)
+    config = models.JSONField(default=dict)
+    next = models.CharField(max_length=100, blank=True, help_text="The node that follows; empty ends the chain.")
+    on_false = models.CharField(
+        max_length=100, blank=True, help_text="Of a filter: the node that follows when it is false."
+    )
+    position = models.PositiveIntegerField(default=0, editable=False)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["chain", "name"], name="node_name_in_chain")]
+        ordering = ["chain", "position", "id"]
+
+    def __str__(self) -> str:
+        return f"{self.chain}: {self.name}"
+
+    def clean(self) -> None:
+        if self.on_false and self.type != self.Type.FILTER:
+            raise ValidationError({"on_false": "only a filter has a false branch"})
+
+
+class Status(models.TextChoices):
+    """What became of an event that is kept for people."""
+
+    KEPT = "kept", "kept: nobody has decided yet"
+    REPLAYED = "replayed", "replayed: it was sent into the queue again"
+    DISCARDED = "discarded", "discarded: nobody wants it"
+
+
+class RejectedEvent(models.Model):
+    """An event, or a request that held none that could be read, that was not accepted.
+
+    An event that can be replayed has an `event_id` and a payload that `rules.events.decode` takes; a request that could not
+    be read has neither id nor priority, and its payload may be cut.
+    """
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    event_id = models.UUIDField(null=True, blank=True, db_index=True)
+    organization = models.ForeignKey(
+        Organization, null=True, blank=True, on_delete=models.CASCADE, related_name="rejected_events"
+    )
+    protocol = models.CharField(max_length=10)
+    source_type = models.CharField(max_length=10, blank=True)
+    originator_uuid = models.CharField(max_length=36, blank=True, db_index=True)
+    type = models.CharField(max_length=30, blank=True)
+    priority = models.PositiveSmallIntegerField(null=True, blank=True)
+    lane = models.CharField(max_length=10, blank=True)
+    timestamp = models.DateTimeField(null=True, blank=True, help_text="When it happened, by the sender's account.")
+    reason = models.CharField(max_length=40, db_index=True)
+    detail = models.CharField(max_length=500, blank=True)
+    payload = models.TextField(blank=True)
+    queue_depth = models.PositiveIntegerField(null=True, blank=True, help_text="Events queued at that moment.")
+    threshold = models.PositiveIntegerField(null=True, blank=True)
+    circuit_state = models.CharField(max_length=10, blank=True)
+    received_at = models.DateTimeField(default=timezone.now, db_index=True)
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
+    decided_at = models.DateTimeField(null=True, blank=True)
+    decided_by = models.CharField(max_length=150, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.reason} over {self.protocol} at {self.received_at:%Y-%m-%d %H:%M:%S}"
+
+
+class DeadLetter(models.Model):
+    """An accepted event that failed at every attempt, kept with what is needed to understand and repeat it."""
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    failure_key = models.CharField(max_length=100, unique=True, help_text="Event and chain: each is kept once.")
+    event_id = models.UUIDField(db_index=True)
+    organization = models.ForeignKey(
+        Organization, null=True, blank=True, on_delete=models.CASCADE, related_name="dead_letters"
+    )
+    lane = models.CharField(max_length=10)
+    originator_uuid = models.UUIDField(null=True, blank=True, db_index=True)
+    event: Any = models.JSONField()
+    error = models.CharField(max_length=500)
+    chain = models.ForeignKey(RuleChain, null=True, blank=True, on_delete=models.SET_NULL, related_name="dead_letters")
+    node = models.CharField(max_length=100, blank=True)
+    attempts = models.PositiveIntegerField()
+    traceback = models.TextField(blank=True)
+    created_at = models.DateTimeField(default=timezone.now, db_index=True)
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
+    decided_at = models.DateTimeField(null=True, blank=True)
+    decided_by = models.CharField(max_length=150, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.event_id}: {self.error}"
+
+
+class Replay(models.Model):
+    """A request to send kept events into the queue again, worked off in steps at a capped rate."""
+
+    class Kind(models.TextChoices):
+        REJECTED = "rejected-events"
+        DEAD = "dead-letters"
+
+    class State(models.TextChoices):
+        RUNNING = "running"
+        DONE = "done"
+        STOPPED = "stopped"
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    kind = models.CharField(max_length=20, choices=Kind.choices)
+    organization = models.ForeignKey(
+        Organization, null=True, blank=True, on_delete=models.CASCADE, related_name="replays"
+    )
+    criteria = models.JSONField(
+        default=dict, help_text="Field look-ups that choose the rows, fixed when it was asked for."
+    )
+    rate = models.PositiveIntegerField(default=100, help_text="Events a second at most.")
+    with_commands = models.BooleanField(default=False, help_text="Also send device commands that are old by now.")
+    state = models.CharField(max_length=10, choices=State.choices, default=State.RUNNING, db_index=True)
+    total = models.PositiveIntegerField(default=0)
+    replayed = models.PositiveIntegerField(default=0)
+    failed = models.PositiveIntegerField(default=0)
+    note = models.CharField(max_length=500, blank=True, help_text="Why it waits, stopped or could not replay some.")
+    last_id = models.BigIntegerField(default=0, help_text="Rows up to this id are done.")
+    created_at = models.DateTimeField(default=timezone.now)
+    created_by = models.CharField(max_length=150)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.replayed} of {self.total}"
+
+
+class CircuitState(models.Model):
+    """The one state of the queue's circuit, for all processes. Changed by compare-and-set on the version."""
+
+    SOLE_ID = 1
+
+    state = models.CharField(max_length=10, default="CLOSED")
+    version = models.PositiveBigIntegerField(default=0)
+    changed_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=models.Q(id=1), name="one_circuit")]
+
+    def __str__(self) -> str:
+        return self.state
+
+
+class CircuitTransition(models.Model):
+    """Every change of the circuit's state: from, to, why, at which depth, and by whom when it was a person."""
+
+    from_state = models.CharField(max_length=10)
+    to_state = models.CharField(max_length=10)
+    reason = models.CharField(max_length=40)
+    queue_depth = models.PositiveIntegerField(null=True)
+    actor = models.CharField(max_length=150, blank=True)
+    at = models.DateTimeField(default=timezone.now, db_index=True)
+
+    class Meta:
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.from_state} -> {self.to_state}: {self.reason}"

@@ -1,0 +1,325 @@
+"""JSON of rule chains and their nodes, of rejected events and dead letters: camelCase in, rows out, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from django.db.models import Model
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers, status
+from rest_framework.exceptions import APIException, ValidationError
+
+from devices.models import Organization, StateChange
+from devices.serializers import (
+    CamelCaseSerializer,
+    ScopedField,
+    StateChangeSerializer,
+    StrictMixin,
+    ValueField,
+    organization_field,
+)
+from rules import editing, replay
+from rules.exceptions import InvalidChain, Problem
+from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
+
+MAXIMUM_SMALL_INTEGER = 32_767
+
+
+class ProblemSerializer(serializers.Serializer[Problem]):
+    """One entry of `validationErrors`: where, what was found there, and what is wrong with it."""
+
+    path = serializers.CharField(help_text="For example nodes[0].config.expressions[1].UUID")
+    value = ValueField()
+    message = serializers.CharField()
+
+
+class ValidationErrorsSerializer(serializers.Serializer[Any]):
+    """The body of a 400 that is about a chain's nodes."""
+
+    validationErrors = ProblemSerializer(many=True)  # noqa: N815  the API speaks camelCase
+
+
+class ChainRefused(APIException):
+    """A 400 with `validationErrors`. No ValidationError, which would turn every value in it into text."""
+
+    status_code = status.HTTP_400_BAD_REQUEST
+
+    def __init__(self, problems: Iterable[Problem], *, fields: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.detail = {**(fields or {}), "validationErrors": [ProblemSerializer(problem).data for problem in problems]}
+
+
+class LinkField(serializers.CharField):
+    """The name of a node, or null where there is none; the database has an empty text for null."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(required=False, allow_null=True, allow_blank=True, max_length=100, **options)
+
+    def run_validation(self, data: Any = serializers.empty) -> Any:
+        return "" if data is None else super().run_validation(data)
+
+    def to_representation(self, value: str) -> str | None:  # type: ignore[override]
+        return value or None
+
+
+@extend_schema_field({"type": "string", "enum": RuleNode.Type.values})
+class NodeTypeField(serializers.CharField):
+    """Judged by chains.compile, like everything that only the rest of the chain can make right or wrong."""
+
+
+@extend_schema_field({"type": "object", "additionalProperties": True})
+class ConfigField(serializers.JSONField):
+    """Judged by chains.compile."""
+
+
+class NodeSerializer(CamelCaseSerializer[RuleNode]):
+    """One step of a chain."""
+
+    # Given with a node of a whole chain, the uuid says which one it was.
+    uuid = serializers.UUIDField(required=False)
+    type = NodeTypeField()
+    config = ConfigField()
+    next = LinkField(help_text="The node that follows; null ends the chain.")
+    on_false = LinkField(help_text="Of a filter: the node that follows when it is false.")
+
+    class Meta:
+        model = RuleNode
+        fields = ["uuid", "name", "type", "config", "next", "on_false"]
+        extra_kwargs = {"name": {"trim_whitespace": False}}
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        return attrs  # the chain as a whole is judged by rules.editing
+
+
+class NewNodeSerializer(NodeSerializer):
+    """A node to put into a chain."""
+
+    uuid = None  # type: ignore[assignment]
+    previous = serializers.CharField(
+        write_only=True, required=False, help_text="The node to put it after; without it, the end of the main line."
+    )
+
+    class Meta(NodeSerializer.Meta):
+        fields = ["name", "type", "config", "next", "on_false", "previous"]
+
+
+class EditedNodeSerializer(NodeSerializer):
+    """A node of a chain, to be changed; links to it follow its new name."""
+
+    uuid = serializers.UUIDField(read_only=True)
+
+
+class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
+    """What is to happen when a condition is met. `version` grows by one with every change."""
+
+    organization = organization_field()
+    priority = serializers.IntegerField(default=5, min_value=1, max_value=MAXIMUM_SMALL_INTEGER)
+    max_retries = serializers.IntegerField(default=3, min_value=0, max_value=MAXIMUM_SMALL_INTEGER)
+    nodes = NodeSerializer(many=True)
+
+    class Meta:
+        model = RuleChain
+        fields = [
+            "uuid",
+            "organization",
+            "name",
+            "enabled",
+            "execution_type",
+            "priority",
+            "max_retries",
+            "version",
+            "nodes",
+            "created_at",
+            "updated_at",
+        ]
+        immutable = ["organization"]
+
+    def to_internal_value(self, data: Any) -> Any:
+        """Like every serializer's, but what is wrong inside `nodes` is told as `validationErrors`, in paths."""
+        try:
+            return super().to_internal_value(data)
+        except ValidationError as error:
+            detail = error.detail
+            if not isinstance(detail, dict) or "nodes" not in detail or "nodes" not in data:
+                raise
+            problems = _problems(detail.pop("nodes"), data["nodes"], "nodes")
+            raise ChainRefused(problems, fields=detail) from error
+
+    def candidate(self, attrs: Any) -> Model:
+        return super().candidate({name: value for name, value in attrs.items() if name != "nodes"})
+
+    def save(self, **_: Any) -> RuleChain:
+        """Raises ChainRefused with every problem of the chain; inside a transaction, because the row was locked."""
+        attrs = dict(self.validated_data)
+        raw_nodes = attrs.pop("nodes", None)
+        chain = self.candidate(attrs)
+        assert isinstance(chain, RuleChain)  # noqa: S101  Meta.model
+        try:
+            nodes = None if raw_nodes is None else nodes_from(raw_nodes, chain)
+            editing.save(chain, nodes)
+        except InvalidChain as error:
+            raise ChainRefused(error.problems) from error
+        self.instance = RuleChain.objects.select_related("organization").get(pk=chain.pk)
+        return self.instance
+
+
+def nodes_from(raw_nodes: list[dict[str, Any]], chain: RuleChain) -> list[RuleNode]:
+    """New rows in place of the old. A node keeps its uuid when the body gives it, else when its name stays."""
+    old = {node.name: node.uuid for node in chain.nodes.all()} if chain.pk else {}
+    given = [raw.get("uuid") for raw in raw_nodes]
+    problems = [
+        Problem(f"nodes[{position}].uuid", str(uuid), "is no other node of this chain; leave it out")
+        for position, uuid in enumerate(given)
+        if uuid is not None and (uuid not in old.values() or uuid in given[:position])
+    ]
+    if problems:
+        raise InvalidChain(problems)
+    free = {name: uuid for name, uuid in old.items() if uuid not in given}
+    return [_node(chain, raw, uuid or free.pop(raw["name"], None)) for raw, uuid in zip(raw_nodes, given, strict=True)]
+
+
+def _node(chain: RuleChain, raw: Mapping[str, Any], uuid: UUID | None) -> RuleNode:
+    node = RuleNode(chain=chain, **{name: value for name, value in raw.items() if name != "uuid"})
+    node.uuid = uuid or node.uuid
+    return node
+
+
+def _problems(detail: Any, data: Any, path: str) -> Iterable[Problem]:
+    """Serializer errors, nested like the data, as a flat list of problems."""
+    if isinstance(detail, dict):
+        for key, inner in detail.items():
+            if isinstance(key, int):
+                yield from _problems(inner, data[key], f"{path}[{key}]")
+            elif key == "non_field_errors":
+                yield from _problems(inner, data, path)
+            else:
+                yield from _problems(inner, data.get(key), f"{path}.{key}")
+    else:
+        yield from (Problem(path, data, str(text)) for text in detail)
+
+
+class RejectedEventSerializer(CamelCaseSerializer[RejectedEvent]):
+    """What was sent and not accepted, with the reason."""
+
+    organization = ScopedField[Organization](read_only=True)
+
+    class Meta:
+        model = RejectedEvent
+        fields = [
+            "uuid",
+            "event_id",
+            "organization",
+            "protocol",
+            "source_type",
+            "originator_uuid",
+            "type",
+            "priority",
+            "lane",
+            "timestamp",
+            "reason",
+            "detail",
+            "payload",
+            "queue_depth",
+            "threshold",
+            "circuit_state",
+            "received_at",
+            "status",
+            "decided_at",
+            "decided_by",
+        ]
+
+
+class DeadLetterSerializer(CamelCaseSerializer[DeadLetter]):
+    """An accepted event that failed at every attempt."""
+
+    organization = ScopedField[Organization](read_only=True)
+    chain = ScopedField[RuleChain](read_only=True)
+
+    class Meta:
+        model = DeadLetter
+        fields = [
+            "uuid",
+            "event_id",
+            "organization",
+            "lane",
+            "originator_uuid",
+            "event",
+            "error",
+            "chain",
+            "node",
+            "attempts",
+            "created_at",
+            "status",
+            "decided_at",
+            "decided_by",
+        ]
+
+
+class ReplaySerializer(CamelCaseSerializer[Replay]):
+    """A replay and how far it is: `replayed` and `failed` of about `total` events."""
+
+    organization = ScopedField[Organization](read_only=True)
+
+    class Meta:
+        model = Replay
+        fields = [
+            "uuid",
+            "kind",
+            "organization",
+            "rate",
+            "with_commands",
+            "state",
+            "total",
+            "replayed",
+            "failed",
+            "note",
+            "created_at",
+            "created_by",
+            "ended_at",
+        ]
+
+
+class ReplayWishSerializer(StrictMixin):
+    """What to replay: filters under the names that the list knows, and how."""
+
+    rate = serializers.IntegerField(
+        default=replay.DEFAULT_RATE, min_value=1, max_value=replay.MAXIMUM_RATE, help_text="Events a second at most."
+    )
+    withCommands = serializers.BooleanField(  # noqa: N815  the API speaks camelCase
+        default=False, help_text="Also switch devices for events that are old by now."
+    )
+    organization = serializers.UUIDField(required=False)
+    lane = serializers.CharField(required=False)
+    since = serializers.DateTimeField(required=False)
+    until = serializers.DateTimeField(required=False)
+    eventId = serializers.UUIDField(required=False)  # noqa: N815
+    originator = serializers.UUIDField(required=False)
+
+
+class RejectedReplayWishSerializer(ReplayWishSerializer):
+    reason = serializers.CharField(required=False)
+    priority = serializers.IntegerField(required=False, min_value=1, max_value=10)
+    protocol = serializers.CharField(required=False)
+
+
+class DeadReplayWishSerializer(ReplayWishSerializer):
+    chain = serializers.UUIDField(required=False)
+    node = serializers.CharField(required=False)
+
+
+class StateCommandSerializer(StrictMixin):
+    """A person's wish to switch a device."""
+
+    deviceUuid = serializers.UUIDField()  # noqa: N815  the API speaks camelCase
+    stateName = serializers.CharField(max_length=100)  # noqa: N815
+    value = ValueField()
+
+
+class StateInstanceSerializer(StateChangeSerializer):
+    """What became of the wish."""
+
+    class Meta:
+        model = StateChange
+        fields = ["uuid", "device", "stateName", "value", "previous", "timestamp"]

@@ -1,0 +1,168 @@
+"""Device states: what rules, people and devices want a state to be in; the change, its record and its message out.
+
+A change, its StateChange and its Notification are written in one transaction, and the effect key makes each happen once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from django.contrib.auth.models import AbstractBaseUser
+from django.core.exceptions import ValidationError
+from django.db import transaction
+from django.utils import timezone
+from redis.exceptions import RedisError
+
+from aemos.lib import metrics, redis
+from devices import latest
+from devices.latest import Latest
+from devices.models import DeviceState, StateChange
+from notifications import messages, outbox
+from notifications.messages import Message
+from rules import events
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer."""
+
+    effect_key: str
+    state_id: int
+    value: Any
+    source: str
+    actor: str
+    timestamp_us: int
+    priority: int = 5
+    always: bool = False
+    newer_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A change that was made, and the message that tells of it."""
+
+    row: StateChange
+    message: Message
+
+
+def apply(requests: Sequence[Request]) -> list[Change]:
+    """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`."""
+    if not requests:
+        return []
+    states = _locked({request.state_id for request in requests})
+    done = _effect_keys_done(requests)
+    changes: list[Change] = []
+    for request in requests:
+        state = states.get(request.state_id)
+        if state is None or request.effect_key in done or not _is_wanted(request, state):
+            continue
+        done.add(request.effect_key)
+        changes.append(_change(request, state))
+    StateChange.objects.bulk_create([change.row for change in changes])
+    changed = {change.row.state.pk: change.row.state for change in changes}
+    DeviceState.objects.bulk_update(changed.values(), ["value", "changed_at"])
+    outbox.write([(c.message, c.row.state.device.organization_id, c.row.state.device_id) for c in changes])
+    return changes
+
+
+def tell(changes: Sequence[Change]) -> None:
+    """After the commit: publishes the messages and refreshes what rules see. What fails here the sweep makes good."""
+    outbox.publish([change.message for change in changes])
+    for change in changes:
+        row = change.row
+        metrics.STATE_CHANGES.labels(row.source).inc()
+        if row.source == StateChange.Source.RULE:
+            log.info("rule fired: %s", row.actor)
+        log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
+    try:
+        latest.remember(dict(_latest(change) for change in changes))
+    except RedisError as error:
+        log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
+
+
+def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) -> StateChange:
+    """A person sets a state. It is told even when the value is the same: who presses a switch again wants it sent again.
+
+    Raises ValidationError when the state does not allow the value.
+    """
+    problem = state.problem_with(value)
+    if problem:
+        raise ValidationError({"value": f"{state.name} {problem}"})
+    request = Request(
+        effect_key=f"person:{uuid4()}",
+        state_id=state.pk,
+        value=value,
+        source=StateChange.Source.PERSON,
+        actor=user.get_username(),
+        timestamp_us=events.microseconds(timezone.now()),
+        priority=1,
+        always=True,
+    )
+    with transaction.atomic():
+        changes = apply([request])
+    if not changes:
+        raise ValidationError({"stateName": f"{state.name} was deleted"})
+    tell(changes)
+    return changes[0].row
+
+
+def _locked(ids: set[int]) -> dict[int, DeviceState]:
+    """The rows in the order of their ids, so that two workers that want the same states never deadlock."""
+    rows = DeviceState.objects.select_for_update(of=("self",)).filter(pk__in=ids).order_by("pk")
+    return {row.pk: row for row in rows.select_related("device__organization")}
+
+
+def _effect_keys_done(requests: Sequence[Request]) -> set[str]:
+    wanted = [request.effect_key for request in requests]
+    return set(StateChange.objects.filter(effect_key__in=wanted).values_list("effect_key", flat=True))
+
+
+def _is_wanted(request: Request, state: DeviceState) -> bool:
+    if request.newer_only and state.changed_at and events.microseconds(state.changed_at) > request.timestamp_us:
+        return False
+    return request.always or state.value != request.value
+
+
+def _change(request: Request, state: DeviceState) -> Change:
+    timestamp = events.moment(request.timestamp_us)
+    row = StateChange(
+        effect_key=request.effect_key,
+        state=state,
+        value=request.value,
+        previous=state.value,
+        source=request.source,
+        actor=request.actor[:200],
+        timestamp=timestamp,
+    )
+    # A sender's clock may be ahead by hours; a state "changed tomorrow" would turn down every report until then.
+    state.value, state.changed_at = request.value, min(timestamp, timezone.now())
+    message = Message(
+        id=uuid4(),
+        effect_key=request.effect_key,
+        organization_uuid=str(state.device.organization.uuid),
+        device_uuid=str(state.device.uuid),
+        event=messages.DEVICE_STATE_CHANGE,
+        priority=request.priority,
+        timestamp=timestamp.isoformat(),
+        payload={
+            "deviceName": state.device.name,
+            "stateName": state.name,
+            "value": request.value,
+            "previous": row.previous,
+            "source": row.source,
+            "actor": row.actor,
+        },
+    )
+    return Change(row=row, message=message)
+
+
+def _latest(change: Change) -> tuple[latest.Key, Latest]:
+    state = change.row.state
+    key = ("device", str(state.device.uuid), state.name)
+    return key, Latest(change.row.value, events.microseconds(change.row.timestamp))
