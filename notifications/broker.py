@@ -1,0 +1,372 @@
+"""The MQTT broker: settings in, connections that mend themselves and dynamic-security commands out.
+
+BrokerError
+├── BrokerAway      no connection, or no answer in time
+└── CommandFailed   the broker refused a command; names the command and the reason
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+from uuid import uuid4
+
+import paho.mqtt.client as mqtt
+from django.conf import settings
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from notifications.topics import Grant
+
+log = logging.getLogger(__name__)
+KEEPALIVE_SECONDS = 30
+CONNECT_TIMEOUT_SECONDS = 5.0
+SHORTEST_RECONNECT_SECONDS, LONGEST_RECONNECT_SECONDS = 1, 5
+CONTROL = "$CONTROL/dynamic-security/v1"
+RESPONSES = f"{CONTROL}/response"
+# The plugin writes its whole file at every command: 27 ms each at 1,600 devices, 0.3 s at 10,000.
+ANSWER_SECONDS, ANSWER_SECONDS_PER_COMMAND = 5.0, 1.0
+_BAD_CREDENTIALS = ("Bad user name or password", "Not authorized")
+
+Command = dict[str, Any]
+
+
+class BrokerError(Exception):
+    """Something the broker did not do."""
+
+
+class BrokerAway(BrokerError):
+    """Trying again later may help."""
+
+
+class CommandFailed(BrokerError):
+    """`command` is the plugin's name of it, `error` the plugin's reason."""
+
+    def __init__(self, command: str, error: str) -> None:
+        super().__init__(f"{command}: {error}")
+        self.command = command
+        self.error = error
+
+
+class Sparingly:
+    """A log that says each kind of thing at most every `seconds` and then how often it kept silent."""
+
+    def __init__(
+        self, logger: logging.Logger, *, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._seconds = seconds
+        self._clock = clock
+        self._said_at: dict[str, float] = {}
+        self._unsaid: Counter[str] = Counter()
+
+    def say(self, kind: str, level: int, text: str, *arguments: object, trace: bool = False) -> None:
+        """`text` and `arguments` as for logging; `kind` is what counts as the same thing. `trace` adds the traceback."""
+        if self._clock() - self._said_at.get(kind, float("-inf")) < self._seconds:
+            self._unsaid[kind] += 1
+            return
+        self._said_at[kind] = self._clock()
+        unsaid = self._unsaid.pop(kind, 0)
+        self._logger.log(level, f"{text}{' (and %d times before)' if unsaid else ''}",
+                         *arguments, *([unsaid] if unsaid else []), exc_info=trace)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What the broker keeps of a client that is away: nothing, or subscriptions and messages for `expiry_seconds`.
+
+    `receive_maximum`: so many messages may be unacknowledged before the broker holds the rest back; then the receiver
+    acknowledges each message itself.
+    """
+
+    expiry_seconds: int = 0
+    receive_maximum: int | None = None
+
+    @property
+    def properties(self) -> Properties:
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self.expiry_seconds
+        if self.receive_maximum:
+            properties.ReceiveMaximum = self.receive_maximum
+        return properties
+
+
+class Connection:
+    """One connection as the gateway's user. It comes back by itself and logs each change of state once.
+
+    `on_ready` and `on_lost` are called from the network thread and must not wait; a callback that raises is logged and
+    counted in `counts["callback-failed"]`, because an exception would end paho's thread without a word.
+    """
+
+    def __init__(
+        self,
+        purpose: str,
+        *,
+        client_id: str,
+        session: Session | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.connected = False
+        self.receive_maximum = 1  # how many publications the broker lets be unacknowledged
+        self.counts: Counter[str] = Counter()
+        self._purpose = purpose
+        self._session = session or Session()
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._state = ""
+        self._has_tls = False
+        self._thread_name = f"paho-mqtt-client-{client_id}"
+        self.client = self._client(client_id)
+
+    def _client(self, client_id: str) -> mqtt.Client:
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=mqtt.MQTTv5,
+            manual_ack=self._session.receive_maximum is not None,
+        )
+        client.username_pw_set(settings.MQTT_USERNAME, settings.MQTT_PASSWORD or None)
+        client.connect_timeout = CONNECT_TIMEOUT_SECONDS
+        client.reconnect_delay_set(SHORTEST_RECONNECT_SECONDS, LONGEST_RECONNECT_SECONDS)
+        client.on_connect = self.guarded(self._connected)
+        client.on_connect_fail = self.guarded(self._unreachable)
+        client.on_disconnect = self.guarded(self._disconnected)
+        # The one place that every way of losing a connection leads through.
+        client.on_pre_connect = self.guarded(lambda *_: self._lose())
+        return client
+
+    def guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
+        @wraps(callback)
+        def call(*arguments: Any) -> None:
+            try:
+                callback(*arguments)
+            except Exception:  # process loop: the network thread must outlive any single callback
+                self.counts["callback-failed"] += 1
+                log.exception("A callback of the MQTT connection for %s failed", self._purpose)
+
+        return call
+
+    def start(self) -> None:
+        """Begins to connect; returns at once. OSError when the certificates cannot be read."""
+        self._state = ""
+        if settings.MQTT_TLS and not self._has_tls:
+            try:
+                self.client.tls_set(ca_certs=settings.MQTT_CA_FILE or None)
+            except OSError as error:
+                raise OSError(error.errno, f"MQTT_CA_FILE {settings.MQTT_CA_FILE}: {error.strerror}") from None
+            self._has_tls = True
+        self.client.connect_async(
+            settings.MQTT_HOST,
+            settings.MQTT_PORT,
+            keepalive=KEEPALIVE_SECONDS,
+            clean_start=self._session.expiry_seconds == 0,
+            properties=self._session.properties,
+        )
+        self.client.loop_start()
+
+    def revive(self) -> None:
+        """Starts the network thread again if something nobody foresaw has ended it. To be called now and then."""
+        if not any(thread.name == self._thread_name for thread in threading.enumerate()):
+            self.counts["revived"] += 1
+            log.error("The network thread of the MQTT connection for %s had ended and is started again", self._purpose)
+            self.start()
+
+    def stop(self) -> None:
+        """Disconnects. What was not acknowledged by then stays with whoever sent it."""
+        self._state = "stopped"
+        self.client.drop_out_messages()  # paho's thread would wait for their acknowledgement
+        self.client.disconnect()
+        self.client.loop_stop()
+        self._lose()
+
+    def _connected(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
+        if reason.is_failure:
+            hint = ": check MQTT_USERNAME and MQTT_PASSWORD" if str(reason) in _BAD_CREDENTIALS else ""
+            self._tell("refused", logging.ERROR, f"refuses the connection ({reason}){hint}")
+            return
+        self._tell("connected", logging.INFO, "is connected")
+        self.receive_maximum = getattr(properties, "ReceiveMaximum", 65_535)
+        self.connected = True
+        self._on_ready()
+
+    def _unreachable(self, _client: mqtt.Client, _data: Any) -> None:
+        # paho calls this while it handles the exception that says why.
+        self._tell("away", logging.WARNING, f"cannot be reached, trying again ({sys.exception()})")
+
+    def _disconnected(
+        self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
+    ) -> None:
+        if self.connected:
+            self._tell("away", logging.WARNING, f"closed the connection, trying again ({reason})")
+        self._lose()
+
+    def _lose(self) -> None:
+        if self.connected:
+            self.connected = False
+            self._on_lost()
+
+    def _tell(self, state: str, level: int, text: str) -> None:
+        if self._state not in (state, "stopped"):
+            self._state = state
+            where = f"{settings.MQTT_HOST}:{settings.MQTT_PORT}"
+            log.log(level, "The MQTT broker at %s %s, for %s", where, text, self._purpose)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one command ended: `error` is the plugin's reason, empty when it was done; `data` is what it listed."""
+
+    command: str
+    error: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def create_client(username: str, *, password: str, rolename: str) -> Command:
+    return {"command": "createClient", **_client_fields(username, password, rolename)}
+
+
+def modify_client(username: str, *, password: str, rolename: str) -> Command:
+    return {"command": "modifyClient", **_client_fields(username, password, rolename)}
+
+
+def delete_client(username: str) -> Command:
+    """Also ends the client's live connection."""
+    return {"command": "deleteClient", "username": username}
+
+
+def create_role(rolename: str, grants: Iterable[Grant]) -> Command:
+    return {"command": "createRole", "rolename": rolename, "acls": _acls(grants)}
+
+
+def modify_role(rolename: str, grants: Iterable[Grant]) -> Command:
+    """Replaces all that the role allowed."""
+    return {"command": "modifyRole", "rolename": rolename, "acls": _acls(grants)}
+
+
+def delete_role(rolename: str) -> Command:
+    return {"command": "deleteRole", "rolename": rolename}
+
+
+def _client_fields(username: str, password: str, rolename: str) -> Command:
+    return {"username": username, "password": password, "roles": [{"rolename": rolename}]}
+
+
+def _acls(grants: Iterable[Grant]) -> list[dict[str, Any]]:
+    return [{"acltype": grant.right, "topic": grant.topic, "priority": 0, "allow": True} for grant in grants]
+
+
+class DynamicSecurity:
+    """The broker's own table of clients and roles. One request at a time; `connections` counts how often it came back."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.ready = threading.Event()
+        self._one_at_a_time = threading.Lock()
+        self._answers: queue.Queue[Any] = queue.Queue()
+        self._connection = Connection(
+            "device accounts",
+            client_id=f"aemos-accounts-{uuid4().hex[:16]}",
+            on_ready=self._subscribe,
+            on_lost=self._lost,
+        )
+        client = self._connection.client
+        client.on_subscribe = self._connection.guarded(self._subscribed)
+        client.on_message = self._connection.guarded(lambda _client, _data, message: self._answers.put(message.payload))
+
+    def __enter__(self) -> DynamicSecurity:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self._connection.start()
+
+    def stop(self) -> None:
+        self._connection.stop()
+
+    def revive(self) -> None:
+        self._connection.revive()
+
+    def execute(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Has the broker do all commands, in order; an outcome for each. BrokerAway when it does not answer.
+
+        A command of a request that was not answered may have been done or not.
+        """
+        if not commands:
+            return []
+        with self._one_at_a_time:
+            return self._request(commands)
+
+    def clients(self) -> dict[str, frozenset[str]]:
+        """Username -> its roles. Raises BrokerError."""
+        listed = self._list("listClients", verbose=True)["clients"]
+        return {each["username"]: frozenset(role["rolename"] for role in each.get("roles", ())) for each in listed}
+
+    def roles(self) -> frozenset[str]:
+        """The names of all roles. Raises BrokerError."""
+        return frozenset(self._list("listRoles")["roles"])
+
+    def _list(self, command: str, **options: bool) -> dict[str, Any]:
+        outcome = self.execute([{"command": command, **options}])[0]
+        if outcome.error:
+            raise CommandFailed(command, outcome.error)
+        return outcome.data
+
+    def _request(self, commands: Sequence[Command]) -> list[Outcome]:
+        if not self.ready.is_set():
+            raise BrokerAway("the MQTT broker is not connected")
+        while not self._answers.empty():  # late answers to a request that was given up
+            self._answers.get_nowait()
+        request = uuid4().hex
+        numbered = [{**command, "correlationData": f"{request}-{index}"} for index, command in enumerate(commands)]
+        # QoS 0 on purpose: a queued command that is carried out after a reconnect could undo a later one.
+        self._connection.client.publish(CONTROL, json.dumps({"commands": numbered}), qos=0)
+        deadline = time.monotonic() + ANSWER_SECONDS + ANSWER_SECONDS_PER_COMMAND * len(commands)
+        answers: dict[str, Any] = {}
+        while len(answers) < len(commands):
+            answers |= self._more_answers(request, deadline=deadline)
+        return [_outcome(command, answers[command["correlationData"]]) for command in numbered]
+
+    def _more_answers(self, request: str, *, deadline: float) -> dict[str, Any]:
+        try:
+            payload = self._answers.get(timeout=max(deadline - time.monotonic(), 0))
+        except queue.Empty:
+            raise BrokerAway("the MQTT broker did not answer in time") from None
+        if payload is None:
+            raise BrokerAway("the MQTT broker went away before it answered")
+        answers = {str(each.get("correlationData")): each for each in json.loads(payload)["responses"]}
+        return {key: each for key, each in answers.items() if key.startswith(request)}
+
+    def _subscribe(self) -> None:
+        self._connection.client.subscribe(RESPONSES, qos=1)
+
+    def _subscribed(
+        self, _client: mqtt.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+    ) -> None:
+        if any(reason.is_failure for reason in reasons):
+            log.error("%s may not manage the broker's clients: %s", settings.MQTT_USERNAME, reasons[0])
+            return
+        self.connections += 1
+        self.ready.set()
+
+    def _lost(self) -> None:
+        self.ready.clear()
+        self._answers.put(None)
+
+
+def _outcome(command: Command, answer: dict[str, Any]) -> Outcome:
+    return Outcome(command["command"], answer.get("error", ""), answer.get("data", {}))

@@ -1,0 +1,267 @@
+"""The gateway: entries of the notification stream in, messages in the hands of every transport and their deliveries out.
+
+Each transport is served by a greenlet of its own that reads the stream at its own pace, so that one protocol's failure
+or slowness never delays another.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import gevent
+import msgspec
+from django.db import DatabaseError
+from gevent.event import Event
+from redis.exceptions import RedisError
+
+from aemos.lib import keys, redis
+from notifications import messages
+from notifications.deliveries import Deliveries, Outcome, State
+from notifications.messages import Message, Protocol
+from notifications.stream import Cursor, Entry, FanOutCursor, GroupCursor
+from notifications.transports.base import Transport, TransportError
+
+log = logging.getLogger(__name__)
+# Delivered once among all gateways, kept in the stream until the transport says so.
+SHARED_PROTOCOLS = frozenset({Protocol.MQTT})
+# A transport that cannot deliver now is asked again after 0.1 s, doubled up to 5 s, times a random 0.5..1.
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
+# For fan-out and for errors nobody foresaw. A shared protocol waits for its broker as long as it takes.
+MAXIMUM_ATTEMPTS = 5
+# Redis is asked again at most this long after it came back.
+LONGEST_RECONNECT_SECONDS = 2.0
+RESTART_SECONDS = 1.0
+# A loop that ends when the event it is given is set; gevent's and threading's events are the same to it.
+Companion = Callable[[Any], None]
+
+
+class StartError(Exception):
+    """A transport could not take its address; `error` says why."""
+
+    def __init__(self, protocol: Protocol, error: OSError) -> None:
+        super().__init__(f"{protocol}: {error}")
+        self.protocol = protocol
+        self.error = error
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One transport, its position in the stream, and counts of what became of the entries."""
+
+    transport: Transport
+    cursor: Cursor
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def protocol(self) -> Protocol:
+        return self.transport.protocol
+
+    @property
+    def is_shared(self) -> bool:
+        return isinstance(self.cursor, GroupCursor)
+
+
+class Gateway:
+    """Serves its transports from `start` to `stop`; `companions` are loops that run and are watched beside them.
+
+    `counts` of each protocol: delivered, retried, failed, undecodable, restarted.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        *,
+        shared_protocols: Collection[Protocol] = SHARED_PROTOCOLS,
+        deliveries: Deliveries | None = None,
+        companions: Mapping[str, Companion] | None = None,
+    ) -> None:
+        self._lanes = [Lane(transport, _cursor(transport.protocol, shared_protocols)) for transport in transports]
+        self._deliveries = deliveries if deliveries is not None else Deliveries()
+        self._companions = {"deliveries": self._deliveries.run, **(companions or {})}
+        self._stopping = Event()
+        self._greenlets: list[gevent.Greenlet[..., None]] = []
+        self._redis_away = False
+
+    @property
+    def counts(self) -> dict[Protocol, Counter[str]]:
+        return {lane.protocol: lane.counts for lane in self._lanes}
+
+    def start(self) -> None:
+        """Starts the transports and serves them; StartError when one cannot listen, with the others stopped again."""
+        for lane in self._lanes:
+            self._open(lane)  # before the first client can connect: what is published from then on is for it
+        for index, lane in enumerate(self._lanes):
+            try:
+                lane.transport.start()
+            except OSError as error:
+                for started in self._lanes[:index]:
+                    started.transport.stop(timeout_seconds=1.0)
+                raise StartError(lane.protocol, error) from error
+        for name, serve in self._companions.items():
+            self._spawn(name, serve)
+        for lane in self._lanes:
+            self._spawn(f"reader of {lane.protocol}", partial(self._serve, lane), counts=lane.counts)
+            if isinstance(lane.cursor, GroupCursor):
+                self._spawn(f"keeper of {lane.protocol}", lane.cursor.keep, counts=lane.counts)
+
+    def stop(self, *, timeout_seconds: float = 6.0) -> None:
+        """Stops reading, lets the transports finish what is in flight, and writes down how far it came."""
+        deadline = time.monotonic() + timeout_seconds
+        self._stopping.set()
+        gevent.joinall(self._greenlets, timeout=timeout_seconds / 4)
+        gevent.killall(self._greenlets, timeout=1.0)
+        remaining = max(deadline - time.monotonic() - timeout_seconds / 4, 0.1)
+        gevent.joinall(
+            [gevent.spawn(self._stop_transport, lane, remaining) for lane in self._lanes], timeout=remaining + 0.5
+        )
+        gevent.spawn(self._settle).join(timeout_seconds / 4)
+
+    def _spawn(self, name: str, serve: Companion, *, counts: Counter[str] | None = None) -> None:
+        self._greenlets.append(gevent.spawn(self._watch, name, serve, counts))
+
+    def _watch(self, name: str, serve: Companion, counts: Counter[str] | None) -> None:
+        """Starts a loop again when it dies of something nobody foresaw: one protocol less must not go unnoticed."""
+        while not self._stopping.is_set():
+            try:
+                serve(self._stopping)
+            except Exception:  # the process loop
+                log.exception("The %s died and is started again", name)
+                if counts is not None:
+                    counts["restarted"] += 1
+                self._stopping.wait(RESTART_SECONDS)
+
+    def _serve(self, lane: Lane, stopping: Event) -> None:
+        is_open, failures = True, 0
+        while not stopping.is_set():
+            try:
+                if not is_open:
+                    lane.cursor.open()
+                entries = lane.cursor.read()
+            except RedisError as error:
+                is_open, failures = False, failures + 1
+                self._say_redis_is_away(error)
+                stopping.wait(_backoff_seconds(failures, longest=LONGEST_RECONNECT_SECONDS))
+                continue
+            is_open, failures = True, 0
+            self._say_redis_is_back()
+            self._deliver_all(lane, entries)
+
+    def _open(self, lane: Lane) -> None:
+        try:
+            lane.cursor.open()
+        except RedisError as error:
+            self._say_redis_is_away(error)
+
+    def _deliver_all(self, lane: Lane, entries: Sequence[Entry]) -> None:
+        remaining = deque(entries)
+        try:
+            while remaining and not self._stopping.is_set():
+                self._deliver(lane, remaining[0])
+                remaining.popleft()
+        finally:
+            lane.cursor.release(entry.id for entry in remaining)
+
+    def _deliver(self, lane: Lane, entry: Entry) -> None:
+        message = self._decode(lane, entry)
+        if message is None or lane.protocol not in message.protocols:
+            lane.cursor.done(entry.id)
+            return
+        attempt = 0
+        while not self._attempt(lane, entry, message, attempt := attempt + 1):
+            lane.counts["retried"] += 1
+            self._stopping.wait(_backoff_seconds(attempt, longest=LONGEST_BACKOFF_SECONDS))
+            if self._stopping.is_set():
+                lane.cursor.release([entry.id])
+                return
+        if not lane.is_shared:
+            lane.cursor.done(entry.id)
+
+    def _decode(self, lane: Lane, entry: Entry) -> Message | None:
+        try:
+            return messages.decode(entry.message or b"")
+        except msgspec.MsgspecError as error:
+            lane.counts["undecodable"] += 1
+            log.error("Skipped the entry %s of the stream, which is no message: %s", entry.id.decode(), error)
+            return None
+
+    def _attempt(self, lane: Lane, entry: Entry, message: Message, attempt: int) -> bool:
+        """True when there is nothing to try again: the transport has the message, or never will have it."""
+        try:
+            lane.transport.deliver(message, partial(self._delivered, lane, entry.id, attempt))
+        except TransportError as error:
+            return self._failed(
+                lane, entry, message, Outcome(State.PENDING, attempt, str(error)), final=error.permanent
+            )
+        except Exception as error:
+            # Per item: a message that a transport chokes on must not stop those behind it.
+            log.exception("%s could not deliver message %s, attempt %d", lane.protocol, message.id, attempt)
+            outcome = Outcome(State.PENDING, attempt, repr(error))
+            return self._failed(lane, entry, message, outcome, final=attempt >= MAXIMUM_ATTEMPTS)
+        return True
+
+    def _failed(self, lane: Lane, entry: Entry, message: Message, outcome: Outcome, *, final: bool) -> bool:
+        final = final or (not lane.is_shared and outcome.attempts >= MAXIMUM_ATTEMPTS)
+        if outcome.attempts == 1 and not final:
+            log.warning("%s cannot deliver message %s now: %s", lane.protocol, message.id, outcome.error)
+        if final:
+            log.error("%s gave message %s up: %s", lane.protocol, message.id, outcome.error)
+            lane.counts["failed"] += 1
+            outcome = Outcome(State.FAILED, outcome.attempts, outcome.error)
+            lane.cursor.done(entry.id)
+        self._deliveries.record(message.id, lane.protocol, outcome)
+        return final
+
+    def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message) -> None:
+        lane.counts["delivered"] += 1
+        state = State.ACKNOWLEDGED if lane.is_shared else State.SENT
+        self._deliveries.record(message.id, lane.protocol, Outcome(state, attempt))
+        if lane.is_shared:
+            lane.cursor.done(entry_id)
+
+    def _stop_transport(self, lane: Lane, timeout_seconds: float) -> None:
+        try:
+            lane.transport.stop(timeout_seconds=timeout_seconds)
+        except Exception:  # per transport: the others and the last acknowledgements still have their turn
+            log.exception("%s did not stop in order", lane.protocol)
+
+    def _settle(self) -> None:
+        try:
+            for lane in self._lanes:
+                if isinstance(lane.cursor, GroupCursor):
+                    lane.cursor.close()
+        except RedisError as error:
+            log.warning("Delivered messages could not be acknowledged and will be sent again: %s", redis.explain(error))
+        try:
+            self._deliveries.flush()
+        except DatabaseError as error:
+            log.warning("The last delivery states could not be written: %s", error)
+        if self._deliveries:
+            log.warning("%d delivery states are not written", len(self._deliveries))
+
+    def _say_redis_is_away(self, error: RedisError) -> None:
+        if not self._redis_away:
+            log.warning("Notifications wait in the stream: %s", redis.explain(error))
+        self._redis_away = True
+
+    def _say_redis_is_back(self) -> None:
+        if self._redis_away:
+            log.warning("Redis answers again, notifications go on")
+        self._redis_away = False
+
+
+def _cursor(protocol: Protocol, shared_protocols: Collection[Protocol]) -> Cursor:
+    if protocol in shared_protocols:
+        return GroupCursor(redis.blocking_client(), group=keys.NOTIFICATIONS_MQTT_GROUP)
+    return FanOutCursor(redis.blocking_client())
+
+
+def _backoff_seconds(attempt: int, *, longest: float) -> float:
+    doubled = FIRST_BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 20)
+    return min(doubled, longest) * random.uniform(0.5, 1.0)  # noqa: S311  spreads the load, guards nothing

@@ -1,0 +1,75 @@
+"""Tables of the outbox (what is to be told, and how far each protocol has come) and of what the broker was given."""
+
+from __future__ import annotations
+
+import uuid
+
+from django.db import models
+from django.utils import timezone
+
+from devices.models import Device, Organization
+from notifications.messages import Protocol
+
+
+class Notification(models.Model):
+    """One message to devices and people; written in the transaction of the effect that it tells of."""
+
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    effect_key = models.CharField(max_length=200, unique=True)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="notifications")
+    device = models.ForeignKey(Device, null=True, blank=True, on_delete=models.CASCADE, related_name="notifications")
+    event = models.CharField(max_length=50)
+    priority = models.PositiveSmallIntegerField(default=5)
+    payload = models.JSONField(default=dict)
+    timestamp = models.DateTimeField()
+    created_at = models.DateTimeField(default=timezone.now, db_index=True)
+    published_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["-id"]
+        # The sweep asks every second for what was written but not published: almost always nothing.
+        indexes = [
+            models.Index(fields=["created_at"], condition=models.Q(published_at=None), name="notification_unpublished")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.event} {self.uuid}"
+
+
+class Delivery(models.Model):
+    """How far one notification has come on one protocol."""
+
+    class State(models.TextChoices):
+        PENDING = "pending", "pending: no gateway has sent it yet"
+        SENT = "sent", "sent to those who are connected"
+        ACKNOWLEDGED = "acknowledged", "acknowledged by the broker"
+        FAILED = "failed", "failed for good"
+
+    notification = models.ForeignKey(Notification, on_delete=models.CASCADE, related_name="deliveries")
+    protocol = models.CharField(max_length=10, choices=[(protocol.value, protocol.value) for protocol in Protocol])
+    state = models.CharField(max_length=12, choices=State.choices, default=State.PENDING)
+    attempts = models.PositiveIntegerField(default=0)
+    last_error = models.CharField(max_length=500, blank=True)
+    updated_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["notification", "protocol"], name="one_delivery_per_protocol")]
+        verbose_name_plural = "deliveries"
+
+    def __str__(self) -> str:
+        return f"{self.protocol}: {self.state}"
+
+
+class BrokerAccount(models.Model):
+    """A credential that the MQTT broker was given. Compared with the live device tokens, it tells what the broker lacks.
+
+    No foreign keys: the account must outlive the token, the device and the organization until the broker has let it go.
+    """
+
+    username = models.CharField(max_length=20, primary_key=True, help_text="The prefix of the device token.")
+    originator_uuid = models.UUIDField(db_index=True)
+    organization_uuid = models.UUIDField()
+    created_at = models.DateTimeField(default=timezone.now)
+
+    def __str__(self) -> str:
+        return self.username

@@ -1,0 +1,224 @@
+"""Positions in the notification stream: a cursor gives the entries that one transport of this gateway has to deliver.
+
+Fan-out: each gateway reads everything from its start on, because each has its own clients. Group: the gateways share
+the entries, and one stays pending until it is done; what a dead gateway left pending is taken over.
+Every method may raise RedisError; after one, `open` has to succeed before the next `read`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from gevent.event import Event
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from aemos.lib import keys
+
+log = logging.getLogger(__name__)
+READ_COUNT = 100
+# How long a read waits for news; a gateway that is to stop notices within this time.
+BLOCK_MS = 1_000
+# A stream that lost its newest entries, or is a new one behind a clock that is late, is read again from this far back.
+REWIND_MS = 60_000
+# How far back a new group begins. Not at the first entry: a broker that is added after a month would otherwise be told
+# the whole history, and pumps would follow it. Not at the newest: workers may have started minutes before the gateway.
+GROUP_BEGINS_MS = 600_000
+# An entry that nobody has touched for so long belongs to a dead gateway; a live one touches its own well before.
+TAKE_OVER_IDLE_MS = 10_000
+TAKE_OVER_EVERY_SECONDS = 2.0
+TOUCH_EVERY_SECONDS = 3.0
+# Entries handed to the transport and not yet done; more are not read meanwhile, they wait in the stream.
+MAXIMUM_IN_FLIGHT = 1_000
+# Acknowledgements that come in this time share one round trip.
+GATHER_SECONDS = 0.02
+
+
+class Entry(NamedTuple):
+    """`message` is the encoded message, None when the entry holds none."""
+
+    id: bytes
+    message: bytes | None
+
+
+class Cursor(Protocol):
+    def open(self) -> None:
+        """Finds the position at the start, and again after every RedisError."""
+
+    def read(self) -> list[Entry]:
+        """The next entries; empty after about a second without any."""
+
+    def done(self, entry_id: bytes) -> None:
+        """The entry needs nothing more. Never waits."""
+
+    def release(self, entry_ids: Iterable[bytes]) -> None:
+        """The entries were read but will not be delivered by this reader."""
+
+
+class FanOutCursor:
+    """Everything that is published from the first `open` on."""
+
+    def __init__(self, client: Redis, *, wall_clock: Callable[[], float] = time.time) -> None:
+        self._client = client
+        self._wall_clock = wall_clock
+        self._position: bytes | None = None
+
+    def open(self) -> None:
+        try:
+            newest = _newest_id(self._client)
+        except RedisError:
+            # Nothing is published while Redis is away, so its clock has passed this when the first entry comes.
+            self._position = self._position or b"%d-0" % (self._wall_clock() * 1000)
+            raise
+        if self._position is None:
+            self._position = newest
+        elif _parts(newest) < _parts(self._position):
+            self._position = b"%d-0" % max(_parts(self._position)[0] - REWIND_MS, 0)
+
+    def read(self) -> list[Entry]:
+        reply: Any = self._client.xread(
+            {keys.NOTIFICATIONS: self._position or b"0-0"}, count=READ_COUNT, block=BLOCK_MS
+        )
+        return _entries(reply)
+
+    def done(self, entry_id: bytes) -> None:
+        # Only here, not in `read`: a greenlet that dies in between is restarted and must not skip what it had read.
+        self._position = entry_id
+
+    def release(self, entry_ids: Iterable[bytes]) -> None:
+        """Nothing to do: the position stands before them."""
+
+
+class GroupCursor:
+    """One consumer of a group. Its in-flight entries are touched by `keep`, so that no other gateway takes them."""
+
+    def __init__(self, client: Redis, *, group: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._group = group
+        self._consumer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._clock = clock
+        self._in_flight: set[bytes] = set()
+        self._done: list[bytes] = []
+        self._news = Event()
+        self._room = Event()
+        self._take_over_from = b"0-0"
+        self._took_over_at = self._touched_at = float("-inf")
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def open(self) -> None:
+        seconds, _ = self._client.time()
+        begin = b"%d-0" % max(int(seconds) * 1000 - GROUP_BEGINS_MS, 0)
+        try:
+            self._client.xgroup_create(keys.NOTIFICATIONS, self._group, id=begin, mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    def read(self) -> list[Entry]:
+        if len(self._in_flight) >= MAXIMUM_IN_FLIGHT:
+            self._room.clear()
+            self._room.wait(BLOCK_MS / 1000)
+            return []
+        entries = self._left_behind() or self._new()
+        self._in_flight.update(entry.id for entry in entries)
+        return entries
+
+    def release(self, entry_ids: Iterable[bytes]) -> None:
+        """Untouched from now on, they are taken over by whichever gateway looks first."""
+        self._in_flight.difference_update(entry_ids)
+
+    def done(self, entry_id: bytes) -> None:
+        self._done.append(entry_id)
+        self._news.set()
+
+    def keep(self, stopping: Event) -> None:
+        """Acknowledges what is done and touches what is in flight, until `stopping`; Redis may be away meanwhile."""
+        while not stopping.is_set():
+            if self._news.wait(TOUCH_EVERY_SECONDS / 2):
+                stopping.wait(GATHER_SECONDS)
+            self._news.clear()
+            try:
+                self.settle()
+            except RedisError as error:
+                log.debug("Acknowledgements wait for Redis: %s", error)  # the reader of the stream says so aloud
+                stopping.wait(1.0)
+                self._news.set()
+
+    def settle(self) -> None:
+        """Acknowledges what is done, in one round trip; then touches the rest if that is due."""
+        done = self._done[:]
+        if done:
+            self._client.xack(keys.NOTIFICATIONS, self._group, *done)
+            # Only after the reply: until then the entries are pending, and this gateway must know them as its own.
+            del self._done[: len(done)]
+            self._in_flight.difference_update(done)
+            self._room.set()
+        if self._in_flight and self._clock() - self._touched_at >= TOUCH_EVERY_SECONDS:
+            self._touched_at = self._clock()
+            own: list[Any] = list(self._in_flight)
+            self._client.xclaim(keys.NOTIFICATIONS, self._group, self._consumer, 0, own, justid=True)
+
+    def close(self) -> None:
+        """Acknowledges what is done and signs off; entries that are still in flight are left to the other gateways."""
+        self.settle()
+        consumers: Any = self._client.xinfo_consumers(keys.NOTIFICATIONS, self._group)
+        pending = {consumer["name"]: consumer["pending"] for consumer in consumers}
+        if pending.get(self._consumer.encode()) == 0:  # a consumer that is deleted takes its pending entries with it
+            self._client.xgroup_delconsumer(keys.NOTIFICATIONS, self._group, self._consumer)
+
+    def _new(self) -> list[Entry]:
+        reply: Any = self._client.xreadgroup(
+            self._group, self._consumer, {keys.NOTIFICATIONS: ">"}, count=READ_COUNT, block=BLOCK_MS
+        )
+        return _entries(reply)
+
+    def _left_behind(self) -> list[Entry]:
+        """What a dead gateway had in flight, looked for every two seconds."""
+        if self._clock() - self._took_over_at < TAKE_OVER_EVERY_SECONDS:
+            return []
+        reply: Any = self._client.xautoclaim(
+            keys.NOTIFICATIONS, self._group, self._consumer, TAKE_OVER_IDLE_MS, self._take_over_from, count=READ_COUNT
+        )
+        self._take_over_from, claimed, *deleted = reply
+        if self._take_over_from == b"0-0":  # looked at everything; otherwise the next read goes on from here
+            self._took_over_at = self._clock()
+        if any(deleted):
+            log.error("%d notifications were cut off the stream before they were delivered", len(deleted[0]))
+        found = [
+            Entry(entry_id, fields.get(b"m"))
+            for entry_id, fields in claimed
+            if entry_id is not None and entry_id not in self._in_flight
+        ]
+        if found:
+            log.warning("Took over %d notifications that another gateway left undelivered", len(found))
+        return found
+
+
+def _entries(reply: Any) -> list[Entry]:
+    return [Entry(entry_id, fields.get(b"m")) for _, found in reply or () for entry_id, fields in found]
+
+
+def _newest_id(client: Redis) -> bytes:
+    """The id that the stream gave out last; 0-0 when there is no stream."""
+    try:
+        information: Any = client.xinfo_stream(keys.NOTIFICATIONS)
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return b"0-0"
+    newest: bytes = information["last-generated-id"]
+    return newest
+
+
+def _parts(entry_id: bytes) -> tuple[int, int]:
+    milliseconds, _, sequence = entry_id.partition(b"-")
+    return int(milliseconds), int(sequence or 0)

@@ -1,0 +1,330 @@
+"""Telemetry over MQTT: messages of `devices/{uuid}/datastream` in, calls of ingest out; acknowledged when the journal has them.
+
+The broker holds back what is not acknowledged, and sends it again after a lost connection. One gateway at a time listens, in
+a session that lasts: Mosquitto (2.0) gives the messages of a shared subscription to members that are away, too, and drops
+them when such a session ends, so that sharing would lose telemetry whenever a gateway goes. What waits in the broker is
+bounded by its own max_queued_messages; Mosquitto drops what is beyond, and says so only in its log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import logging
+import queue
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import paho.mqtt.client as mqtt
+from django.conf import settings
+from django.db import connection as database
+from paho.mqtt.subscribeoptions import SubscribeOptions
+from redis.exceptions import RedisError
+
+from aemos.lib import keys, redis
+from aemos.lib.leader import Leader
+from devices import catalogue
+from devices.exceptions import Overloaded, Refusal
+from notifications import topics
+from notifications.broker import Connection, Session, Sparingly
+from notifications.messages import Protocol
+from notifications.transports.base import Ingest, Pending
+
+log = logging.getLogger(__name__)
+# So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt.
+RECEIVE_MAXIMUM = 1_000
+# QoS 0 cannot be held back by the broker: beyond this it is dropped, as its sender allows, and counted.
+MAXIMUM_HELD = 5_000
+MAXIMUM_UNDER_WAY = 256
+# How long the broker keeps messages while no gateway runs.
+SESSION_SECONDS = 7 * 24 * 3600
+# An overloaded system gets so long to recover; then the message is recorded for the admin and acknowledged, because what is
+# held back fills the window through which urgent messages have to come, too.
+HOLD_SECONDS = 30.0
+TICK_SECONDS = 1.0
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A message as the broker gave it. `connection` counts connections: it can be acknowledged over that one only."""
+
+    topic: str
+    payload: bytes
+    mid: int
+    qos: int
+    connection: int
+    attempts: int = 0
+    held_since: float = field(default_factory=time.monotonic)
+
+    @property
+    def sender(self) -> str:
+        """What order is kept by: all that one originator says."""
+        return self.topic
+
+
+class Lanes:
+    """Arrivals by sender, each sender's in order: the next one is given only when the one before it is done.
+
+    What one sender has to wait for, a retry for example, holds up nobody else. Times are in seconds of any one clock.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, deque[Arrival]] = {}
+        self._ready: deque[str] = deque()
+        self._delayed: list[tuple[float, int, str]] = []
+        self._order = itertools.count()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, arrival: Arrival) -> None:
+        lane = self._lanes.get(arrival.sender)
+        if lane is None:
+            lane = self._lanes[arrival.sender] = deque()
+            self._ready.append(arrival.sender)
+        lane.append(arrival)
+        self._size += 1
+
+    def next(self, now: float) -> Arrival | None:
+        """The next arrival that may be tried now; `done` or `again` must follow before its sender has another turn."""
+        while self._delayed and self._delayed[0][0] <= now:
+            self._ready.append(heapq.heappop(self._delayed)[2])
+        return self._lanes[self._ready.popleft()][0] if self._ready else None
+
+    def done(self, arrival: Arrival) -> None:
+        lane = self._lanes[arrival.sender]
+        lane.popleft()
+        self._size -= 1
+        if lane:
+            self._ready.append(arrival.sender)
+        else:
+            del self._lanes[arrival.sender]
+
+    def again(self, arrival: Arrival, *, at: float) -> None:
+        heapq.heappush(self._delayed, (at, next(self._order), arrival.sender))
+
+    def seconds_until_next(self, now: float, *, longest: float) -> float:
+        if self._ready:
+            return 0.0
+        return min(max(self._delayed[0][0] - now, 0.0), longest) if self._delayed else longest
+
+
+class Inbound:
+    """Takes telemetry from `start` to `stop`, while this process is the one that listens.
+
+    `counts` of messages: accepted, refused, overloaded, failed, dropped, status. Refusals are recorded by ingest.
+    """
+
+    def __init__(self, ingest: Ingest, *, leader: Leader | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._ingest = ingest
+        self._leader = leader or Leader(keys.MQTT_TELEMETRY_LEADER)
+        self._leads = False
+        self._redis_away = False
+        self._next_tick = float("-inf")
+        self._connections = 0
+        self._news: queue.Queue[Arrival | None] = queue.Queue()
+        self._lanes = Lanes()
+        self._under_way: deque[tuple[Arrival, Pending]] = deque()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._sparingly = Sparingly(log)
+        # Held while deciding whether a connection is still the one that a message came over.
+        self._lock = threading.Lock()
+        self._connection = Connection(
+            "telemetry",
+            client_id=session_id(),
+            session=Session(expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM),
+            on_ready=self._on_ready,
+            on_lost=self._on_lost,
+        )
+        self._connection.client.on_message = self._connection.guarded(self._on_message)
+
+    @property
+    def connected(self) -> bool:
+        """Whether this process listens; of several gateways only one does."""
+        return self._connection.connected
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="mqtt-inbound", daemon=True)
+        self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        self._stopping.set()
+        self._news.put(None)
+
+    def stop(self, *, timeout_seconds: float) -> None:
+        """Waits for what is under way, acknowledges it and leaves; the broker keeps the rest for the next to listen."""
+        self.ask_to_stop()
+        if self._thread:
+            self._thread.join(timeout_seconds)
+        self._resign()
+
+    def _on_ready(self) -> None:
+        # At every connection: the broker may have lost the session. Retained messages would be old telemetry, told again.
+        client = self._connection.client
+        for topic in (topics.DATASTREAMS, topics.STATUSES):
+            client.subscribe(topic, options=SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND))
+
+    def _on_lost(self) -> None:
+        with self._lock:
+            self._connections += 1
+
+    def _on_message(self, client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        if topics.is_status(message.topic):
+            self.counts["status"] += 1
+            self._sparingly.say("status", logging.INFO, "%s says %.200r", message.topic, message.payload)
+            client.ack(message.mid, message.qos)
+        elif message.qos == 0 and self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD:
+            self.counts["dropped"] += 1
+            self._sparingly.say(
+                "dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic
+            )
+        else:
+            self._news.put(Arrival(message.topic, bytes(message.payload), message.mid, message.qos, self._connections))
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._step()
+            except Exception:  # process loop: telemetry would stand still without a word
+                self.counts["failed"] += 1
+                log.exception("Taking telemetry over MQTT failed and goes on")
+                self._stopping.wait(TICK_SECONDS)
+        while self._under_way:
+            self._settle()
+        database.close()
+
+    def _step(self) -> None:
+        if time.monotonic() >= self._next_tick:
+            self._tick()
+        self._take_arrivals()
+        while len(self._under_way) < MAXIMUM_UNDER_WAY:
+            arrival = self._lanes.next(time.monotonic())
+            if arrival is None:
+                break
+            self._submit(arrival)
+        if self._under_way:
+            self._settle()
+
+    def _take_arrivals(self) -> None:
+        """All that is there; waits for the first only if there is nothing else to do."""
+        seconds = self._lanes.seconds_until_next(time.monotonic(), longest=TICK_SECONDS)
+        try:
+            arrival = self._news.get(block=not self._under_way and seconds > 0, timeout=seconds)
+            while True:
+                if arrival is not None:
+                    self._lanes.add(arrival)
+                arrival = self._news.get_nowait()
+        except queue.Empty:
+            return
+
+    def _submit(self, arrival: Arrival) -> None:
+        if arrival.qos and arrival.connection != self._connections:
+            self._lanes.done(arrival)  # the broker sends it again
+            return
+        pending = self._attempt(arrival, lambda: self._ask(arrival))
+        if pending is not None:
+            self._under_way.append((arrival, pending))
+
+    def _ask(self, arrival: Arrival) -> Pending:
+        uuid = topics.originator_of(arrival.topic)
+        credential = catalogue.shared().credential_of(uuid) if uuid else None
+        hold = time.monotonic() - arrival.held_since < HOLD_SECONDS
+        return self._ingest(arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold)
+
+    def _settle(self) -> None:
+        """Waits for the oldest request under way; the others, asked with it, are then mostly done as well."""
+        arrival, pending = self._under_way.popleft()
+        receipt = self._attempt(arrival, pending.wait)
+        if receipt is not None:
+            self._finish(arrival, "accepted")
+
+    def _attempt(self, arrival: Arrival, step: Callable[[], T]) -> T | None:
+        """What `step` gives; None when it was refused or failed, with what follows from that seen to."""
+        try:
+            return step()
+        except Overloaded as refusal:
+            if refusal.recorded:
+                self._sparingly.say(
+                    "refused", logging.WARNING, "Gave up on a message of %s: %s", arrival.topic, refusal
+                )
+                self._finish(arrival, "refused")
+                return None
+            self.counts["overloaded"] += 1
+            self._sparingly.say("overloaded", logging.WARNING, "%s has to wait: %s", arrival.topic, refusal)
+            self._lanes.again(
+                arrival, at=time.monotonic() + min(max(refusal.retry_after, 0.1), LONGEST_BACKOFF_SECONDS)
+            )
+        except Refusal as refusal:
+            self._sparingly.say(refusal.reason, logging.WARNING, "Refused a message of %s: %s", arrival.topic, refusal)
+            self._finish(arrival, "refused")
+        except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
+            self.counts["failed"] += 1
+            self._sparingly.say("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
+            self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
+        arrival.attempts += 1
+        return None
+
+    def _finish(self, arrival: Arrival, result: str) -> None:
+        self.counts[result] += 1
+        self._lanes.done(arrival)
+        with self._lock:
+            # Over a later connection the number could be that of another message, which would then be lost.
+            if arrival.qos and arrival.connection == self._connections:
+                self._connection.client.ack(arrival.mid, arrival.qos)
+
+    def _tick(self) -> None:
+        self._next_tick = time.monotonic() + TICK_SECONDS
+        database.close()  # outside a request nobody else would give it back
+        leads = self._hold_leadership()
+        if leads and self._leads:
+            self._connection.revive()
+        elif leads:
+            self._connection.start()
+        elif self._leads:
+            log.info("Another gateway listens to telemetry over MQTT")
+            self._connection.stop()
+        self._leads = leads
+
+    def _hold_leadership(self) -> bool:
+        try:
+            leads = self._leader.leads()
+        except RedisError as error:
+            if not self._redis_away:
+                log.warning("Who listens to telemetry over MQTT stays as it is: %s", redis.explain(error))
+            self._redis_away = True
+            return self._leads  # nobody else can take over, either
+        self._redis_away = False
+        return leads
+
+    def _resign(self) -> None:
+        if not self._leads:
+            return
+        self._connection.stop()
+        self._leads = False
+        try:
+            self._leader.resign()
+        except RedisError as error:
+            log.debug("The lock expires by itself: %s", error)
+
+
+def session_id() -> str:
+    """The client id of the one session that takes telemetry: always the same, and not for a device to guess and take over."""
+    key = hashlib.blake2b(settings.DEVICE_TOKEN_KEY.encode(), digest_size=10, person=b"mqtt-session").hexdigest()
+    return f"aemos-telemetry-{key}"
+
+
+def _backoff_seconds(attempts: int) -> float:
+    doubled = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(attempts, 20), LONGEST_BACKOFF_SECONDS)
+    return doubled * random.uniform(0.5, 1.0)  # noqa: S311  spreads the load, guards nothing

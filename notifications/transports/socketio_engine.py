@@ -1,0 +1,172 @@
+"""What Socket.IO stands on: WSGI requests in, packets of connected clients out; python-socketio with its gaps closed.
+
+simple-websocket hands a frame to `socket.send` once and ignores how much of it was taken, so a full send buffer cuts
+frames in two; it reads messages of any size; and a closed connection lasts as long as the peer likes. Engine.IO waits
+for ever when it ends the session of a client that does not poll. Socket.IO keeps as many attachments as are announced.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from socket import SHUT_RDWR
+from typing import Any
+
+import engineio
+import gevent
+import simple_websocket  # type: ignore[import-untyped]
+import socketio
+from engineio.async_drivers.gevent import WebSocketWSGI
+from gevent.lock import Semaphore
+from gevent.pywsgi import WSGIHandler
+from socketio.packet import Packet
+from wsproto.utilities import ProtocolError
+
+log = logging.getLogger(__name__)
+# A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
+WRITE_SECONDS = 20.0
+
+
+class WholeWrites:
+    """A socket whose `send` sends everything or breaks the connection: half a frame spoils all that come after it."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._turn = Semaphore()  # answers to pings are written by another greenlet than messages
+        self._broken = False
+
+    def send(self, data: bytes) -> None:
+        with self._turn:
+            if self._broken:
+                raise BrokenPipeError
+            try:
+                with gevent.Timeout(WRITE_SECONDS, TimeoutError("the client takes nothing")):
+                    self._socket.sendall(data)
+            except OSError as error:
+                self._broken = True
+                self.end()
+                raise BrokenPipeError from error
+
+    def recv(self, count: int) -> bytes:
+        received: bytes = self._socket.recv(count)
+        return received
+
+    def end(self) -> None:
+        """Ends both directions; who waits in `recv` gets the end of the stream."""
+        with suppress(OSError):
+            self._socket.shutdown(SHUT_RDWR)
+
+    def close(self) -> None:
+        self.end()  # the web server holds the connection, too, and would wait for another request on it
+        self._socket.close()
+
+
+class _Connection(simple_websocket.Server):
+    def handshake(self) -> None:
+        self.sock: Any = WholeWrites(self.sock)
+        super().handshake()
+
+    def close(self, reason: int | None = None, message: str | None = None) -> None:
+        try:
+            super().close(reason, message)
+        finally:
+            self.sock.end()
+
+
+class BoundedWebSocket(WebSocketWSGI):
+    """What Engine.IO calls for a WebSocket request."""
+
+    def __init__(self, handler: Any, server: Any) -> None:
+        super().__init__(handler, server)
+        self.server_args["max_message_size"] = server.max_http_buffer_size
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        try:
+            self.ws = _Connection(environ, **self.server_args)
+        except (ProtocolError, simple_websocket.ConnectionError):
+            start_response("400 BAD REQUEST", [("Content-Type", "text/plain")])
+            return [b"not a WebSocket handshake"]
+        return self.app(self)
+
+
+class RequestHandler(WSGIHandler):
+    """One connection of the web server."""
+
+    def handle(self) -> None:
+        # A client that goes before it has its answer is nothing to tell anybody.
+        with suppress(OSError):
+            super().handle()
+
+    def handle_one_response(self) -> None:
+        super().handle_one_response()
+        if self.status is None:  # it was a WebSocket: what still comes from it is no further request
+            self.close_connection = True
+
+    def handle_error(self, t: Any, v: Any, tb: Any) -> None:
+        """One line, because a stranger can cause as many as it likes; gevent would print the whole traceback."""
+        log.warning("A Socket.IO request failed: %r", v)
+        self._send_error_response_if_possible(500)  # type: ignore[attr-defined]  # the stubs leave it out
+
+
+class Engine(engineio.Server):
+    """The connections; `sockets` is a dict by connection id."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._async: Any = {**self._async, "websocket": BoundedWebSocket}  # there is no setting for it
+
+    def disconnect(self, sid: str | None = None) -> None:
+        """Ends one session, or all, without waiting for the client to fetch what waits for it."""
+        for each in [sid] if sid is not None else list(self.sockets):
+            connection = self.sockets.pop(each, None)
+            if connection is not None:
+                connection.close(wait=False)
+
+    def waiting(self) -> dict[str, int]:
+        """Connection id -> how many packets wait for the client."""
+        return {sid: connection.queue.qsize() for sid, connection in list(self.sockets.items())}
+
+    def cut_off(self, sid: str) -> None:
+        """Ends a session and forgets what waits for the client."""
+        connection = self.sockets.pop(sid, None)
+        if connection is None:
+            return
+        connection.close(wait=False, abort=True)
+        while not connection.queue.empty():
+            connection.queue.get_nowait()
+        connection.queue.put(None)  # what the writer takes for the end
+
+
+class TextPacket(Packet):
+    """A packet without attachments: clients have no reason to send any."""
+
+    def decode(self, encoded_packet: str) -> int:
+        if super().decode(encoded_packet):
+            raise ValueError("attachments are not accepted")
+        return 0
+
+
+class Server(socketio.Server):
+    """Socket.IO on gevent over this Engine; `eio` is the Engine. Handlers log their own errors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            async_mode="gevent",
+            namespaces=["/"],
+            # Requests of one client are handled one after the other, in its own greenlet: it cannot ask faster.
+            async_handlers=False,
+            serializer=TextPacket,
+            logger=silent_log(),
+            engineio_logger=silent_log(),
+            **options,
+        )
+
+    def _engineio_server_class(self) -> type[Engine]:
+        return Engine
+
+
+def silent_log() -> logging.Logger:
+    """The libraries log whole packets, tokens included, and an error for whatever a stranger sends."""
+    logger = logging.getLogger(f"{__name__}.silent")
+    logger.setLevel(logging.CRITICAL)
+    return logger
