@@ -1,0 +1,90 @@
+"""Health endpoints: nothing in; whether this process lives, whether it can do its work, and how the queue is, out."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import gevent
+from django.conf import settings
+from django.db import Error as DatabaseError
+from django.db import connection
+from django.http import HttpRequest, JsonResponse
+from django.views.decorators.http import require_safe
+from redis.exceptions import RedisError
+
+from aemos.lib import redis
+from monitoring.queue import Health, View, stored_circuit
+from rules.circuit import State
+
+CHECK_SECONDS = 2.0
+# What a load balancer or a person's monitor should act on. A queue at warning still takes everything.
+FAILING = (Health.CRITICAL, Health.UNKNOWN)
+
+
+@require_safe
+def liveness(request: HttpRequest) -> JsonResponse:
+    """Touches nothing: a process that is restarted because Redis is away helps nobody."""
+    return JsonResponse({"status": "alive"})
+
+
+@require_safe
+def readiness(request: HttpRequest) -> JsonResponse:
+    """503 while the database or Redis does not answer; names which, and no more than that to whoever asks."""
+    works = {"database": _database_answers(), "redis": _redis_answers()}
+    stored = stored_circuit() if works["database"] else None
+    circuit = stored.state if stored else None
+    ready = all(works.values()) and not (settings.READINESS_FAILS_WHEN_OPEN and circuit == State.OPEN)
+    body = {
+        "status": "ready" if ready else "not-ready",
+        "checks": {name: "ok" if answers else "unreachable" for name, answers in works.items()},
+        "circuitState": circuit,
+    }
+    return JsonResponse(body, status=200 if ready else 503)
+
+
+def _database_answers() -> bool:
+    try:
+        with gevent.Timeout(CHECK_SECONDS), connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        return True
+    except (DatabaseError, gevent.Timeout):
+        # Whatever state the check left it in, the next request must not be given this connection.
+        with contextlib.suppress(DatabaseError):
+            connection.close()
+        return False
+
+
+def _redis_answers() -> bool:
+    try:
+        return bool(redis.client().ping())  # gives up by itself
+    except RedisError:
+        return False
+
+
+def body_of(view: View) -> dict[str, Any]:
+    """The answer of /health."""
+    return {
+        "status": view.health.word,
+        "queueDepth": view.depth,
+        "workers": view.workers,
+        "circuitState": view.circuit,
+        "backpressureEnabled": view.enabled,
+        "problems": problems_of(view),
+    }
+
+
+def problems_of(view: View) -> list[str]:
+    """What a person should know, one sentence each."""
+    problems = []
+    if view.known is None:
+        problems.append("Redis does not answer: events are refused, and nothing is known of the queue.")
+    elif view.known.snapshot.memory_full:
+        problems.append("The memory of Redis is nearly full: events are refused.")
+    if view.stale:
+        problems.append("The database does not answer: the circuit stays in its last known state.")
+    if not view.enabled:
+        problems.append("Backpressure is switched off: ENABLE_BACKPRESSURE is false.")
+    if view.workers == 0:
+        problems.append("No worker is running: events wait.")
+    return problems
