@@ -1,0 +1,388 @@
+"""Gateways, and the person who operates them, as processes of their own: gevent patches a whole process, and not pytest's.
+
+`python -m tests.gateway_process gateway SPEC` runs a Gateway and `... operator` changes the database on request; both
+print JSON, one value a line. The classes and functions before them start and use such processes in tests.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from deploy.processes import Process, has_ended, kill, spawn, terminate
+
+T = TypeVar("T")
+WAIT_SECONDS = 20.0
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODULE = "tests.gateway_process"
+
+
+def until(look: Callable[[], T], *, seconds: float = WAIT_SECONDS) -> T:
+    """What `look` gives as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"nothing came of it in {seconds:g} s: {seen!r}"
+        time.sleep(0.02)
+    return seen
+
+
+class Operator:
+    """A process with the gateways' database: `ask("seed")` and the other functions at the end of this module."""
+
+    def __init__(self, directory: str) -> None:
+        self.environment = {"DB_ENGINE": "sqlite", "DB_NAME": f"{directory}/gateway.sqlite3"}
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", MODULE, "operator"],
+            env={**os.environ, **self.environment},
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps([name, arguments]) + "\n")
+        self._child.stdin.flush()
+        answer = self._child.stdout.readline()
+        assert answer, f"the operator died of {name}"
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._child.communicate()  # the end of its input ends it
+
+
+@cache
+def operator() -> Operator:
+    """The one operator of this test run; its database is migrated once."""
+    directory = tempfile.TemporaryDirectory(prefix="aemos-gateway-")
+    atexit.register(directory.cleanup)
+    found = Operator(directory.name)
+    atexit.register(found.close)
+    return found
+
+
+class GatewayProcess:
+    """A gateway that runs: what it printed, and its end."""
+
+    def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
+        process = Process(name="gateway", command=tuple(command), environment={**operator().environment, **environment})
+        self._log = log
+        with log.open("ab") as output:
+            self.child = spawn(process, output=output, directory=REPOSITORY)
+
+    @property
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def printed(self, key: str) -> list[Any]:
+        """The values that were printed as {key: value}."""
+        lines = (line for line in self.text.splitlines() if line.startswith("{") and line.endswith("}"))
+        return [value[key] for value in map(json.loads, lines) if key in value]
+
+    def delivered(self, protocol: str) -> list[str]:
+        return [message for by, message in self.printed("delivered") if by == protocol]
+
+    def wait_for(self, look: Callable[[], T], *, seconds: float = WAIT_SECONDS) -> T:
+        def looked() -> T:
+            assert not has_ended(self.child), self.text
+            return look()
+
+        try:
+            return until(looked, seconds=seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text}") from None
+
+    def addresses(self) -> dict[str, tuple[str, int]]:
+        """Where its transports listen; waits until it is ready."""
+        (found,) = self.wait_for(lambda: self.printed("ready"))
+        return {protocol: (host, port) for protocol, (host, port) in found.items()}
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status, -9 when it had to be killed."""
+        terminate(self.child, stop_signal=signal.SIGTERM, grace_seconds=8.0)
+        return self.child.returncode
+
+    def kill(self) -> None:
+        kill(self.child)
+
+
+@contextmanager
+def running(log: Path, *transports: dict[str, Any], **environment: str) -> Iterator[GatewayProcess]:
+    """A gateway of these transports, ready; see `_transport` for what they may be."""
+    command = [sys.executable, "-m", MODULE, "gateway", json.dumps(transports)]
+    gateway = GatewayProcess(command, log, **environment)
+    try:
+        gateway.addresses()
+        yield gateway
+    finally:
+        gateway.kill()
+
+
+def memory(protocol: str, **behaviour: Any) -> dict[str, Any]:
+    """A memory transport. `acknowledging`: false never acknowledges; `failure`: permanent, temporary or unforeseen;
+    `failures`: how many times; `slow_seconds`: how long a delivery takes."""
+    return {"kind": "memory", "protocol": protocol, **behaviour}
+
+
+def main(mode: str, *arguments: str) -> None:
+    if mode == "gateway":
+        from gevent import monkey
+
+        monkey.patch_all()
+    import django
+
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "aemos.settings")
+    django.setup()
+    if mode == "gateway":
+        _run_gateway(json.loads(arguments[0]))
+    else:
+        _run_operator()
+
+
+def _run_gateway(spec: list[dict[str, Any]]) -> None:
+    import gevent
+    from gevent.event import Event
+
+    from notifications.gateway import Gateway
+
+    transports = [_transport(**each) for each in spec]
+    gateway = Gateway(transports)
+    stop = Event()
+    gevent.signal_handler(signal.SIGTERM, stop.set)
+    gateway.start()
+    _print(ready={each.protocol: each.address for each in transports if hasattr(each, "address")})
+    stop.wait()
+    gateway.stop(timeout_seconds=6.0)
+    _print(counts={protocol: dict(counts) for protocol, counts in gateway.counts.items()})
+
+
+def _print(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def _transport(kind: str, **options: Any) -> Any:
+    if kind == "socketio":
+        from notifications.transports.socketio import SocketIoTransport
+
+        return SocketIoTransport(port=0)
+    if kind == "coap":
+        from notifications.transports.coap import CoapTransport
+
+        return CoapTransport(_ingest, port=0)
+    return _memory_transport(**options)
+
+
+def _memory_transport(
+    *, protocol: str, acknowledging: bool = True, failure: str = "", failures: int = 10**9, slow_seconds: float = 0.0
+) -> Any:
+    import gevent
+
+    from notifications.messages import Message, Protocol
+    from notifications.transports.base import Delivered, TransportError
+    from notifications.transports.memory import MemoryTransport
+
+    errors: dict[str, Exception] = {
+        "permanent": TransportError("never", permanent=True),
+        "temporary": TransportError("not now"),
+        "unforeseen": RuntimeError("nobody thought of this"),
+    }
+
+    class Announcing(MemoryTransport):
+        """Prints what it is given, because the test is another process."""
+
+        left = failures
+
+        def deliver(self, message: Message, delivered: Delivered) -> None:
+            gevent.sleep(slow_seconds)
+            self.failure = errors.get(failure) if self.left > 0 else None
+            self.left -= 1
+            if self.failure is not None:
+                _print(refused=[self.protocol, str(message.id)])
+            super().deliver(message, delivered)
+            _print(delivered=[self.protocol, str(message.id)])
+
+    return Announcing(Protocol(protocol), acknowledging=acknowledging)
+
+
+def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
+    """Refuses who has no credential, and takes everything else."""
+    from devices.exceptions import Unauthorized
+    from notifications.transports.base import Receipt
+
+    class Taken:
+        def wait(self) -> Receipt:
+            return Receipt(accepted=1)
+
+    if credential is None:
+        raise Unauthorized("Send a live token.")
+    _print(ingested=[payload.decode(), credential.originator.uuid, protocol, uuid])
+    return Taken()
+
+
+def _run_operator() -> None:
+    from django.core.management import call_command
+
+    call_command("migrate", verbosity=0)
+    functions = {
+        each.__name__: each
+        for each in (
+            seed,
+            access_token,
+            publish,
+            publish_many,
+            deliveries,
+            revoke,
+            deactivate,
+            leave,
+            set_state,
+            add_membership,
+        )
+    }
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        print(json.dumps(functions[name](**arguments)), flush=True)
+
+
+def seed() -> dict[str, Any]:
+    """An organization with a person, a device with the state `power`, a sensor with a variable, and their tokens."""
+    from django.contrib.auth import get_user_model
+
+    from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Sensor, Variable
+
+    name = uuid4().hex[:12]
+    organization = Organization.objects.create(name=name)
+    user = get_user_model().objects.create_user(f"person-{name}")
+    Membership.objects.create(user=user, organization=organization)
+    device = Device.objects.create(organization=organization, name="pump")
+    other_device = Device.objects.create(organization=organization, name="lamp")
+    DeviceState.objects.create(device=device, name="power", value="off")
+    sensor = Sensor.objects.create(organization=organization, name="tank")
+    variable = Variable.objects.create(sensor=sensor, name="ph")
+    return {
+        "organization": str(organization.uuid),
+        "user": user.pk,
+        "device": str(device.uuid),
+        "other_device": str(other_device.uuid),
+        "sensor": str(sensor.uuid),
+        "variable": str(variable.uuid),
+        "device_token": DeviceToken.objects.issue(device)[1],
+        "other_device_token": DeviceToken.objects.issue(other_device)[1],
+        "sensor_token": DeviceToken.objects.issue(sensor)[1],
+        "access_token": access_token(user=user.pk),
+    }
+
+
+def access_token(*, user: int, seconds: float = 600) -> str:
+    from datetime import timedelta
+
+    from django.contrib.auth import get_user_model
+    from rest_framework_simplejwt.tokens import AccessToken
+
+    token = AccessToken.for_user(get_user_model().objects.get(pk=user))
+    token.set_exp(lifetime=timedelta(seconds=seconds))
+    return str(token)
+
+
+def publish(
+    *,
+    organization: str,
+    device: str | None = None,
+    event: str = "alert",
+    protocols: Sequence[str] = ("socketio", "mqtt", "coap"),
+) -> str:
+    """A notification the way an effect makes one: rows, then the stream; its id."""
+    from devices.models import Device, Organization
+    from notifications import outbox
+    from notifications.messages import Protocol
+
+    message = new_message(
+        organization, device=device, event=event, protocols=tuple(Protocol(each) for each in protocols)
+    )
+    owner = Organization.objects.get(uuid=organization)
+    row = Device.objects.get(uuid=device).pk if device else None
+    outbox.publish(outbox.write([(message, owner.pk, row)]))
+    return str(message.id)
+
+
+def publish_many(*, organization: str, count: int, size: int) -> list[str]:
+    """Messages of about `size` bytes on the stream alone; their ids."""
+    from notifications import outbox
+
+    sent = [new_message(organization, payload={"text": "x" * size}) for _ in range(count)]
+    outbox.append_to_stream(sent)
+    return [str(message.id) for message in sent]
+
+
+def new_message(organization: str = "", **fields: Any) -> Any:
+    """A Message, for the stream or for `publish`."""
+    from notifications.messages import Message
+
+    found: dict[str, Any] = {
+        "id": uuid4(),
+        "effect_key": uuid4().hex,
+        "organization_uuid": organization or str(UUID(int=1)),
+        "event": "alert",
+        "priority": 5,
+        "payload": {"text": "ph is 9"},
+        "timestamp": "2026-01-02T03:04:05+00:00",
+        "device_uuid": fields.pop("device", None),
+    }
+    return Message(**{**found, **fields})
+
+
+def deliveries(*, message: str) -> dict[str, list[Any]]:
+    from notifications.models import Delivery
+
+    rows = Delivery.objects.filter(notification__uuid=message)
+    return {row.protocol: [row.state, row.attempts, row.last_error] for row in rows}
+
+
+def revoke(*, token: str) -> int:
+    from devices import tokens
+    from devices.models import DeviceToken
+
+    return DeviceToken.objects.filter(prefix=tokens.prefix_of(token)).revoke()
+
+
+def deactivate(*, user: int) -> int:
+    from django.contrib.auth import get_user_model
+
+    return get_user_model().objects.filter(pk=user).update(is_active=False)
+
+
+def leave(*, user: int, organization: str) -> int:
+    from devices.models import Membership
+
+    return Membership.objects.filter(user_id=user, organization__uuid=organization).delete()[0]
+
+
+def add_membership(*, user: int, organization: str) -> None:
+    from devices.models import Membership, Organization
+
+    Membership.objects.create(user_id=user, organization=Organization.objects.get(uuid=organization))
+
+
+def set_state(*, device: str, value: Any) -> int:
+    from django.utils import timezone
+
+    from devices.models import DeviceState
+
+    return DeviceState.objects.filter(device__uuid=device, name="power").update(value=value, changed_at=timezone.now())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

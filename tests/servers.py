@@ -1,0 +1,86 @@
+"""Early pytest plugin: starts this run's own Redis, Mosquitto and PostgreSQL (--postgres) before settings are read.
+
+Loaded with `-p tests.servers`, because the settings read the environment once, when pytest-django imports them.
+Processes that tests start inherit the environment and so find the same servers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import postgresql, servers
+
+_data = tempfile.TemporaryDirectory(prefix="aemos-tests-")
+_started: dict[str, servers.Server] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--postgres", action="store_true", help="run on a PostgreSQL of its own instead of SQLite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    data = Path(_data.name)
+    redis = _started["redis"] = servers.start_redis(data / "redis")
+    broker = _started["broker"] = servers.start_mosquitto(data / "mosquitto")
+    os.environ |= {
+        "AEMOS_ENV": "test",
+        "VAR_DIR": str(data / "var"),
+        "REDIS_PORT": str(redis.port),
+        "REDIS_PASSWORD": redis.password,
+        "MQTT_PORT": str(broker.port),
+        "MQTT_USERNAME": broker.username,
+        "MQTT_PASSWORD": broker.password,
+    }
+    if early_config.known_args_namespace.postgres:
+        database = _started["postgres"] = postgresql.start_postgresql()
+        os.environ |= {
+            "DB_ENGINE": "postgresql",
+            "DB_NAME": "postgres",
+            "DB_PORT": str(database.port),
+            "DB_USER": database.username,
+            "DB_PASSWORD": database.password,
+        }
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --postgres only what uses the database is run again: the rest cannot tell the difference."""
+    if not config.option.postgres:
+        return
+    unconcerned = [item for item in items if item.get_closest_marker("django_db") is None]
+    items[:] = [item for item in items if item not in unconcerned]
+    config.hook.pytest_deselected(items=unconcerned)
+
+
+def pytest_unconfigure() -> None:
+    for server in _started.values():
+        server.stop()
+    _data.cleanup()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> servers.Server:
+    """The Redis of this run; a test that stops it must start it again."""
+    return _started["redis"]
+
+
+@pytest.fixture(scope="session")
+def broker() -> servers.Server:
+    """The Mosquitto of this run; a test that stops it must start it again."""
+    return _started["broker"]
+
+
+@pytest.fixture
+def empty_redis() -> Iterator[None]:
+    """For every test that uses Redis: refuses a database that holds something, and leaves it empty."""
+    from aemos.lib import redis
+
+    client = redis.client()
+    assert client.dbsize() == 0, "the test database of Redis is not empty"
+    yield
+    client.flushdb()

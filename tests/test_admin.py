@@ -1,0 +1,500 @@
+"""The admin: every page opens, staff see only their organizations, chains are judged, tokens are shown once."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from django.contrib import admin
+from django.contrib.auth.models import Permission, User
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+from django.utils import timezone
+
+from devices import catalogue
+from devices.models import (
+    CatalogueVersion,
+    DeviceState,
+    DeviceToken,
+    Membership,
+    Organization,
+    Reading,
+    Sensor,
+    Variable,
+)
+from devices.scoped_admin import COUNTED_ROWS, BoundedPaginator, ScopedAdmin
+from notifications.models import Notification
+from rules.models import DeadLetter, RejectedEvent, RuleChain
+from tests import builders
+from tests.test_api_rights import Farm, make_farm
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
+PAGES = [model for model, page in admin.site._registry.items() if isinstance(page, ScopedAdmin)]
+RECORDS = {"reading", "statechange", "notification", "rejectedevent", "deadletter", "replay"}
+
+
+def url(model: Any, page: str, *args: Any) -> str:
+    return reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}", args=args)
+
+
+def logged_in(person: User) -> Client:
+    client = Client()
+    client.force_login(person)
+    return client
+
+
+def superuser() -> Client:
+    return logged_in(builders.user(is_superuser=True, is_staff=True))
+
+
+def staff(of: Organization, role: str = "admin") -> Client:
+    """Staff with every permission of Django, so that only roles and organizations limit them."""
+    person = builders.member(of, role, is_staff=True)
+    person.user_permissions.set(Permission.objects.all())
+    return logged_in(person)
+
+
+def test_every_table_that_people_use_has_a_page() -> None:
+    named = {model.__name__ for model in PAGES}
+    assert named == {
+        "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
+        "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", PAGES)
+def test_a_superuser_opens_list_add_change_and_history_of_every_page(model: Any) -> None:
+    make_farm()
+    client = superuser()
+    row = model._default_manager.first()
+    listed = client.get(url(model, "changelist"))
+    assert listed.status_code == 200
+    assert "AEMOS" in listed.text
+    assert client.get(url(model, "changelist"), {"q": str(uuid4())}).status_code == 200
+    assert client.get(url(model, "changelist"), {"q": "a name"}).status_code == 200
+    assert client.get(url(model, "change", row.pk)).status_code == 200
+    assert client.get(url(model, "history", row.pk)).status_code == 200
+    read_only = model._meta.model_name in RECORDS
+    assert client.get(url(model, "add")).status_code == (403 if read_only else 200)
+    if read_only:
+        assert client.post(url(model, "change", row.pk), {}).status_code == 403
+
+
+@pytest.mark.parametrize("model", PAGES)
+def test_staff_see_only_the_rows_of_their_organizations(model: Any) -> None:
+    own, other = make_farm(), make_farm()
+    page = admin.site._registry[model]
+    assert isinstance(page, ScopedAdmin)
+    path = page.organization_path
+    foreign = model._default_manager.filter(**{path: other.organization.pk}).first()
+    mine = model._default_manager.filter(**{path: own.organization.pk}).first()
+    client = staff(own.organization)
+    shown = client.get(url(model, "changelist")).context["cl"].queryset
+    assert mine in shown
+    assert foreign not in shown
+    assert client.get(url(model, "change", mine.pk)).status_code == 200
+    hidden = client.get(url(model, "change", foreign.pk))
+    assert hidden.status_code == 302  # to the index, with "doesn't exist"
+    assert str(other.organization) not in client.get(url(model, "changelist")).text
+
+
+@pytest.mark.parametrize("model", PAGES)
+def test_searching_for_a_uuid_finds_its_row_and_no_other(model: Any) -> None:
+    farm = make_farm()
+    make_farm()
+    page = admin.site._registry[model]
+    assert isinstance(page, ScopedAdmin)
+    row = model._default_manager.filter(**{page.organization_path: farm.organization.pk}).last()
+    value: Any = row
+    for name in page.uuid_paths[0].split("__"):
+        value = getattr(value, name)
+    found = superuser().get(url(model, "changelist"), {"q": str(value)}).context["cl"].queryset
+    assert row in found
+    assert all(page.organization_path == "pk" or _organization(one, page) == farm.organization for one in found)
+
+
+def _organization(row: Any, page: ScopedAdmin) -> Any:
+    for name in page.organization_path.split("__"):
+        row = getattr(row, name)
+    return row
+
+
+def test_the_filter_by_organization_offers_and_takes_only_one_s_own() -> None:
+    own, other = make_farm(), make_farm()
+    client = staff(own.organization)
+    page = client.get(url(Sensor, "changelist"), {"organization": str(own.organization.uuid)})
+    assert [row.pk for row in page.context["cl"].queryset] == [own.sensor.pk]
+    for foreign in (str(other.organization.uuid), "nonsense"):
+        assert not client.get(url(Sensor, "changelist"), {"organization": foreign}).context["cl"].queryset
+
+
+def test_staff_choose_among_the_rows_of_their_organizations() -> None:
+    own, other = make_farm(), make_farm()
+    client = staff(own.organization)
+    lookup = {"app_label": "devices", "model_name": "sensor", "field_name": "organization"}
+    offered = client.get(reverse("admin:autocomplete"), lookup).json()["results"]
+    assert [one["text"] for one in offered] == [own.organization.name]
+    body = {"name": "Stolen", "organization": other.organization.pk} | no_inlines("variables")
+    answer = client.post(url(Sensor, "add"), body)
+    assert "Select a valid choice" in answer.text
+    assert not Sensor.objects.filter(name="Stolen").exists()
+
+
+def test_staff_choose_members_among_people_they_know() -> None:
+    own, other = make_farm(), make_farm()
+    client = staff(own.organization)
+    stranger = other.people["viewer"]
+    body = {"user": stranger.pk, "organization": own.organization.pk, "role": "viewer"}
+    assert client.post(url(Membership, "add"), body).status_code == 200
+    Membership.objects.create(user=stranger, organization=own.organization)
+    assert stranger.pk in client.get(url(Membership, "add")).context["adminform"].form.fields[
+        "user"
+    ].queryset.values_list("pk", flat=True)
+
+
+def no_inlines(prefix: str) -> dict[str, Any]:
+    return {f"{prefix}-TOTAL_FORMS": 0, f"{prefix}-INITIAL_FORMS": 0}
+
+
+@pytest.mark.parametrize(
+    ("role", "changes_sensor", "changes_chain"), [("viewer", 403, 403), ("operator", 403, 200), ("admin", 200, 200)]
+)
+def test_roles_limit_staff_like_the_api(role: str, changes_sensor: int, changes_chain: int) -> None:
+    farm = make_farm()
+    client = staff(farm.organization, role)
+    assert (
+        client.post(url(Sensor, "change", farm.sensor.pk), {"name": ""} | no_inlines("variables")).status_code
+        == changes_sensor
+    )
+    assert (
+        client.post(url(RuleChain, "change", farm.chain.pk), {"name": ""} | no_inlines("nodes")).status_code
+        == changes_chain
+    )
+    assert client.get(url(Sensor, "add")).status_code == changes_sensor
+    assert client.get(url(Organization, "add")).status_code == 403
+    assert client.get(url(Sensor, "changelist")).status_code == 200
+
+
+def test_staff_of_no_organization_get_an_empty_index() -> None:
+    person = builders.user(is_staff=True)
+    person.user_permissions.set(Permission.objects.all())
+    client = logged_in(person)
+    assert client.get(url(Sensor, "changelist")).status_code == 403
+    assert "Sensors" not in client.get("/admin/").text
+
+
+def test_a_sensor_with_its_variables_is_added_on_one_page() -> None:
+    organization = builders.organization()
+    body = {
+        "name": "Tank", "organization": organization.pk, "variables-TOTAL_FORMS": 1, "variables-INITIAL_FORMS": 0,
+        "variables-0-name": "ec", "variables-0-datatype": "number", "variables-0-unit": "mS/cm",
+    }  # fmt: skip
+    assert superuser().post(url(Sensor, "add"), body).status_code == 302
+    assert Variable.objects.get(sensor__name="Tank").unit == "mS/cm"
+
+
+def test_a_sensor_stays_in_its_organization_and_keeps_its_name_unique() -> None:
+    farm, other = make_farm(), builders.organization()
+    twin = builders.sensor(farm.organization, variables={})
+    page = url(Sensor, "change", twin.pk)
+    answer = superuser().post(page, {"name": farm.sensor.name, "organization": other.pk} | no_inlines("variables"))
+    assert "already exists" in answer.text
+    assert (
+        superuser().post(page, {"name": "New", "organization": other.pk} | no_inlines("variables")).status_code == 302
+    )
+    twin.refresh_from_db()
+    assert (twin.name, twin.organization) == ("New", farm.organization)
+
+
+def test_allowed_values_of_the_wrong_kind_are_refused_on_the_page() -> None:
+    farm = make_farm()
+    body = {"name": "speed", "device": farm.device.pk, "datatype": "number", "allowed_values": '["fast"]'}
+    answer = superuser().post(url(DeviceState, "add"), body)
+    assert "item 0: must be a number, not a string" in answer.text.replace("&#x27;", "'")
+
+
+# Tokens
+
+
+def test_a_token_is_shown_once_and_works() -> None:
+    farm, client = make_farm(), superuser()
+    body = {"sensor": farm.sensor.pk, "name": "tank 3", "highest_priority": 1}
+    saved = client.post(url(DeviceToken, "add"), body, follow=True)
+    (token,) = re.findall(r"aemos_\w{14}_[\w-]+", saved.text)
+    assert saved.text.count(token) == 1
+    row = DeviceToken.objects.get(name="tank 3")
+    assert (row.organization, row.highest_priority) == (farm.organization, 1)
+    credential = catalogue.Catalogue().credential(token)
+    assert credential is not None
+    assert credential.originator.uuid == str(farm.sensor.uuid)
+    for page in (
+        url(DeviceToken, "changelist"),
+        url(DeviceToken, "change", row.pk),
+        url(DeviceToken, "history", row.pk),
+    ):
+        answer = client.get(page)
+        assert answer.status_code == 200
+        assert token.rsplit("_", 1)[1] not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({}, "one sensor or to one device"),
+        ({"sensor": "sensor", "device": "device"}, "one sensor or to one device"),
+        ({"sensor": "sensor", "expires_at_0": "2020-01-01", "expires_at_1": "00:00"}, "Must be in the future."),
+        ({"sensor": "sensor", "highest_priority": 11}, "less than or equal to 10"),
+    ],
+)
+def test_a_token_that_cannot_be_is_not_issued(values: dict[str, Any], complaint: str) -> None:
+    farm = make_farm()
+    rows = {"sensor": farm.sensor.pk, "device": farm.device.pk}
+    body = {"highest_priority": 5} | {key: rows.get(value, value) for key, value in values.items()}
+    before = DeviceToken.objects.count()
+    assert complaint in superuser().post(url(DeviceToken, "add"), body).text
+    assert DeviceToken.objects.count() == before
+
+
+def test_a_token_is_changed_but_moves_to_no_other_sensor() -> None:
+    farm = make_farm()
+    row = DeviceToken.objects.get(sensor=farm.sensor)
+    DeviceToken.objects.filter(pk=row.pk).update(expires_at=timezone.now() - timedelta(days=1))
+    row.refresh_from_db()
+    body = {"name": "old", "highest_priority": 7, "sensor": builders.sensor(farm.organization).pk}
+    body |= {"expires_at_0": f"{row.expires_at:%Y-%m-%d}", "expires_at_1": f"{row.expires_at:%H:%M:%S.%f}"}
+    assert superuser().post(url(DeviceToken, "change", row.pk), body).status_code == 302
+    row.refresh_from_db()
+    assert (row.name, row.highest_priority, row.sensor) == ("old", 7, farm.sensor)
+
+
+def test_tokens_are_revoked_where_one_may_and_never_deleted() -> None:
+    own, other = make_farm(), make_farm()
+    client = staff(own.organization)
+    Membership.objects.create(
+        user=User.objects.get(pk=client.session["_auth_user_id"]), organization=other.organization
+    )
+    rows = list(DeviceToken.objects.values_list("pk", flat=True))
+    client.post(url(DeviceToken, "changelist"), {"action": "revoke", "_selected_action": rows})
+    assert DeviceToken.objects.get(organization=own.organization).revoked_at is not None
+    assert DeviceToken.objects.get(organization=other.organization).revoked_at is None
+    assert superuser().post(url(DeviceToken, "delete", rows[0]), {"post": "yes"}).status_code == 403
+
+
+# Chains
+
+
+def chain_body(farm: Farm, nodes: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
+    old = list(farm.chain.nodes.all())
+    body: dict[str, Any] = {
+        "name": "Acid", "organization": farm.organization.pk, "enabled": "on", "execution_type": "event-triggered",
+        "priority": 5, "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
+    } | values  # fmt: skip
+    for index, node in enumerate(nodes):
+        known = next((row for row in old if row.name == node.get("was")), None)
+        body["nodes-INITIAL_FORMS"] += known is not None
+        row = {"id": known.pk, "chain": farm.chain.pk} if known else {}
+        config = node["config"] if isinstance(node["config"], str) else json.dumps(node["config"])
+        values_of_form = row | {"next": "", "on_false": ""} | node | {"config": config}
+        body |= {f"nodes-{index}-{key}": value for key, value in values_of_form.items()}
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def two_nodes(farm: Farm) -> list[dict[str, Any]]:
+    return [
+        {"name": "low", "type": "filter", "next": "switch", "config": builders.leaf(farm.sensor)},
+        {"name": "switch", "type": "action", "config": builders.command(farm.device)},
+    ]
+
+
+def version_of(farm: Farm) -> int:
+    return CatalogueVersion.objects.get(organization=farm.organization).version
+
+
+def test_a_chain_and_its_nodes_are_added_on_one_page() -> None:
+    farm = make_farm()
+    before = version_of(farm)
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, two_nodes(farm)))
+    assert answer.status_code == 302
+    chain = RuleChain.objects.get(name="Acid")
+    assert [(node.name, node.position, node.next) for node in chain.nodes.all()] == [
+        ("low", 0, "switch"),
+        ("switch", 1, ""),
+    ]
+    assert (chain.version, version_of(farm)) == (1, before + 1)
+
+
+def test_a_change_of_nodes_makes_one_new_version_and_keeps_their_uuids() -> None:
+    farm = make_farm()
+    uuids = {node.name: node.uuid for node in farm.chain.nodes.all()}
+    nodes = two_nodes(farm)
+    nodes[0] |= {"was": "low", "config": builders.leaf(farm.sensor, value=5)}
+    nodes[1] |= {"was": "switch"}
+    answer = superuser().post(url(RuleChain, "change", farm.chain.pk), chain_body(farm, nodes))
+    assert answer.status_code == 302
+    farm.chain.refresh_from_db()
+    assert (farm.chain.name, farm.chain.version) == ("Acid", 2)
+    assert {node.name: node.uuid for node in farm.chain.nodes.all()} == uuids
+    assert farm.chain.nodes.get(name="low").config["value"] == 5
+
+
+def test_nodes_can_swap_their_names_and_one_can_be_deleted() -> None:
+    farm, client = make_farm(), superuser()
+    nodes = [
+        {"was": "low", "name": "switch", "type": "filter", "next": "low", "config": builders.leaf(farm.sensor)},
+        {"was": "switch", "name": "low", "type": "action", "config": builders.command(farm.device)},
+    ]
+    page = url(RuleChain, "change", farm.chain.pk)
+    assert client.post(page, chain_body(farm, nodes)).status_code == 302
+    assert [(node.name, node.type) for node in farm.chain.nodes.all()] == [("switch", "filter"), ("low", "action")]
+    nodes = [nodes[0] | {"was": "switch", "next": ""}, nodes[1] | {"was": "low", "DELETE": "on"}]
+    assert client.post(page, chain_body(farm, nodes)).status_code == 302
+    assert [node.name for node in farm.chain.nodes.all()] == ["switch"]
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "field", "complaint"),
+    [
+        (0, {"next": "nowhere"}, "next", "names no node of this chain"),
+        (1, {"next": "low"}, "next", "closes a cycle"),
+        (1, {"name": "low"}, "name", "is the name of an earlier node"),
+        (0, {"config": {"operator": "~"}}, "config", "operator must be one of"),
+        (0, {"config": {"UUID": str(uuid4())}}, "config", "UUID is no sensor of this organization"),
+        (1, {"config": {"stateName": "colour"}}, "config", "is no state of this device; it has power"),
+        (1, {"config": {"value": "dimmed"}}, "config", "must be one of ["),
+        (1, {"on_false": "low"}, "on_false", "only a filter has a false branch"),
+    ],
+)
+def test_what_is_wrong_with_a_node_is_told_at_its_field(
+    index: int, change: dict[str, Any], field: str, complaint: str
+) -> None:
+    farm = make_farm()
+    nodes = two_nodes(farm)
+    change = {"config": nodes[index]["config"] | change["config"]} if "config" in change else change
+    nodes[index] |= change
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, nodes))
+    assert answer.status_code == 200
+    (inline,) = answer.context["inline_admin_formsets"]
+    told = inline.formset.forms[index].errors[field]
+    assert any(complaint in text for text in told), told
+    assert not RuleChain.objects.filter(name="Acid").exists()
+
+
+def test_what_is_wrong_with_the_chain_as_a_whole_is_told_above_its_nodes() -> None:
+    farm = make_farm()
+    nodes = two_nodes(farm)
+    nodes[0]["next"] = ""
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, nodes))
+    (inline,) = answer.context["inline_admin_formsets"]
+    assert "must have one start" in str(inline.formset.non_form_errors())
+    assert "must have one start" in answer.text
+
+
+def test_a_chain_needs_json_and_nodes_even_when_its_own_fields_are_wrong() -> None:
+    farm = make_farm()
+    nodes = two_nodes(farm)
+    nodes[0]["config"] = "{"
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, nodes, name="", organization=""))
+    assert "Enter a valid JSON." in answer.text
+    assert superuser().post(url(RuleChain, "add"), chain_body(farm, [])).status_code == 200
+    assert not RuleChain.objects.filter(name="Acid").exists()
+
+
+def test_a_chain_whose_sensor_is_gone_can_be_switched_off_and_not_on() -> None:
+    farm, client = make_farm(), superuser()
+    farm.sensor.delete()
+    page = url(RuleChain, "change", farm.chain.pk)
+    nodes = [
+        {"was": node.name, "name": node.name, "type": node.type, "config": node.config, "next": node.next}
+        for node in farm.chain.nodes.all()
+    ]
+    assert client.post(page, chain_body(farm, nodes, enabled=None)).status_code == 302
+    farm.chain.refresh_from_db()
+    assert (farm.chain.enabled, farm.chain.version) == (False, 2)
+    assert "is no sensor of this organization" in client.post(page, chain_body(farm, nodes)).text
+    answer = client.post(
+        url(RuleChain, "changelist"), {"action": "switch_on", "_selected_action": [farm.chain.pk]}, follow=True
+    )
+    assert "stays off" in answer.text
+    farm.chain.refresh_from_db()
+    assert farm.chain.enabled is False
+
+
+def test_chains_are_switched_where_one_may() -> None:
+    own, other = make_farm(), make_farm()
+    client = staff(own.organization, "operator")
+    Membership.objects.create(
+        user=User.objects.get(pk=client.session["_auth_user_id"]), organization=other.organization
+    )
+    rows = [own.chain.pk, other.chain.pk]
+    client.post(url(RuleChain, "changelist"), {"action": "switch_off", "_selected_action": rows})
+    assert dict(RuleChain.objects.values_list("pk", "enabled")) == {own.chain.pk: False, other.chain.pk: True}
+    client.post(url(RuleChain, "changelist"), {"action": "switch_on", "_selected_action": rows})
+    own.chain.refresh_from_db()
+    assert (own.chain.enabled, own.chain.version) == (True, 3)
+
+
+@pytest.mark.parametrize("how", ["page", "action"])
+def test_deleting_a_chain_tells_the_workers(how: str) -> None:
+    farm, client = make_farm(), superuser()
+    before = version_of(farm)
+    if how == "page":
+        client.post(url(RuleChain, "delete", farm.chain.pk), {"post": "yes"})
+    else:
+        selected = {"action": "delete_selected", "_selected_action": [farm.chain.pk], "post": "yes"}
+        client.post(url(RuleChain, "changelist"), selected)
+    assert not RuleChain.objects.exists()
+    assert version_of(farm) == before + 1
+
+
+# Records
+
+
+def test_only_superusers_throw_records_away_and_only_those_that_were_refused_or_failed() -> None:
+    farm = make_farm()
+    for model in (RejectedEvent, DeadLetter):
+        page = url(model, "delete", model._default_manager.get().pk)
+        assert staff(farm.organization).post(page, {"post": "yes"}).status_code == 403
+        assert superuser().post(page, {"post": "yes"}).status_code == 302
+        assert not model._default_manager.exists()
+    for kept in (Reading, Notification):
+        assert superuser().post(url(kept, "delete", kept._default_manager.get().pk), {"post": "yes"}).status_code == 403
+
+
+def test_a_notification_shows_its_deliveries() -> None:
+    farm = make_farm()
+    row = Notification.objects.get()
+    assert "pending" in staff(farm.organization, "viewer").get(url(Notification, "change", row.pk)).text
+
+
+def test_deleting_a_sensor_asks_without_loading_its_readings() -> None:
+    farm, client = make_farm(), superuser()
+    with CaptureQueriesContext(connection) as queries:
+        answer = client.get(url(Sensor, "delete", farm.sensor.pk))
+    assert "with everything that belongs to it" in answer.text
+    assert not [query for query in queries if "devices_reading" in query["sql"]]
+    assert client.post(url(Sensor, "delete", farm.sensor.pk), {"post": "yes"}).status_code == 302
+    assert not Reading.objects.exists()
+
+
+def test_the_list_of_readings_counts_no_further_than_people_turn_pages() -> None:
+    farm = make_farm()
+    variable = Variable.objects.get(sensor=farm.sensor)
+    start = datetime(2026, 6, 1, tzinfo=UTC)
+    Reading.objects.bulk_create(
+        Reading(variable=variable, timestamp=start + timedelta(seconds=second), number=second) for second in range(120)
+    )
+    client = superuser()
+    with CaptureQueriesContext(connection) as queries:
+        page = client.get(url(Reading, "changelist"), {"variable__id__exact": variable.pk})
+    assert page.context["cl"].result_count == 121
+    counts = [query["sql"] for query in queries if "COUNT(" in query["sql"] and "devices_reading" in query["sql"]]
+    assert counts
+    assert all(f"LIMIT {COUNTED_ROWS}" in sql for sql in counts)
+    assert page.context["cl"].result_list[0].number == 119
+    assert BoundedPaginator([1, 2, 3], 2).count == 3

@@ -1,0 +1,693 @@
+"""The MQTT transport on a real Mosquitto: messages to devices, and telemetry from them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import paho.mqtt.client as mqtt
+import pytest
+from django.conf import settings
+from django.db import connection
+from paho.mqtt.enums import CallbackAPIVersion
+
+from aemos.lib import keys
+from aemos.lib.leader import Leader
+from deploy.servers import Server
+from devices import catalogue
+from devices.catalogue import Credential
+from devices.exceptions import BadPayload, Overloaded, Refusal, Unauthorized
+from devices.models import Device
+from notifications import topics
+from notifications.broker_sync import sync_once
+from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
+from notifications.transports import mqtt as outbound
+from notifications.transports import mqtt_inbound
+from notifications.transports.base import Pending, Receipt, TransportError
+from notifications.transports.mqtt import MqttTransport
+from notifications.transports.mqtt_inbound import Arrival, Lanes, session_id
+from tests import builders
+from tests.mqtt_clients import Client, device, operator, patient, until
+
+Test = TypeVar("Test", bound=Callable[..., None])
+ORGANIZATION, DEVICE = str(uuid4()), str(uuid4())
+
+
+def needs_broker(test: Test) -> Test:
+    """With the servers, and a database that other threads see."""
+    for mark in (pytest.mark.usefixtures("empty_redis", "_clean_broker"), pytest.mark.django_db(transaction=True)):
+        mark(test)
+    return test
+
+
+def message(event: str = ALERT, *, device_uuid: str | None = None, **payload: Any) -> Message:
+    return Message(
+        id=uuid4(),
+        effect_key=str(uuid4()),
+        organization_uuid=ORGANIZATION,
+        device_uuid=device_uuid,
+        event=event,
+        priority=5,
+        payload=payload,
+        timestamp="2026-01-01T00:00:00+00:00",
+    )
+
+
+def state_change(source: str = "rule", **payload: Any) -> Message:
+    return message(DEVICE_STATE_CHANGE, device_uuid=DEVICE, source=source, **payload)
+
+
+class Ingested:
+    """An ingest that keeps what it is given. `answers` are used up first: a refusal at once, or the outcome of waiting."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str | None, bytes, Credential | None]] = []
+        self.accepted: list[tuple[str | None, bytes]] = []
+        self.holds: list[bool] = []
+        self.at_once: list[Exception] = []
+        self.later: list[Exception] = []
+        self.released = threading.Event()
+        self.released.set()
+
+    def __call__(
+        self,
+        payload: bytes,
+        *,
+        credential: Credential | None,
+        protocol: str,
+        uuid: str | None = None,
+        hold: bool = False,
+    ) -> Pending:
+        assert protocol == "mqtt"
+        self.holds.append(hold)
+        self.asked.append((uuid, payload, credential))
+        if self.at_once:
+            raise self.at_once.pop(0)
+        return Waiting(self, uuid, payload)
+
+    def payloads(self) -> list[bytes]:
+        return [payload for _, payload in self.accepted]
+
+
+class Waiting:
+    def __init__(self, ingested: Ingested, uuid: str | None, payload: bytes) -> None:
+        self._ingested, self._uuid, self._payload = ingested, uuid, payload
+
+    def wait(self) -> Receipt:
+        assert self._ingested.released.wait(20)
+        if self._ingested.later:
+            raise self._ingested.later.pop(0)
+        self._ingested.accepted.append((self._uuid, self._payload))
+        return Receipt(accepted=1)
+
+
+@pytest.fixture
+def _clean_broker(broker: Server, redis_server: Server) -> Iterator[None]:
+    """Nobody may find what another test left: the session of telemetry, and servers that a failed test left killed."""
+    catalogue.shared.cache_clear()
+    forget_session(broker)
+    with connection.execute_wrapper(patient):
+        yield
+    for server in (broker, redis_server):
+        if server.child is None:
+            server.start()
+    forget_session(broker)
+    catalogue.shared.cache_clear()
+
+
+def forget_session(broker: Server) -> None:
+    gone = threading.Event()
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session_id(), protocol=mqtt.MQTTv5)
+    client.username_pw_set(broker.username, broker.password)
+    client.on_connect = lambda client, *_: client.disconnect()
+    client.on_disconnect = lambda *_: gone.set()
+    client.connect("127.0.0.1", broker.port, clean_start=True)
+    client.loop_start()
+    assert gone.wait(5)
+    client.loop_stop()
+
+
+class running:  # reads as a sentence where it is used
+    """A transport that is connected in both directions."""
+
+    def __init__(self, ingest: Callable[..., Pending] | None = None, *, listens: bool = True) -> None:
+        self.transport = MqttTransport(ingest or Ingested())
+        self._listens = listens
+
+    def __enter__(self) -> MqttTransport:
+        self.transport.start()
+        until(lambda: self.transport.connected)
+        if self._listens:
+            until(lambda: self.transport.inbound.connected)
+            self.until_subscribed()
+        return self.transport
+
+    def until_subscribed(self) -> None:
+        """Its own subscriptions are acknowledged in order, so one more says that the ones before are there."""
+        done = threading.Event()
+        client = self.transport.inbound._connection.client
+        client.on_subscribe = lambda *_: done.set()
+        client.subscribe(f"nothing/{uuid4()}")
+        assert done.wait(5)
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.stop(timeout_seconds=5)
+        for side in (self.transport.inbound, self.transport._outbound):
+            assert side._thread is not None
+            assert not side._thread.is_alive()
+            assert side._connection.client._thread is None
+
+
+@pytest.fixture
+def ingested() -> Ingested:
+    return Ingested()
+
+
+@pytest.fixture
+def transport(broker: Server, ingested: Ingested) -> Iterator[MqttTransport]:
+    with running(ingested) as found:
+        yield found
+
+
+@pytest.fixture
+def sender(broker: Server) -> Iterator[Client]:
+    with operator(broker) as found:
+        yield found
+
+
+# Topics
+
+
+def test_state_change_by_rule_or_person_is_state_and_command_and_by_the_device_state_alone() -> None:
+    state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
+    command = topics.Address(f"devices/{DEVICE}/commands", 2)
+    assert topics.addresses(state_change("rule")) == [state, command]
+    assert topics.addresses(state_change("person")) == [state, command]
+    assert topics.addresses(state_change("device")) == [state]
+
+
+def test_everything_else_is_for_the_organization() -> None:
+    everybody = [topics.Address(f"organizations/{ORGANIZATION}/broadcast", 1)]
+    assert topics.addresses(message(ALERT)) == everybody
+    assert topics.addresses(message(ALERT, device_uuid=DEVICE)) == everybody
+    assert topics.addresses(message(DEVICE_STATE_CHANGE)) == everybody
+
+
+def test_inbound_topic_names_its_originator_or_nobody() -> None:
+    assert topics.originator_of(topics.datastream(DEVICE)) == DEVICE
+    assert topics.originator_of(topics.datastream(DEVICE.upper())) == DEVICE
+    for topic in ("devices/pump/datastream", "devices/datastream", f"sensors/{DEVICE}/datastream", ""):
+        assert topics.originator_of(topic) is None
+
+
+def test_originator_is_granted_its_own_literal_topics_only() -> None:
+    assert {(grant.right, grant.topic.split("/")[-1]) for grant in topics.grants(DEVICE, ORGANIZATION)} == {
+        ("publishClientSend", "datastream"),
+        ("publishClientSend", "status"),
+        *(
+            (right, name)
+            for right in ("subscribeLiteral", "publishClientReceive")
+            for name in ("state", "commands", "broadcast")
+        ),
+    }
+    assert not any(wild in grant.topic for grant in topics.grants(DEVICE, ORGANIZATION) for wild in "+#%$")
+
+
+# Messages out
+
+
+@needs_broker
+def test_command_reaches_the_device_once_with_its_quality_of_service(broker: Server, transport: MqttTransport) -> None:
+    sent = state_change("rule", stateName="power", value="on")
+    delivered: list[Message] = []
+    with operator(broker) as listener:
+        assert listener.subscribe(f"devices/{DEVICE}/+", qos=2)
+        transport.deliver(sent, delivered.append)
+        until(lambda: len(listener.received) == 2)
+        assert until(lambda: delivered) == [sent]
+        listener.publish(topics.state(DEVICE), "", retain=True)
+    bodies = {topic: json.loads(payload) for topic, payload in listener.received if payload}
+    assert bodies[topics.commands(DEVICE)] == bodies[topics.state(DEVICE)]
+    assert bodies[topics.commands(DEVICE)]["id"] == str(sent.id)
+    assert bodies[topics.commands(DEVICE)]["data"]["value"] == "on"
+
+
+@needs_broker
+def test_device_that_connects_later_learns_its_state_but_is_not_commanded(
+    broker: Server, transport: MqttTransport
+) -> None:
+    delivered: list[Message] = []
+    transport.deliver(state_change(value="on"), delivered.append)
+    until(lambda: delivered)
+    with operator(broker) as late:
+        assert late.subscribe(topics.commands(DEVICE))
+        assert late.subscribe(topics.state(DEVICE))
+        until(lambda: late.received)
+        assert [topic for topic, _ in late.received] == [topics.state(DEVICE)]
+        late.publish(topics.state(DEVICE), "", retain=True)
+
+
+@needs_broker
+def test_messages_are_delivered_in_order(broker: Server, transport: MqttTransport) -> None:
+    delivered: list[Message] = []
+    with operator(broker) as listener:
+        assert listener.subscribe(topics.broadcast(ORGANIZATION))
+        sent = [message(number=number) for number in range(500)]
+        for each in sent:
+            transport.deliver(each, delivered.append)
+        until(lambda: len(listener.received) == 500)
+        assert [json.loads(payload)["data"]["number"] for payload in listener.payloads()] == list(range(500))
+    until(lambda: len(delivered) == 500)
+    assert delivered == sent
+    assert transport.counts["published"] == 500
+
+
+@needs_broker
+def test_message_is_delivered_only_when_the_broker_has_it_and_then_once(
+    broker: Server, transport: MqttTransport
+) -> None:
+    delivered: list[Message] = []
+    broker.kill()
+    until(lambda: not transport.connected)
+    sent = [state_change(number=number) for number in range(60)]
+    for each in sent:
+        transport.deliver(each, delivered.append)
+    threading.Event().wait(1.5)
+    assert delivered == []
+    broker.start()
+    until(lambda: len(delivered) >= 60, seconds=15)
+    threading.Event().wait(0.5)
+    assert delivered == sent
+
+
+@needs_broker
+def test_message_is_not_delivered_while_the_broker_is_silent(broker: Server, transport: MqttTransport) -> None:
+    """Stopped, not killed: the connection stands, and what is written to it goes into the kernel's buffers."""
+    import os
+    import signal
+
+    delivered: list[Message] = []
+    assert broker.pid
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        transport.deliver(message(), delivered.append)
+        threading.Event().wait(0.5)
+        assert delivered == []
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+    until(lambda: len(delivered) == 1)
+
+
+@needs_broker
+def test_too_many_waiting_messages_are_refused_for_now(
+    broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered: list[Message] = []
+    broker.kill()
+    until(lambda: not transport.connected)
+    for _ in range(outbound.MAXIMUM_WAITING):
+        transport.deliver(message(), delivered.append)
+    with pytest.raises(TransportError) as refusal:
+        transport.deliver(message(), delivered.append)
+    assert not refusal.value.permanent
+    broker.start()
+    until(lambda: len(delivered) == outbound.MAXIMUM_WAITING, seconds=15)
+    transport.deliver(message(), delivered.append)
+    until(lambda: len(delivered) == outbound.MAXIMUM_WAITING + 1)
+
+
+@needs_broker
+def test_refused_publication_is_tried_again(
+    broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mosquitto refuses the gateway nothing, so its answer is put in the place of the first real one."""
+    monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.1)
+    delivered: list[Message] = []
+    acknowledged = transport._outbound._acknowledged
+
+    def first_is_refused(acknowledgement: Any) -> None:
+        monkeypatch.setattr(transport._outbound, "_acknowledged", acknowledged)
+        acknowledged(outbound._Acknowledgement(acknowledgement.mid, "Quota exceeded"))
+
+    monkeypatch.setattr(transport._outbound, "_acknowledged", first_is_refused)
+    sent = message()
+    transport.deliver(sent, delivered.append)
+    until(lambda: delivered == [sent])
+    assert transport.counts["refused"] == 1
+    assert "Quota exceeded" in caplog.text
+
+
+@needs_broker
+def test_callback_that_fails_does_not_stop_the_messages_behind_it(
+    broker: Server, transport: MqttTransport, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: Message) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    delivered: list[Message] = []
+    transport.deliver(message(), fails)
+    transport.deliver(message(), delivered.append)
+    until(lambda: delivered)
+    assert transport.counts["callback-failed"] == 1
+
+
+@needs_broker
+def test_stopping_finishes_what_is_in_flight_and_takes_nothing_new(broker: Server) -> None:
+    delivered: list[Message] = []
+    with running() as transport:
+        for _ in range(200):
+            transport.deliver(message(), delivered.append)
+    assert len(delivered) == 200
+    with pytest.raises(TransportError):
+        transport.deliver(message(), delivered.append)
+
+
+@needs_broker
+def test_transport_starts_and_stops_while_the_broker_is_away(broker: Server, caplog: pytest.LogCaptureFixture) -> None:
+    broker.kill()
+    transport = MqttTransport(Ingested())
+    transport.start()
+    transport.deliver(message(), lambda _: None)
+    until(lambda: "cannot be reached" in caplog.text)
+    transport.stop(timeout_seconds=2)
+    broker.start()
+
+
+# Telemetry in
+
+
+@needs_broker
+def test_device_s_telemetry_is_ingested_with_its_own_credential(
+    broker: Server, ingested: Ingested, transport: MqttTransport
+) -> None:
+    pump = builders.device(builders.organization())
+    token = builders.token(pump)
+    sync_once()
+    with device(broker, token) as speaker:
+        assert speaker.connected.wait(5)
+        speaker.publish(topics.status(str(pump.uuid)), "online")
+        speaker.publish(topics.datastream(str(pump.uuid)), '{"values": {"power": "on"}}')
+        until(lambda: ingested.accepted)
+    ((uuid, payload, credential),) = ingested.asked
+    assert (uuid, payload) == (str(pump.uuid), b'{"values": {"power": "on"}}')
+    assert credential is not None
+    assert credential.originator.uuid == str(pump.uuid)
+    assert transport.inbound.counts["status"] == 1
+    Device.objects.all().delete()
+    sync_once()
+
+
+@needs_broker
+def test_unknown_senders_are_passed_on_without_a_credential(
+    transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    sender.publish(topics.datastream(DEVICE), "a")
+    sender.publish("devices/pump/datastream", "b")
+    until(lambda: len(ingested.asked) == 2)
+    assert sorted(ingested.asked, key=lambda each: each[1]) == [(DEVICE, b"a", None), (None, b"b", None)]
+
+
+@needs_broker
+def test_message_is_acknowledged_only_after_the_journal_has_it(
+    broker: Server, sender: Client, ingested: Ingested
+) -> None:
+    ingested.released.clear()
+    second = Ingested()
+    with running(ingested) as first:
+        sender.publish(topics.datastream(DEVICE), "a")
+        until(lambda: ingested.asked)
+        crash(first)
+        with running(second):
+            until(lambda: second.accepted == [(DEVICE, b"a")])
+        ingested.released.set()
+    third = Ingested()
+    with running(third):
+        sender.publish(topics.datastream(DEVICE), "b")
+        until(lambda: third.accepted)
+    assert third.payloads() == [b"b"], "acknowledged by the second and not sent again"
+
+
+def crash(transport: MqttTransport) -> None:
+    """As if its process had been killed: its connection breaks, its leadership ends, and it does not come back."""
+    inbound = transport.inbound
+    inbound._stopping.set()
+    inbound._connection.client._reconnect_on_failure = False
+    sock = inbound._connection.client.socket()
+    assert isinstance(sock, socket.socket)
+    sock.shutdown(socket.SHUT_RDWR)
+    inbound._leader.resign()
+    until(lambda: not inbound.connected)
+
+
+@needs_broker
+def test_telemetry_sent_while_no_gateway_runs_is_kept_by_the_broker(
+    broker: Server, sender: Client, ingested: Ingested
+) -> None:
+    with running():
+        pass
+    for number in range(50):
+        sender.publish(topics.datastream(DEVICE), str(number))
+    with running(ingested):
+        until(lambda: len(ingested.accepted) == 50)
+    assert ingested.payloads() == [str(number).encode() for number in range(50)]
+
+
+@needs_broker
+@pytest.mark.parametrize("when", ["at_once", "later"])
+def test_overloaded_is_tried_again_until_it_is_taken_and_keeps_the_order(
+    transport: MqttTransport, ingested: Ingested, sender: Client, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getattr(ingested, when).extend(Overloaded("full", reason="circuit-open", retry_after=0) for _ in range(3))
+    for number in range(20):
+        sender.publish(topics.datastream(DEVICE), str(number))
+    until(lambda: len(ingested.accepted) == 20)
+    assert ingested.payloads() == [str(number).encode() for number in range(20)]
+    assert transport.inbound.counts == {"overloaded": 3, "accepted": 20}
+
+
+@needs_broker
+def test_overloaded_is_held_back_for_a_while_and_then_recorded_and_acknowledged(
+    ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_inbound, "HOLD_SECONDS", 0.5)
+    held = [Overloaded("full", reason="circuit-open", retry_after=1) for _ in range(2)]
+    held[1].recorded = True
+    ingested.at_once.extend(held)
+    with running(ingested) as transport:
+        sender.publish(topics.datastream(DEVICE), "refused")
+        sender.publish(topics.datastream(DEVICE), "taken")
+        until(lambda: ingested.payloads() == [b"taken"])
+        assert transport.inbound.counts == {"overloaded": 1, "refused": 1, "accepted": 1}
+    assert ingested.holds == [True, False, False]
+
+
+@needs_broker
+def test_sender_that_has_to_wait_holds_up_nobody_else(
+    transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    ingested.at_once.append(Overloaded("full", reason="circuit-open", retry_after=2))
+    other = str(uuid4())
+    sender.publish(topics.datastream(DEVICE), "a")
+    until(lambda: ingested.asked)
+    sender.publish(topics.datastream(DEVICE), "b")
+    sender.publish(topics.datastream(other), "c")
+    until(lambda: len(ingested.accepted) == 3)
+    assert ingested.payloads() == [b"c", b"a", b"b"]
+
+
+@needs_broker
+@pytest.mark.parametrize("when", ["at_once", "later"])
+@pytest.mark.parametrize("refusal", [BadPayload("not JSON"), Unauthorized("no live token")])
+def test_refused_message_is_acknowledged_and_does_not_block_the_next(
+    broker: Server, ingested: Ingested, sender: Client, when: str, refusal: Refusal
+) -> None:
+    getattr(ingested, when).append(refusal)
+    with running(ingested) as transport:
+        sender.publish(topics.datastream(DEVICE), "bad")
+        sender.publish(topics.datastream(DEVICE), "good")
+        until(lambda: ingested.payloads() == [b"good"])
+        assert transport.inbound.counts == {"refused": 1, "accepted": 1}
+    after = Ingested()
+    with running(after):
+        sender.publish(topics.datastream(DEVICE), "next")
+        until(lambda: after.accepted)
+    assert after.payloads() == [b"next"]
+
+
+@needs_broker
+@pytest.mark.parametrize("when", ["at_once", "later"])
+def test_error_nobody_foresaw_is_told_and_the_message_tried_again(
+    transport: MqttTransport, ingested: Ingested, sender: Client, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    getattr(ingested, when).extend(RuntimeError("nobody foresaw this") for _ in range(2))
+    sender.publish(topics.datastream(DEVICE), "a")
+    sender.publish(topics.datastream(DEVICE), "b")
+    until(lambda: ingested.payloads() == [b"a", b"b"])
+    assert transport.inbound.counts == {"failed": 2, "accepted": 2}
+    assert f"devices/{DEVICE}/datastream cannot be taken" in caplog.text
+    assert "nobody foresaw this" in caplog.text
+
+
+def has_accepted(ingested: Ingested, number: int) -> bool:
+    return len(ingested.accepted) == number
+
+
+@needs_broker
+def test_two_thousand_messages_keep_the_order_of_each_device(
+    transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    devices = [str(uuid4()) for _ in range(20)]
+    for uuid in devices:
+        ingested.at_once.append(Overloaded(uuid, reason="circuit-open", retry_after=0))
+        ingested.later.append(Overloaded(uuid, reason="circuit-open", retry_after=0))
+    # 500 at a time: what is more than the window of 1,000 queues up in the broker, and Mosquitto 2.0 may then let a message
+    # that just came pass those that it holds.
+    for first in range(0, 100, 25):
+        numbers = range(first, first + 25)
+        sender.publish_many([(topics.datastream(uuid), str(number)) for number in numbers for uuid in devices])
+        until(partial(has_accepted, ingested, 20 * (first + 25)), seconds=20)
+    heard: defaultdict[str | None, list[int]] = defaultdict(list)
+    for spoke, payload in ingested.accepted:
+        heard[spoke].append(int(payload))
+    assert heard == {uuid: list(range(100)) for uuid in devices}
+    assert transport.inbound.counts["overloaded"] == 40
+
+
+@needs_broker
+def test_broker_that_restarts_brings_unacknowledged_messages_again_and_new_ones_after_them(
+    broker: Server, ingested: Ingested, sender: Client
+) -> None:
+    ingested.released.clear()
+    with running(ingested):
+        for number in range(5):
+            sender.publish(topics.datastream(DEVICE), str(number))
+        until(lambda: ingested.asked)
+        broker.restart()
+        ingested.released.set()
+        assert sender.connected.wait(10)
+        sender.publish(topics.datastream(DEVICE), "5")
+        until(lambda: ingested.accepted and ingested.payloads()[-1] == b"5", seconds=15)
+    assert ingested.payloads() in ([b"0"] + [b"%d" % n for n in range(6)], [b"%d" % n for n in range(6)])
+
+
+@needs_broker
+def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many_wait(
+    transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD", 3)
+    ingested.released.clear()
+    for number in range(10):
+        sender.publish(topics.datastream(DEVICE), str(number), qos=0)
+    until(lambda: transport.inbound.counts["dropped"])
+    sender.publish(topics.datastream(DEVICE), "kept")
+    ingested.released.set()
+    until(lambda: ingested.accepted and ingested.payloads()[-1] == b"kept")
+    assert transport.inbound.counts["dropped"] + transport.inbound.counts["accepted"] == 11
+
+
+@needs_broker
+def test_retained_telemetry_is_not_taken_again_at_every_start(
+    broker: Server, sender: Client, ingested: Ingested
+) -> None:
+    with running(ingested):
+        sender.publish(topics.datastream(DEVICE), "a", retain=True)
+        until(lambda: ingested.accepted)
+    with running(ingested):
+        sender.publish(topics.datastream(DEVICE), "", retain=True)
+        until(lambda: len(ingested.accepted) == 2)
+    assert ingested.payloads() == [b"a", b""]
+
+
+# Several gateways
+
+
+@needs_broker
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho forgets its own socket pair
+def test_one_gateway_listens_and_another_takes_over_without_loss(broker: Server, sender: Client) -> None:
+    first, second = Ingested(), Ingested()
+    with running(first) as one, running(second, listens=False) as other:
+        sender.publish(topics.datastream(DEVICE), "a")
+        until(lambda: first.accepted)
+        assert not other.inbound.connected
+        one.inbound.stop(timeout_seconds=5)
+        for number in range(50):
+            sender.publish(topics.datastream(DEVICE), str(number))
+        until(lambda: len(second.accepted) == 50)
+    assert first.payloads() == [b"a"]
+    assert second.payloads() == [str(number).encode() for number in range(50)]
+
+
+@needs_broker
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho forgets its own socket pair
+def test_gateway_that_lost_its_leadership_stops_listening_and_listens_again_when_it_has_it(
+    broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    transport.inbound._leader.resign()
+    rival = Leader(keys.MQTT_TELEMETRY_LEADER)
+    assert rival.leads()
+    until(lambda: not transport.inbound.connected)
+    sender.publish(topics.datastream(DEVICE), "a")
+    rival.resign()
+    until(lambda: ingested.accepted)
+
+
+@needs_broker
+def test_redis_away_changes_nobody_s_part(
+    broker: Server, redis_server: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    redis_server.kill()
+    until(lambda: transport.inbound._redis_away)
+    sender.publish(topics.datastream(DEVICE), "a")
+    until(lambda: ingested.accepted)
+    redis_server.start()
+    until(lambda: not transport.inbound._redis_away)
+    assert transport.inbound.connected
+
+
+def test_session_has_one_name_that_gives_no_secret_away() -> None:
+    assert session_id() == session_id()
+    assert settings.DEVICE_TOKEN_KEY not in session_id()
+
+
+# The order of each sender
+
+
+def arrival(name: str, number: int = 0) -> Arrival:
+    return Arrival(topics.datastream(name), str(number).encode(), number, 1, 0)
+
+
+def test_next_message_of_a_sender_is_given_when_the_one_before_it_is_done() -> None:
+    lanes = Lanes()
+    first, second, other = arrival("a", 1), arrival("a", 2), arrival("b", 3)
+    for each in (first, second, other):
+        lanes.add(each)
+    assert [lanes.next(0.0), lanes.next(0.0), lanes.next(0.0)] == [first, other, None]
+    lanes.done(first)
+    assert lanes.next(0.0) is second
+    assert len(lanes) == 2
+    lanes.done(second)
+    lanes.done(other)
+    assert len(lanes) == 0
+    assert lanes.next(0.0) is None
+
+
+def test_message_that_has_to_wait_comes_at_its_time_before_its_successors() -> None:
+    lanes = Lanes()
+    first, second = arrival("a", 1), arrival("a", 2)
+    lanes.add(first)
+    lanes.add(second)
+    assert lanes.next(0.0) is first
+    lanes.again(first, at=5.0)
+    assert lanes.seconds_until_next(1.0, longest=60.0) == 4.0
+    assert lanes.seconds_until_next(1.0, longest=1.0) == 1.0
+    assert lanes.next(4.9) is None
+    assert lanes.next(5.0) is first
+    lanes.done(first)
+    assert lanes.seconds_until_next(5.0, longest=1.0) == 0.0
+    assert lanes.next(5.0) is second

@@ -1,0 +1,389 @@
+"""Socket.IO from outside: a gateway process, the real client, and messages published the way effects publish them."""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import socketio
+from socketio.exceptions import ConnectionError as NotConnected
+
+from aemos.lib import redis
+from tests.gateway_process import GatewayProcess, operator, running, until
+
+Farm = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    client = redis.client()
+    assert client.dbsize() == 0, "the test database of Redis is not empty"
+    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "socketio"}) as process:
+        yield process
+    client.flushdb()
+
+
+@pytest.fixture
+def farm() -> Farm:
+    found: Farm = operator().ask("seed")
+    return found
+
+
+class Client:
+    """The real client, with everything it received in order."""
+
+    def __init__(self) -> None:
+        # Reconnecting would hide that the server has ended the connection.
+        self.io = socketio.Client(reconnection=False)
+        self.received: list[tuple[str, Any]] = []
+        self.io.on("*", lambda event, data: self.received.append((event, data)))
+
+    def ids(self) -> list[str]:
+        return [data["id"] for _, data in self.received if "id" in data]
+
+    def ask(self, event: str, *arguments: object) -> dict[str, Any]:
+        """What the server acknowledges the event with."""
+        answer: dict[str, Any] = self.io.call(event, arguments, timeout=10)
+        return answer
+
+
+@contextmanager
+def connected(gateway: GatewayProcess, token: str, *, transport: str = "websocket", **options: Any) -> Iterator[Client]:
+    client = Client()
+    try:
+        client.io.connect(
+            url(gateway), **{"auth": {"token": token}, "transports": [transport], "wait_timeout": 10, **options}
+        )
+        yield client
+    finally:
+        client.io.disconnect()
+        client.io.shutdown()
+
+
+def url(gateway: GatewayProcess) -> str:
+    host, port = gateway.addresses()["socketio"]
+    return f"http://{host}:{port}"
+
+
+def refusal(gateway: GatewayProcess, **options: Any) -> str:
+    """What the server says to a client that it does not let in."""
+    client = socketio.Client(reconnection=False)
+    answers: queue.Queue[Any] = queue.Queue()
+    client.on("connect_error", answers.put)
+    try:
+        with pytest.raises(NotConnected):
+            client.connect(url(gateway), transports=["websocket"], wait_timeout=5, **options)
+        return str(answers.get(timeout=5))
+    finally:
+        client.disconnect()
+        client.shutdown()
+
+
+def sent_to_all(farm: Farm) -> str:
+    """A message that was published a moment ago."""
+    message: str = operator().ask("publish", organization=farm["organization"], protocols=["socketio"])
+    time.sleep(0.2)
+    return message
+
+
+def published(farm: Farm, *clients: Client, **fields: Any) -> str:
+    """Publishes a message and waits until the clients have it; with another after it, so that doubles would be seen."""
+    first: str = operator().ask("publish", organization=farm["organization"], protocols=["socketio"], **fields)
+    last: str = operator().ask("publish", organization=farm["organization"], protocols=["socketio"], **fields)
+    for client in clients:
+        until(lambda client=client: last in client.ids())  # type: ignore[misc]
+    return first
+
+
+@pytest.mark.parametrize("auth", [None, {}, {"token": ""}, {"token": {"a": 1}}, "text", ["list"]])
+def test_without_a_token_nobody_is_let_in(gateway: GatewayProcess, auth: object) -> None:
+    assert "access token" in refusal(gateway, auth=auth)
+
+
+@pytest.mark.parametrize("token", ["garbage", "a.b.c", "aemos_12345678901234_x"])
+def test_garbage_is_no_token(gateway: GatewayProcess, token: str) -> None:
+    assert "not valid" in refusal(gateway, auth={"token": token})
+
+
+def test_an_expired_token_is_refused(gateway: GatewayProcess, farm: Farm) -> None:
+    token = operator().ask("access_token", user=farm["user"], seconds=-1)
+    assert "expired" in refusal(gateway, auth={"token": token})
+
+
+def test_a_person_who_is_not_active_is_refused(gateway: GatewayProcess, farm: Farm) -> None:
+    operator().ask("deactivate", user=farm["user"])
+    assert "not active" in refusal(gateway, auth={"token": farm["access_token"]})
+
+
+def test_a_device_token_is_no_persons_token(gateway: GatewayProcess, farm: Farm) -> None:
+    assert "not valid" in refusal(gateway, auth={"token": farm["device_token"]})
+
+
+def test_the_token_may_come_in_the_authorization_header(gateway: GatewayProcess, farm: Farm) -> None:
+    headers = {"Authorization": f"Bearer {farm['access_token']}"}
+    with connected(gateway, "", auth=None, headers=headers) as client:
+        assert client.io.connected
+
+
+def test_another_namespace_is_refused(gateway: GatewayProcess, farm: Farm) -> None:
+    with pytest.raises(NotConnected), connected(gateway, farm["access_token"], namespaces=["/admin"], wait_timeout=2):
+        pass
+
+
+@pytest.mark.parametrize("transport", ["websocket", "polling"])
+def test_a_state_change_reaches_the_organizations_people_once(
+    gateway: GatewayProcess, farm: Farm, transport: str
+) -> None:
+    with connected(gateway, farm["access_token"], transport=transport) as client:
+        assert client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"}) == {"ok": True}
+        message = published(farm, client, device=farm["device"], event="device-state-change")
+        assert client.ids().count(message) == 1
+        event, data = next(each for each in client.received if each[1]["id"] == message)
+        assert event == "device-state-change"
+        assert data == {
+            "id": message,
+            "event": "device-state-change",
+            "organization": farm["organization"],
+            "device": farm["device"],
+            "priority": 5,
+            "timestamp": "2026-01-02T03:04:05+00:00",
+            "data": {"text": "ph is 9"},
+        }
+
+
+def test_messages_come_in_the_order_in_which_they_were_published(gateway: GatewayProcess, farm: Farm) -> None:
+    # Read from the wire, because the Python client runs a thread for each event.
+    with raw_websocket(gateway, token=farm["access_token"]) as connection:
+        sent = operator().ask("publish_many", organization=farm["organization"], count=200, size=10)
+        events = _events(connection)
+        assert [next(events)["id"] for _ in sent] == sent
+
+
+def test_nobody_hears_of_another_organization(gateway: GatewayProcess, farm: Farm) -> None:
+    other = operator().ask("seed")
+    with connected(gateway, farm["access_token"]) as mine, connected(gateway, other["access_token"]) as theirs:
+        message = published(farm, mine)
+        published(other, theirs)
+        assert message in mine.ids()
+        assert message not in theirs.ids()
+
+
+@pytest.mark.parametrize("event", ["subscribe", "join"])
+def test_no_room_of_another_organization_is_granted(gateway: GatewayProcess, farm: Farm, event: str) -> None:
+    other = operator().ask("seed")
+    rooms = [
+        f"organization-{other['organization']}",
+        f"device-uuid-{other['device']}",
+        f"telemetry-{other['variable']}",
+        "device-uuid-00000000-0000-4000-8000-000000000000",
+    ]
+    with connected(gateway, farm["access_token"]) as client:
+        answers = [client.ask(event, {"room": room}) for room in rooms]
+        # The same words for what is not there and for what is somebody else's: who asks learns nothing.
+        assert answers == [{"ok": False, "error": "There is no such room, or you have no right to it."}] * 4
+        message = published(other, device=other["device"])
+        published(farm, client)
+        assert message not in client.ids()
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), (None,), ({"room": 1},), ({"room": "everything"},), ("device-uuid-x",), ([],)]
+)
+def test_what_is_no_room_is_answered_as_such(
+    gateway: GatewayProcess, farm: Farm, arguments: tuple[object, ...]
+) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        assert client.ask("subscribe", *arguments)["ok"] is False
+
+
+def test_a_client_may_be_told_of_one_device_alone(gateway: GatewayProcess, farm: Farm) -> None:
+    with (
+        connected(gateway, farm["access_token"]) as everything,
+        connected(gateway, farm["access_token"]) as one_device,
+    ):
+        assert one_device.ask("subscribe", {"room": f"device-uuid-{farm['device'].upper()}"})["ok"]
+        assert one_device.ask("unsubscribe", {"room": f"organization-{farm['organization']}"})["ok"]
+        other = published(farm, everything, device=farm["other_device"])
+        general = published(farm, everything)
+        own = published(farm, everything, one_device, device=farm["device"])
+        assert {own, other, general} <= set(everything.ids())
+        assert own in one_device.ids()
+        assert not {other, general} & set(one_device.ids())
+        assert one_device.ask("unsubscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
+        assert not one_device.ask("unsubscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
+        assert published(farm, everything, device=farm["device"]) not in one_device.ids()
+
+
+def test_the_telemetry_room_of_an_own_variable_is_granted(gateway: GatewayProcess, farm: Farm) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        assert client.ask("subscribe", {"room": f"telemetry-{farm['variable']}"}) == {"ok": True}
+
+
+def test_the_connection_ends_with_the_token_and_says_why(gateway: GatewayProcess, farm: Farm) -> None:
+    token = operator().ask("access_token", user=farm["user"], seconds=3)
+    with connected(gateway, token) as client:
+        until(lambda: not client.io.connected)
+        ((event, data),) = client.received
+        assert (event, data["reason"]) == ("session-ended", "token-expired")
+
+
+def test_the_connection_ends_when_the_person_is_deactivated(gateway: GatewayProcess, farm: Farm) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        operator().ask("deactivate", user=farm["user"])
+        until(lambda: not client.io.connected)
+        assert client.received[-1][1]["reason"] == "user-inactive"
+
+
+def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
+    gateway: GatewayProcess, farm: Farm
+) -> None:
+    other = operator().ask("seed")
+    with connected(gateway, farm["access_token"]) as client:
+        published(farm, client)
+        operator().ask("leave", user=farm["user"], organization=farm["organization"])
+        operator().ask("add_membership", user=farm["user"], organization=other["organization"])
+        until(lambda: sent_to_all(other) in client.ids())
+        assert published(farm) not in client.ids()
+        published(other, client)
+        assert not client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_is_cut_off(gateway: GatewayProcess, farm: Farm) -> None:
+    with (
+        raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096),
+        raw_websocket(gateway, token=farm["access_token"]) as reading,
+    ):
+        frames = _events(reading)
+        sent = operator().ask("publish_many", organization=farm["organization"], count=9_000, size=1_000)
+        assert [next(frames)["id"] for _ in sent] == sent
+        gateway.wait_for(lambda: "Cut off a Socket.IO client that does not read" in gateway.text)
+        (last,) = operator().ask("publish_many", organization=farm["organization"], count=1, size=1)
+        assert next(frames)["id"] == last
+
+
+def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> None:
+    with raw_websocket(gateway) as stranger:
+        stranger.settimeout(20)
+        while stranger.recv(4096):
+            pass
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"9",
+        b"4",
+        b"4x",
+        b"42",
+        b"42[",
+        b'42["subscribe"]',
+        b'451-["a",{"_placeholder":true,"num":0}]',
+        b"40/admin,",
+        b"\xf0\x9f",
+    ],
+)
+def test_garbage_ends_at_most_its_own_connection(gateway: GatewayProcess, farm: Farm, garbage: bytes) -> None:
+    with connected(gateway, farm["access_token"]) as client, raw_websocket(gateway) as stranger:
+        stranger.sendall(_text_frame(garbage) * 3)
+        message = published(farm, client)
+        assert message in client.ids()
+    assert "Traceback" not in gateway.text
+
+
+def test_more_than_64_kilobytes_are_not_read(gateway: GatewayProcess, farm: Farm) -> None:
+    session = requests.get(url(gateway) + "/socket.io/?EIO=4&transport=polling", timeout=5).text
+    sid = session.split('"sid":"')[1].split('"')[0]
+    address = f"{url(gateway)}/socket.io/?EIO=4&transport=polling&sid={sid}"
+    assert requests.post(address, data=b"4" * 70_000, timeout=5).status_code == 400
+    with raw_websocket(gateway) as stranger:
+        stranger.settimeout(10)
+        stranger.sendall(_text_frame(b"4" * 70_000))
+        while stranger.recv(4096):
+            pass
+
+
+def test_large_messages_arrive_whole_over_a_slow_connection(gateway: GatewayProcess, farm: Farm) -> None:
+    """Frames that do not fit the send buffer are written on, not cut off."""
+    with raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096) as slow:
+        sent = operator().ask("publish_many", organization=farm["organization"], count=40, size=200_000)
+        events = _events(slow, pause_seconds=0.005)
+        assert [next(events)["id"] for _ in sent] == sent
+
+
+def test_without_configured_origins_any_page_may_connect(gateway: GatewayProcess) -> None:
+    assert opening(gateway, origin="https://dashboard.example") == 200
+
+
+def test_configured_origins_keep_other_pages_out_but_not_the_python_client(tmp_path: Path, farm: Farm) -> None:
+    with running(tmp_path / "log", {"kind": "socketio"}, SOCKETIO_ORIGINS="https://dashboard.example") as other:
+        assert opening(other, origin="https://evil.example") == 400
+        assert opening(other, origin="https://dashboard.example") == 200
+        assert opening(other, origin=None) == 200
+        with connected(other, farm["access_token"]) as client:
+            assert client.io.connected
+
+
+def opening(gateway: GatewayProcess, *, origin: str | None) -> int:
+    headers = {"Origin": origin} if origin else {}
+    address = url(gateway) + "/socket.io/?EIO=4&transport=polling"
+    return requests.get(address, headers=headers, timeout=5).status_code
+
+
+@contextmanager
+def raw_websocket(gateway: GatewayProcess, *, token: str = "", receive_buffer: int = 0) -> Iterator[socket.socket]:
+    """A WebSocket whose bytes the test writes and reads itself; with a token, one that was let in."""
+    with socket.socket() as connection:
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(10)
+        connection.connect(gateway.addresses()["socketio"])
+        connection.sendall(
+            b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: gateway\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert b" 101 " in _until(connection, b"\r\n\r\n")
+        if token:
+            connection.sendall(_text_frame(b'40{"token":"%s"}' % token.encode()))
+            _until(connection, b'40{"sid":"')
+            _until(connection, b"}")
+        yield connection
+
+
+def _until(connection: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        received += connection.recv(1)
+    return received
+
+
+def _text_frame(data: bytes) -> bytes:
+    """RFC 6455 5.2, masked with zeros, which change nothing."""
+    if len(data) < 126:
+        length = bytes([0x80 | len(data)])
+    elif len(data) < 65536:
+        length = b"\xfe" + len(data).to_bytes(2, "big")
+    else:
+        length = b"\xff" + len(data).to_bytes(8, "big")
+    return b"\x81" + length + bytes(4) + data
+
+
+def _events(connection: socket.socket, *, pause_seconds: float = 0.0) -> Iterator[Any]:
+    """The data of each event that comes, frame after frame."""
+    with connection.makefile("rb") as stream:
+        while True:
+            first, length = stream.read(2)
+            assert first == 0x81, "this is no text frame: the one before it was cut off"
+            if length > 125:
+                length = int.from_bytes(stream.read(2 if length == 126 else 8), "big")
+            frame = stream.read(length)
+            if frame.startswith(b"42"):
+                yield json.loads(frame[2:])[1]
+            time.sleep(pause_seconds)

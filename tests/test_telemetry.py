@@ -1,0 +1,234 @@
+"""POST /api/v1/telemetry as a sensor sees it: answers, refusals and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from aemos.lib import redis
+from devices import catalogue
+from devices.models import DeviceToken, Sensor
+from rules import backpressure, ingest, journal, rejections
+from rules.journal import Account
+from rules.models import RejectedEvent
+from tests import builders
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+READING = {"values": {"ph": 6.1}}
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """Forgets what the web process would keep in memory."""
+    shared = (catalogue.shared, ingest.shared_commit, backpressure.shared, rejections.shared)
+    for cached in shared:
+        cached.cache_clear()
+    yield
+    redis.forget_connections()
+    for cached in shared:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def sensor() -> Sensor:
+    return builders.sensor(builders.organization())
+
+
+def post(body: Any, token: str = "", **headers: str) -> Any:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    if token:
+        headers["authorization"] = f"Bearer {token}"
+    return Client().post("/api/v1/telemetry", content, content_type="application/json", headers=headers)
+
+
+def accepted() -> int:
+    return sum((journal.audit(slot) for slot in journal.slots()), Account()).accepted
+
+
+def test_a_batch_is_accepted_as_a_whole_and_counted_in_events(sensor: Sensor) -> None:
+    answer = post({"events": [READING] * 250}, builders.token(sensor))
+
+    assert (answer.status_code, answer.json()) == (202, {"accepted": 250, "rejected": 0})
+    assert accepted() == 250
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        ({"events": [READING, {"values": {"ec": 1}}]}, 400, "bad-payload"),
+        (b"{", 400, "bad-payload"),
+        ({"events": [READING] * 1001}, 413, "too-large"),
+        (b'{"values": {"ph": 6}}' + b" " * 1_048_576, 413, "too-large"),
+        ({**READING, "uuid": "11111111-1111-4111-8111-111111111111"}, 403, "forbidden"),
+        ({**READING, "type": "critical-alarm"}, 403, "forbidden"),
+    ],
+)
+def test_a_refused_request_accepts_nothing_and_is_kept_for_the_admin(
+    body: Any, status: int, error: str, sensor: Sensor
+) -> None:
+    answer = post(body, builders.token(sensor))
+    rejections.shared().flush()
+
+    assert (answer.status_code, answer.json()["error"], answer.json()["accepted"]) == (status, error, 0)
+    assert accepted() == 0
+    kept = RejectedEvent.objects.get()
+    assert (kept.reason, kept.protocol, kept.organization) == (error, "http", sensor.organization)
+    assert kept.originator_uuid == str(sensor.uuid)
+    assert kept.detail == answer.json()["detail"]
+    assert len(kept.payload) <= rejections.MAXIMUM_PAYLOAD
+
+
+def test_bad_input_names_item_and_field(sensor: Sensor) -> None:
+    answer = post({"events": [READING, {"values": {"ph": "high"}}]}, builders.token(sensor))
+
+    body = answer.json()
+    assert (body["index"], body["field"]) == (1, "values.ph")
+    assert body["detail"] == "events[1].values.ph must be a number, not a string"
+
+
+@pytest.mark.parametrize("token", ["", "nonsense", "aemos_aaaaaaaaaaaaaa_bbbb", "aemos__", "aemos_\u00e9"])
+def test_an_unknown_token_is_unauthorized_and_asked_for_a_bearer(token: str) -> None:
+    answer = post(READING, token.encode("ascii", "ignore").decode())
+
+    assert answer.status_code == 401
+    assert answer["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_a_right_prefix_with_a_wrong_secret_is_unauthorized(sensor: Sensor) -> None:
+    token = builders.token(sensor)
+    assert post(READING, token).status_code == 202
+
+    assert post(READING, token[:-1] + ("A" if token[-1] != "A" else "B")).status_code == 401
+
+
+def test_a_revoked_token_is_refused_once_the_catalogue_looked(sensor: Sensor) -> None:
+    token = builders.token(sensor)
+    assert post(READING, token).status_code == 202
+    DeviceToken.objects.all().revoke()
+    catalogue.shared().refresh(at_once=True)
+
+    assert post(READING, token).status_code == 401
+
+
+def test_an_expired_token_is_refused_without_waiting_for_a_refresh(sensor: Sensor) -> None:
+    token = builders.token(sensor, expires_at=timezone.now() + timedelta(hours=1))
+    assert post(READING, token).status_code == 202
+    catalogue.shared()._wall_clock = lambda: timezone.now().timestamp() + 3601
+
+    assert post(READING, token).status_code == 401
+
+
+def test_a_new_variable_is_known_once_the_catalogue_looked(sensor: Sensor) -> None:
+    token = builders.token(sensor)
+    assert post({"values": {"ec": 1.8}}, token).status_code == 400
+    sensor.variables.create(name="ec")
+    catalogue.shared().refresh(at_once=True)
+
+    assert post({"values": {"ec": 1.8}}, token).status_code == 202
+
+
+def test_a_warm_request_makes_no_query(sensor: Sensor) -> None:
+    token = builders.token(sensor)
+    post(READING, token)
+    catalogue.shared()._checked_at = float("inf")  # the look at the versions is once a second, whatever the traffic
+
+    with CaptureQueriesContext(connection) as queries:
+        assert post(READING, token).status_code == 202
+    assert len(queries) == 0
+
+
+def test_other_methods_are_not_allowed() -> None:
+    answer = Client().get("/api/v1/telemetry")
+
+    assert (answer.status_code, answer["Allow"]) == (405, "POST")
+
+
+def refused_by_redis(answer: Any) -> dict[str, Any]:
+    body: dict[str, Any] = answer.json()
+    assert answer.status_code == 503
+    assert body["error"] == body["reason"] == "enqueue-error"
+    assert 1 <= int(answer["Retry-After"]) <= 300
+    assert int(answer["Retry-After"]) == body["retryAfter"]
+    return body
+
+
+def test_redis_that_cannot_be_reached_refuses_with_enqueue_error(sensor: Sensor, settings: Any) -> None:
+    from deploy.servers import free_port
+
+    token = builders.token(sensor)
+    settings.REDIS_PORT = free_port()
+    redis.forget_connections()
+
+    assert "cannot be reached" in refused_by_redis(post(READING, token))["detail"]
+
+
+def test_a_wrong_redis_password_is_reported_as_such_and_not_shown(sensor: Sensor, settings: Any) -> None:
+    token = builders.token(sensor)
+    settings.REDIS_PASSWORD = "not-the-password-of-this-server"
+    redis.forget_connections()
+
+    body = refused_by_redis(post(READING, token))
+    assert "refuses the password: check REDIS_PASSWORD" in body["detail"]
+    assert "not-the-password" not in json.dumps(body)
+
+
+def test_a_missing_redis_password_is_reported_as_such(sensor: Sensor, settings: Any) -> None:
+    token = builders.token(sensor)
+    settings.REDIS_PASSWORD = ""
+    redis.forget_connections()
+
+    assert "refuses the password" in refused_by_redis(post(READING, token))["detail"]
+
+
+def test_a_database_that_is_away_refuses_unknown_tokens_honestly(
+    sensor: Sensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise OperationalError("gone")
+
+    token = builders.token(sensor)
+    monkeypatch.setattr(catalogue.Catalogue, "_load_credential", away)
+    answer = post(READING, token)
+
+    assert (answer.status_code, answer.json()["error"]) == (503, "database-unavailable")
+    assert int(answer["Retry-After"]) >= 1
+
+
+def test_a_full_queue_refuses_normal_but_accepts_critical_up_to_the_hard_cap(sensor: Sensor, settings: Any) -> None:
+    settings.QUEUE_CRITICAL_THRESHOLD = 10
+    token = builders.token(sensor, highest_priority=1)
+    assert post({"events": [READING] * 10}, token).status_code == 202
+
+    answer = post(READING, token)
+    assert (answer.status_code, answer.json()["reason"]) == (503, "queue-critical")
+    assert (answer.json()["queueDepth"], answer.json()["threshold"]) == (10, 10)
+    alarm = {**READING, "type": "critical-alarm"}
+    mixed = post({"events": [READING, alarm]}, token)
+    assert (mixed.status_code, mixed.json()["accepted"], mixed.json()["rejected"]) == (202, 1, 1)
+    assert mixed.json()["results"] == [
+        {"index": 0, "accepted": False, "reason": "queue-critical"},
+        {"index": 1, "accepted": True, "reason": "high-priority-override"},
+    ]
+    assert post(alarm, token).status_code == 202
+    answer = post(alarm, token)
+    assert (answer.status_code, answer.json()["reason"], answer.json()["threshold"]) == (503, "hard-limit", 12)
+
+
+def test_the_refused_part_of_a_batch_is_counted_and_kept(sensor: Sensor, settings: Any) -> None:
+    settings.QUEUE_CRITICAL_THRESHOLD = 10
+    token = builders.token(sensor, highest_priority=1)
+    post({"events": [READING] * 10}, token)
+    post({"events": [READING, {**READING, "type": "critical-alarm"}]}, token)
+    rejections.shared().flush()
+
+    kept = RejectedEvent.objects.get()
+    assert kept.reason == "queue-critical"
+    assert json.loads(kept.payload)["values"] == {"ph": 6.1}
