@@ -44,6 +44,7 @@ class Delivery(models.Model):
         SENT = "sent", "sent to those who are connected"
         ACKNOWLEDGED = "acknowledged", "acknowledged by the broker"
         FAILED = "failed", "failed for good"
+        EXPIRED = "expired", "expired: it came too late to be sent"
 
     notification = models.ForeignKey(Notification, on_delete=models.CASCADE, related_name="deliveries")
     protocol = models.CharField(max_length=10, choices=[(protocol.value, protocol.value) for protocol in Protocol])

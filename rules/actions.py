@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from rules.conditions import Fields, Value, not_a_name, not_a_scalar, not_a_uuid, one_of
+from rules.configuration import Fields, not_a_name, not_a_scalar, not_a_uuid, one_of
 from rules.exceptions import ChainFailed, InvalidChain, Problem
+from rules.scope import Run, Value
 
 DEVICE_COMMAND_KEYS = ("type", "deviceUuid", "stateName", "value", "valueFrom")
 
@@ -41,9 +42,9 @@ class Command(NamedTuple):
 
 
 class Action(NamedTuple):
-    """A compiled action: `act(event_id, timestamp_us, values)` makes its effect, or raises ChainFailed."""
+    """A compiled action: `act(run)` makes its effect, or raises ChainFailed."""
 
-    act: Callable[[str, int, Mapping[str, Value]], Effect]
+    act: Callable[[Run], Effect]
     commands: tuple[Command, ...]
 
 
@@ -73,18 +74,18 @@ def _compile_device_command(config: object, *, chain_uuid: str, node: str, path:
     device_uuid = device_uuid.lower()
     key_suffix = f":{chain_uuid}:{node}"
 
-    def act(event_id: str, timestamp_us: int, values: Mapping[str, Value]) -> DeviceCommand:
-        found = value if source is None else values.get(source)
+    def act(run: Run) -> DeviceCommand:
+        found = value if source is None else run.values.get(source)
         if found is None:
             raise ChainFailed(chain_uuid, node, f"the event has no value for {source!r}")
         return DeviceCommand(
-            effect_key=event_id + key_suffix,
+            effect_key=run.trigger.event_id + key_suffix,
             chain_uuid=chain_uuid,
             node=node,
             device_uuid=device_uuid,
             state_name=state_name,
             value=found,
-            timestamp_us=timestamp_us,
+            timestamp_us=run.trigger.timestamp_us,
         )
 
     return Action(act, (Command(path, device_uuid, state_name, value),))

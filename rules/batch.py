@@ -17,14 +17,13 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
-from rules import events, index, readings, states
-from rules.actions import DeviceCommand
-from rules.chains import Trigger
-from rules.conditions import Reference, Sample
+from rules import effects, events, index, readings, states
+from rules.effects import Performed
 from rules.events import Event
 from rules.exceptions import ChainFailed
 from rules.index import BoundChain
 from rules.readings import Row
+from rules.scope import Reference, Sample, Trigger
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +48,20 @@ class Failure:
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """How the events of a batch ended. Counts are events; `latest` and `changes` are for after the commit."""
+    """How the events of a batch ended. Counts are events; `latest` and `performed` are for after the commit."""
 
     processed: int = 0
     duplicate: int = 0
     failures: list[Failure] = field(default_factory=list)
     latest: dict[latest_values.Key, Latest] = field(default_factory=dict)
-    changes: list[states.Change] = field(default_factory=list)
+    performed: Performed = field(default_factory=Performed)
 
     def add(self, other: Ended) -> None:
         self.processed += other.processed
         self.duplicate += other.duplicate
         self.failures += other.failures
         self.latest |= other.latest
-        self.changes += other.changes
+        self.performed += other.performed
 
 
 RecordFailures = Callable[[Sequence[Failure]], None]
@@ -96,7 +95,7 @@ class _Run:
         self._index = index.shared()
         self._known = catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch})
         self._latest: dict[latest_values.Key, Latest] = {}
-        self._requests: list[states.Request] = []
+        self._wishes: list[effects.Wish] = []
         self._failed: set[int] = set()
         self._now_us = events.microseconds(timezone.now())
 
@@ -140,8 +139,8 @@ class _Run:
             self.ended.processed += 1
 
     def act(self) -> None:
-        """Makes the state changes that the chains asked for."""
-        self.ended.changes += states.apply(self._requests)
+        """Does what the chains asked for."""
+        self.ended.performed += effects.perform(self._wishes)
 
     def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> list[BoundChain]:
         if event.chains is None:
@@ -191,7 +190,7 @@ class _Run:
                 requests.append(request)
                 places[request.effect_key] = (position, name)
         changes = states.apply(requests)
-        self.ended.changes += changes
+        self.ended.performed.changes += changes
         changed: dict[int, list[str]] = {}
         for change in changes:
             position, name = places[change.row.effect_key]
@@ -224,19 +223,19 @@ class _Run:
         began = time.perf_counter()
         try:
             outcome = bound.compiled.run(trigger)
-            requests = [_command(effect, bound, event.priority) for effect in outcome.effects]
+            wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
             metrics.RULE_EXECUTIONS.labels("failed").inc()
             trace = traceback.format_exc()
             return Failure(event=event, error=error.cause, chain=bound, node=error.node, traceback=trace)
         metrics.RULE_EXECUTIONS.labels("completed").inc()
         metrics.RULE_SECONDS.observe(time.perf_counter() - began)
-        if requests:
-            metrics.RULE_ACTIONS.inc(len(requests))
+        if wishes:
+            metrics.RULE_ACTIONS.inc(len(wishes))
         if event.command_deadline_us and self._now_us > event.command_deadline_us:
-            log.info("%s would have switched %d states for an event that is too old now", bound.name, len(requests))
+            log.info("%s would have switched %d states for an event that is too old now", bound.name, len(wishes))
         else:
-            self._requests += requests
+            self._wishes += wishes
         return None
 
 
@@ -250,20 +249,4 @@ def _report(event: Event, state_id: int, name: str, value: object) -> states.Req
         timestamp_us=event.timestamp_us,
         priority=event.priority,
         newer_only=True,
-    )
-
-
-def _command(effect: DeviceCommand, bound: BoundChain, priority: int) -> states.Request:
-    state_id = bound.states.get((effect.device_uuid, effect.state_name))
-    if state_id is None:
-        cause = f"device {effect.device_uuid} has no state {effect.state_name!r} any more"
-        raise ChainFailed(effect.chain_uuid, effect.node, cause)
-    return states.Request(
-        effect_key=effect.effect_key,
-        state_id=state_id,
-        value=effect.value,
-        source=StateChange.Source.RULE,
-        actor=f"{bound.name} / {effect.node}",
-        timestamp_us=effect.timestamp_us,
-        priority=priority,
     )

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rules.actions import Command, Effect, compile_action
-from rules.conditions import Lookup, Reference, Sample, Value, compile_condition, not_a_name
+from rules.conditions import compile_condition
+from rules.configuration import not_a_name
 from rules.exceptions import InvalidChain, Problem
+from rules.scope import Reference, Run, Trigger
 from rules.transforms import compile_transform
 
 MAX_STEPS = 1_000
@@ -41,22 +43,6 @@ class ChainSpec:
     nodes: tuple[NodeSpec, ...]
 
 
-@dataclass(slots=True, kw_only=True)
-class Trigger:
-    """The event that a chain runs for; `uuid` is in lower case, `timestamp_us` in microseconds since 1970 (UTC).
-
-    `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
-    what the event carries for its own originator, null included, is never asked of it.
-    """
-
-    event_id: str
-    source_type: str
-    uuid: str
-    values: Mapping[str, Value]
-    timestamp_us: int
-    lookup: Lookup
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
@@ -70,37 +56,12 @@ class Outcome:
     steps: int
 
 
-class _Run:
-    """The state of one run, which dies with it."""
-
-    __slots__ = ("effects", "missing", "read", "trigger", "values")
-
-    def __init__(self, trigger: Trigger) -> None:
-        self.trigger = trigger
-        self.values = dict(trigger.values)
-        self.read = _reader(trigger, self.values)
-        self.missing: list[Reference] = []
-        self.effects: list[Effect] = []
-
-
-def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
-    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup."""
-    source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
-
-    def read(reference: Reference) -> Sample | None:
-        if reference.uuid == uuid and reference.key in values and reference.source_type == source_type:
-            return Sample(values[reference.key], timestamp_us)
-        return lookup(reference)
-
-    return read
-
-
 class _Node:
     """A compiled node, linked to those that follow it; `execute` is false only where a filter says no."""
 
     __slots__ = ("execute", "name", "on_false", "on_true")
 
-    def __init__(self, name: str, execute: Callable[[_Run], bool]) -> None:
+    def __init__(self, name: str, execute: Callable[[Run], bool]) -> None:
         self.name = name
         self.execute = execute
         self.on_true: _Node | None = None
@@ -123,7 +84,7 @@ class Chain:
 
     def run(self, trigger: Trigger) -> Outcome:
         """Run the chain for one event; raises ChainFailed if a node cannot do its work."""
-        run = _Run(trigger)
+        run = Run(trigger)
         steps = 0
         stopped_at: str | None = None
         node: _Node | None = self._start
@@ -255,7 +216,7 @@ def _listed(names: list[str], separator: str) -> str:
 class _Part(NamedTuple):
     """What one node's config compiles to; `derives` is the (target, key) of a transform."""
 
-    execute: Callable[[_Run], bool]
+    execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
     derives: tuple[str, str] | None = None
     commands: tuple[Command, ...] = ()
@@ -263,14 +224,13 @@ class _Part(NamedTuple):
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     condition = compile_condition(node.config, path=path)
-    evaluate = condition.evaluate
-    return _Part(lambda run: evaluate(run.read, run.missing), references=condition.references)
+    return _Part(condition.evaluate, references=condition.references)
 
 
 def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     apply, key, target = compile_transform(node.config, chain_uuid=chain_uuid, node=node.name, path=path)
 
-    def execute(run: _Run) -> bool:
+    def execute(run: Run) -> bool:
         apply(run.values)
         return True
 
@@ -280,8 +240,8 @@ def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
 def _action(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     act, commands = compile_action(node.config, chain_uuid=chain_uuid, node=node.name, path=path)
 
-    def execute(run: _Run) -> bool:
-        run.effects.append(act(run.trigger.event_id, run.trigger.timestamp_us, run.values))
+    def execute(run: Run) -> bool:
+        run.effects.append(act(run))
         return True
 
     return _Part(execute, commands=commands)

@@ -18,7 +18,7 @@ from rq.timeouts import BaseTimeoutException
 
 from aemos.lib import keys, metrics, redis
 from devices import latest
-from rules import batch, dead_letters, events, index, states, tickets
+from rules import batch, dead_letters, effects, events, index, tickets
 from rules.batch import Begin, Ended, Failure
 from rules.events import Event
 from rules.journal import Entry, Finished, Lease, Slot
@@ -141,7 +141,7 @@ def _failed(failure: Failure, *, lane: str) -> Ended:
 
 def _finish(lease: Lease, work: Work, ended: Ended) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
-    states.tell(ended.changes)
+    effects.tell(ended.performed)
     latest.remember(ended.latest)
     delayed = dead_letters.next_attempts(ended.failures)
     dead = len({failure.event.id for failure in ended.failures}) - len(delayed)

@@ -20,6 +20,10 @@ class RuleChain(Identified):
         SCHEDULE_ONLY = "schedule-only"
         HYBRID = "hybrid"
 
+    class MissedRuns(models.TextChoices):
+        ONCE = "once", "run once, late"
+        SKIP = "skip", "leave out"
+
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="rule_chains")
     name = models.CharField(max_length=200)
     enabled = models.BooleanField(default=True)
@@ -29,6 +33,26 @@ class RuleChain(Identified):
     )
     priority = models.PositiveSmallIntegerField(default=5, help_text="Of chains that one event triggers, 1 runs first.")
     max_retries = models.PositiveSmallIntegerField(default=3)
+    cron = models.CharField(
+        max_length=100, blank=True, help_text="Of a scheduled chain: minute hour day month weekday, such as 0 6 * * *."
+    )
+    timezone = models.CharField(
+        max_length=63, default="UTC", help_text="In which the schedule counts, such as Europe/Berlin."
+    )
+    missed_runs = models.CharField(
+        max_length=10,
+        choices=MissedRuns.choices,
+        default=MissedRuns.ONCE,
+        help_text="What to do about times at which no scheduler ran.",
+    )
+    next_run_at = models.DateTimeField(null=True, blank=True, editable=False, db_index=True)
+    last_run_at = models.DateTimeField(null=True, blank=True, editable=False)
+    suspended_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        editable=False,
+        help_text="Since then it does not run, because it failed too often in a row.",
+    )
     updated_at = models.DateTimeField(auto_now=True)
 
     class Meta:
@@ -68,6 +92,73 @@ class RuleNode(models.Model):
     def clean(self) -> None:
         if self.on_false and self.type != self.Type.FILTER:
             raise ValidationError({"on_false": "only a filter has a false branch"})
+
+
+class ChainStatistics(models.Model):
+    """How a chain has fared so far. A row of its own, so that counting neither locks nor changes the chain."""
+
+    chain = models.OneToOneField(RuleChain, primary_key=True, on_delete=models.CASCADE, related_name="statistics")
+    executions = models.PositiveBigIntegerField(default=0)
+    failures = models.PositiveBigIntegerField(default=0)
+    failures_in_a_row = models.PositiveIntegerField(default=0)
+    seconds = models.FloatField(default=0.0, help_text="Spent in all executions together.")
+    last_executed_at = models.DateTimeField(null=True, blank=True)
+    last_failed_at = models.DateTimeField(null=True, blank=True)
+    last_error = models.CharField(max_length=500, blank=True)
+
+    class Meta:
+        verbose_name_plural = "chain statistics"
+
+    def __str__(self) -> str:
+        return f"{self.chain}: {self.executions} executions, {self.failures} failures"
+
+
+class Severity(models.TextChoices):
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+class Alarm(Identified):
+    """Something that needs a person: of one type at one originator there is at most one that is not cleared."""
+
+    class State(models.TextChoices):
+        ACTIVE = "active", "active: nobody has taken it up"
+        ACKNOWLEDGED = "acknowledged", "acknowledged: somebody knows"
+        CLEARED = "cleared", "cleared: it is over"
+
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="alarms")
+    source_type = models.CharField(max_length=10, help_text="sensor, device or chain")
+    originator_uuid = models.UUIDField(db_index=True)
+    type = models.CharField(max_length=100, help_text="What is wrong, in a few words, such as pH too high.")
+    severity = models.CharField(max_length=10, choices=Severity.choices, default=Severity.WARNING)
+    state = models.CharField(max_length=12, choices=State.choices, default=State.ACTIVE, db_index=True)
+    message = models.CharField(max_length=500, blank=True)
+    chain = models.ForeignKey(RuleChain, null=True, blank=True, on_delete=models.SET_NULL, related_name="alarms")
+    node = models.CharField(max_length=100, blank=True)
+    raised_at = models.DateTimeField(help_text="When it began, by the event that raised it.")
+    last_raised_at = models.DateTimeField(help_text="The last event that would have raised it.")
+    times_raised = models.PositiveIntegerField(
+        default=1, help_text="Raised again while it was not cleared, or soon after."
+    )
+    is_flapping = models.BooleanField(default=False, help_text="It comes and goes too often to be told every time.")
+    acknowledged_at = models.DateTimeField(null=True, blank=True)
+    acknowledged_by = models.CharField(max_length=150, blank=True)
+    cleared_at = models.DateTimeField(null=True, blank=True)
+    cleared_by = models.CharField(max_length=150, blank=True, help_text="A person, or the chain and node.")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["organization", "source_type", "originator_uuid", "type"],
+                condition=~models.Q(state="cleared"),
+                name="one_open_alarm_per_originator_and_type",
+            )
+        ]
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.type} ({self.severity}, {self.state})"
 
 
 class Status(models.TextChoices):

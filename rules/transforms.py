@@ -6,8 +6,9 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rules.conditions import LARGEST, Check, Fields, Value, not_a_name, not_a_number, one_of
+from rules.configuration import LARGEST, Check, Fields, not_a_name, not_a_number, one_of
 from rules.exceptions import ChainFailed, InvalidChain, Problem
+from rules.scope import Value
 
 KEYS = ("operation", "key", "value", "target")
 

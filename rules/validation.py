@@ -13,7 +13,8 @@ from typing import NamedTuple
 from devices.models import Device, DeviceState, Sensor
 from rules import chains
 from rules.chains import ChainSpec, NodeSpec
-from rules.conditions import MAX_DEPTH, SOURCE_TYPES, not_a_uuid
+from rules.conditions import MAX_DEPTH, SOURCE_TYPES
+from rules.configuration import not_a_uuid
 from rules.exceptions import InvalidChain, Problem
 from rules.models import RuleChain, RuleNode
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from rules import chains
 from rules.actions import ACTIONS, Command, DeviceCommand
-from rules.chains import MAX_REFERENCES, MAX_STEPS, Chain, ChainSpec, NodeSpec, Outcome, Trigger
-from rules.conditions import Reference, Sample, Value
+from rules.chains import MAX_REFERENCES, MAX_STEPS, Chain, ChainSpec, NodeSpec, Outcome
 from rules.exceptions import ChainFailed, InvalidChain, Problem, RuleError
+from rules.scope import Reference, Sample, Trigger, Value
 
 ROOT = Path(__file__).parents[1]
 CHAIN = "5f2d8c1a-94b7-4e3f-a6d0-1b8c7e9f2a34"

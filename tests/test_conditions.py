@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 from rules.conditions import (
     MAX_DEPTH,
     MAX_LEAVES,
-    OPERATORS,
     Condition,
-    Problem,
-    Reference,
-    Sample,
-    Value,
     compile_condition,
 )
-from rules.exceptions import InvalidChain
+from rules.exceptions import InvalidChain, Problem
+from rules.operators import OPERATORS
+from rules.scope import Lookup, Reference, Sample, Scope, Value
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 OTHER = "7c1f4a88-31de-4b6a-8e55-9a0b3c2d1e4f"
@@ -48,9 +45,13 @@ def compiled(config: object) -> Condition:
 
 def decide(config: object, values: Mapping[str, Value]) -> tuple[bool, list[Reference]]:
     """Evaluate against values of SENSOR; a key that is absent was never seen."""
-    missing: list[Reference] = []
     samples = {reference(key): Sample(value, 1) for key, value in values.items()}
-    return compiled(config).evaluate(samples.get, missing), missing
+    return evaluated(compiled(config), samples.get)
+
+
+def evaluated(condition: Condition, lookup: Lookup) -> tuple[bool, list[Reference]]:
+    scope = Scope(lookup, now_us=1)
+    return condition.evaluate(scope), scope.missing
 
 
 def problems_of(config: object) -> dict[str, str]:
@@ -356,7 +357,7 @@ def nested(groups: int) -> dict[str, object]:
 
 
 def test_groups_nest_as_deep_as_the_bound_and_no_deeper() -> None:
-    assert compiled(nested(MAX_DEPTH)).evaluate({reference(): Sample(7, 1)}.get, []) is True
+    assert evaluated(compiled(nested(MAX_DEPTH)), {reference(): Sample(7, 1)}.get) == (True, [])
     assert list(problems_of(nested(MAX_DEPTH + 1))) == ["config" + ".expressions[0]" * MAX_DEPTH]
 
 
@@ -421,6 +422,6 @@ def test_any_json_is_either_compiled_or_refused_with_problems_that_can_be_shown(
         assert verdict.problems
         assert str(verdict)
     else:
-        missing: list[Reference] = []
-        assert verdict.evaluate(lambda _: None, missing) is False
+        decision, missing = evaluated(verdict, lambda _: None)
+        assert decision is False
         assert set(missing) <= verdict.references
