@@ -80,6 +80,11 @@ class RuleNode(models.Model):
     on_false = models.CharField(
         max_length=100, blank=True, help_text="Of a filter: the node that follows when it is false."
     )
+    on_failure = models.CharField(
+        max_length=100,
+        blank=True,
+        help_text="The node that follows when this one fails; without it, the event is tried again.",
+    )
     position = models.PositiveIntegerField(default=0, editable=False)
 
     class Meta:
