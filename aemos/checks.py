@@ -1,7 +1,7 @@
 """System checks of the configuration: settings in, Django check messages out; errors stop every process that sets Django up.
 
 Ids: E001 REDIS_PASSWORD, E002 SECRET_KEY, E003 JWT_SECRET, E004 a value that cannot be used, E005 queue thresholds out of
-order, E006 timeouts out of order; W001-W003 are E001-E003 where they only warn (staging).
+order, E006 timeouts out of order, E007 METRICS_TOKEN; W001-W003 and W007 are the same where they only warn (staging).
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def _secrets() -> list[CheckMessage]:
         if weakness:
             hint = f"Set {name}, or {name}_FILE, to a random text of its own; {_MAKE_ONE}"
             found.append(kind(f"{name} {weakness}.", hint=hint, id=f"aemos.{letter}00{number}"))
+    if settings.METRICS_TOKEN and (weakness := secret_weakness(settings.METRICS_TOKEN)):
+        hint = f"Set METRICS_TOKEN, or METRICS_TOKEN_FILE, to a random text, or to nothing; {_MAKE_ONE}"
+        found.append(kind(f"METRICS_TOKEN {weakness}.", hint=hint, id=f"aemos.{letter}007"))
     return found
 
 

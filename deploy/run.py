@@ -147,7 +147,7 @@ def _summary(installation: Installation, *, mqtt: bool) -> str:
     rows = {
         "Admin": f"{web}/admin/   log in as {admin['username']} with {admin['password']}",
         "API": f"{web}/api/v1/docs",
-        "Health": f"{web}/api/v1/health/liveness",
+        "Health": f"{web}/api/v1/health",
         "Socket.IO": f"http://{hosts['SOCKETIO_HOST']}:{ports['SOCKETIO_PORT']}",
         "MQTT": f"mqtt://127.0.0.1:{ports['MQTT_PORT']}" if mqtt else "off",
         "CoAP": f"coap://{hosts['COAP_HOST']}:{ports['COAP_PORT']}",

@@ -184,9 +184,6 @@ class DeviceToken(Identified):
         if self.owner.organization_id != self.organization_id:
             raise ValidationError("The sensor or device belongs to another organization.")
 
-    def is_live(self, now: datetime) -> bool:
-        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
-
 
 class Reading(models.Model):
     """One measured value. The pair (variable, timestamp) is what makes it a duplicate of another."""

@@ -21,7 +21,7 @@ from django.db import DatabaseError
 from gevent.event import Event
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from notifications import messages
 from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
@@ -213,6 +213,7 @@ class Gateway:
         if final:
             log.error("%s gave message %s up: %s", lane.protocol, message.id, outcome.error)
             lane.counts["failed"] += 1
+            metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, State.FAILED.value).inc()
             outcome = Outcome(State.FAILED, outcome.attempts, outcome.error)
             lane.cursor.done(entry.id)
         self._deliveries.record(message.id, lane.protocol, outcome)
@@ -221,6 +222,7 @@ class Gateway:
     def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message) -> None:
         lane.counts["delivered"] += 1
         state = State.ACKNOWLEDGED if lane.is_shared else State.SENT
+        metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, state.value).inc()
         self._deliveries.record(message.id, lane.protocol, Outcome(state, attempt))
         if lane.is_shared:
             lane.cursor.done(entry_id)

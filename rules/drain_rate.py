@@ -16,6 +16,8 @@ SMOOTHING_SECONDS = 10.0
 RECENT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = (1, 300)
 UNKNOWN_RETRY_SECONDS = 10.0
+# In events a second. A smoothed rate that sinks for hours ends near zero, where a share of it is no number to divide by.
+SLOWEST_RATE = 0.001
 
 
 class Rate:
@@ -95,6 +97,7 @@ def retry_after(depth: int, *, drain_rate: float | None, arrivals: float, budget
     if not drain_rate:
         seconds = UNKNOWN_RETRY_SECONDS
     else:
+        drain_rate = max(drain_rate, SLOWEST_RATE)
         surplus = max(drain_rate - arrivals, 0.05 * drain_rate)
         seconds = (depth - drain_rate * budget_seconds / 2) / surplus
     spread = seconds * random.uniform(1.0, 1.5)  # noqa: S311  not a secret

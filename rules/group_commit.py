@@ -30,7 +30,7 @@ class GroupCommit:
         self._busy = False
 
     def put(self, batch: Sequence[Event]) -> AsyncResult[None]:
-        """Gives a result that is set when the journal has the events, or that raises RedisError when it has not.
+        """Gives a result that is set when the journal has the events, or that raises what kept it from having them.
 
         All events of a call are of one originator.
         """
@@ -65,7 +65,10 @@ class GroupCommit:
                 slots.setdefault(Slot(event.lane, journal.partition_of(event.originator_uuid)), []).append(event)
         try:
             needing = self._append(dict(slots))
-        except RedisError as error:
+        except Exception as error:
+            # Whatever it is, those who wait must be told: an unanswered request would never end.
+            if not isinstance(error, RedisError):
+                log.exception("%d requests could not be written to the journal", len(group))
             for _, result in group:
                 result.set_exception(error)
             return

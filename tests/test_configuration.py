@@ -105,6 +105,17 @@ def test_staging_warns_of_a_weak_secret_and_starts(tmp_path: Path) -> None:
     assert "aemos.W002" in ended.stderr
 
 
+@pytest.mark.parametrize(("environment", "status", "identifier"), [("production", 1, "E007"), ("staging", 0, "W007")])
+def test_a_metrics_token_must_not_be_easy_to_guess(
+    environment: str, status: int, identifier: str, tmp_path: Path
+) -> None:
+    ended = run("check", tmp_path, AEMOS_ENV=environment, **GOOD, METRICS_TOKEN="scrape")
+
+    assert ended.returncode == status
+    assert f"aemos.{identifier}" in ended.stderr
+    assert "METRICS_TOKEN has fewer than 32 characters" in ended.stderr
+
+
 @pytest.mark.parametrize("environment", ["development", "test"])
 def test_development_and_test_start_without_secrets_and_without_warnings(environment: str, tmp_path: Path) -> None:
     ended = run("check", tmp_path, AEMOS_ENV=environment)

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from django.db import OperationalError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from deploy.servers import Server, free_port
 from notifications import outbox
 from notifications.deliveries import Deliveries, Outcome, State
@@ -50,6 +50,9 @@ def test_every_transport_receives_what_is_published_after_the_start_in_order(tmp
         gateway.wait_for(lambda: len(gateway.delivered("socketio")) + len(gateway.delivered("coap")) >= 300)
         assert gateway.delivered("socketio") == gateway.delivered("coap") == sent
         assert not set(before) & set(gateway.delivered("coap"))
+        for protocol in ("socketio", "coap"):
+            field = f"{metrics.NOTIFICATIONS_SENT.name}|{protocol}|sent"
+            gateway.wait_for(lambda field=field: redis.client().hget(keys.METRICS, field) == b"150")  # type: ignore[misc]
 
 
 def test_a_message_goes_only_to_the_protocols_it_names(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from aemos.lib import redis
 from devices import catalogue
 from devices.models import DeviceToken, Sensor
 from rules import backpressure, ingest, journal, rejections
+from rules.group_commit import GroupCommit
 from rules.journal import Account
 from rules.models import RejectedEvent
 from tests import builders
@@ -232,3 +233,15 @@ def test_the_refused_part_of_a_batch_is_counted_and_kept(sensor: Sensor, setting
     kept = RejectedEvent.objects.get()
     assert kept.reason == "queue-critical"
     assert json.loads(kept.payload)["values"] == {"ph": 6.1}
+
+
+def test_requests_of_one_group_are_all_answered_whatever_goes_wrong() -> None:
+    def append(_: Any) -> Any:
+        raise RuntimeError("nobody foresaw this")
+
+    commit = GroupCommit(append)
+    results = [commit.put([]), commit.put([])]
+
+    for result in results:
+        with pytest.raises(RuntimeError, match="nobody foresaw this"):
+            result.get(timeout=5)

@@ -13,14 +13,17 @@ from redis.exceptions import RedisError
 from aemos.lib import redis
 from rules import index
 
+WORKER_TTL_SECONDS = 30
+
 
 class Command(RqWorkerCommand):
     help = "Drain the journal and run rules. Queues are served in the order given; the default is critical normal low."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         super().add_arguments(parser)
-        # RQ's own default would unpickle whatever lies in Redis.
-        parser.set_defaults(serializer="rq.serializers.JSONSerializer")
+        # RQ's own default would unpickle whatever lies in Redis. Its worker_ttl of 7 minutes is how long one that was killed
+        # would be counted as living, and how long an idle one would not notice that Redis hangs.
+        parser.set_defaults(serializer="rq.serializers.JSONSerializer", worker_ttl=WORKER_TTL_SECONDS)
 
     def handle(self, *args: str, **options: Any) -> None:
         try:
