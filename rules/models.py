@@ -174,7 +174,18 @@ class Status(models.TextChoices):
     DISCARDED = "discarded", "discarded: nobody wants it"
 
 
-class RejectedEvent(models.Model):
+class Decidable(models.Model):
+    """What a person may replay or discard."""
+
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
+    decided_at = models.DateTimeField(null=True, blank=True)
+    decided_by = models.CharField(max_length=150, blank=True)
+
+    class Meta:
+        abstract = True
+
+
+class RejectedEvent(Decidable):
     """An event, or a request that held none that could be read, that was not accepted.
 
     An event that can be replayed has an `event_id` and a payload that `rules.events.decode` takes; a request that could not
@@ -200,9 +211,6 @@ class RejectedEvent(models.Model):
     threshold = models.PositiveIntegerField(null=True, blank=True)
     circuit_state = models.CharField(max_length=10, blank=True)
     received_at = models.DateTimeField(default=timezone.now, db_index=True)
-    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
-    decided_at = models.DateTimeField(null=True, blank=True)
-    decided_by = models.CharField(max_length=150, blank=True)
 
     class Meta:
         ordering = ["-id"]
@@ -211,7 +219,7 @@ class RejectedEvent(models.Model):
         return f"{self.reason} over {self.protocol} at {self.received_at:%Y-%m-%d %H:%M:%S}"
 
 
-class DeadLetter(models.Model):
+class DeadLetter(Decidable):
     """An accepted event that failed at every attempt, kept with what is needed to understand and repeat it."""
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
@@ -229,9 +237,6 @@ class DeadLetter(models.Model):
     attempts = models.PositiveIntegerField()
     traceback = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, db_index=True)
-    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
-    decided_at = models.DateTimeField(null=True, blank=True)
-    decided_by = models.CharField(max_length=150, blank=True)
 
     class Meta:
         ordering = ["-id"]

@@ -10,13 +10,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
+import gevent
 import pytest
 
 from deploy import postgresql, servers
 
 _data = tempfile.TemporaryDirectory(prefix="aemos-tests-")
 _started: dict[str, servers.Server] = {}
+_greenlets: WeakSet[gevent.Greenlet[..., object]] = WeakSet()
+gevent.Greenlet.add_spawn_callback(_greenlets.add)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,3 +88,33 @@ def empty_redis() -> Iterator[None]:
     assert client.dbsize() == 0, "the test database of Redis is not empty"
     yield
     client.flushdb()
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """Before and after the test, forgets what a web process keeps in memory."""
+    from aemos.lib import redis
+    from devices import catalogue
+    from rules import backpressure, ingest, rejections
+
+    shared = (catalogue.shared, ingest.shared_commit, backpressure.shared, rejections.shared)
+    for cached in shared:
+        cached.cache_clear()
+    yield
+    redis.forget_connections()
+    for cached in shared:
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_greenlet_outlives_its_test() -> Iterator[None]:
+    """What a test leaves to be done a little later would otherwise be done in the middle of another test."""
+    before = _waiting_greenlets()
+    yield
+    gevent.killall(list(_waiting_greenlets() - before), timeout=5)
+
+
+def _waiting_greenlets() -> set[gevent.Greenlet[..., object]]:
+    """Those of this thread: another thread's are its own to end."""
+    hub = gevent.get_hub()
+    return {each for each in _greenlets if not each.dead and each.parent is hub}

@@ -27,10 +27,9 @@ from rq import suspension
 from aemos.lib import keys, redis
 from deploy import servers
 from deploy.programs import REPOSITORY
-from devices import catalogue
 from devices.models import Sensor
 from monitoring.queue import Health, health_of
-from rules import backpressure, ingest, journal, load, rejections, tickets
+from rules import backpressure, journal, load, rejections, tickets
 from rules.circuit import State, Thresholds
 from rules.circuit_store import force
 from rules.journal import Finished, Lease, Slot
@@ -43,18 +42,6 @@ READING = {"values": {"ph": 6.1}}
 WATCHED = ("health", "metrics/queue", "metrics/queue/summary", "metrics/prometheus")
 TOKEN = "scrape-" + "x" * 32
 OURS = "127.0.0.1"
-
-
-@pytest.fixture
-def fresh_process() -> Iterator[None]:
-    """Forgets what the web process would keep in memory."""
-    shared = (catalogue.shared, ingest.shared_commit, backpressure.shared, rejections.shared)
-    for cached in shared:
-        cached.cache_clear()
-    yield
-    redis.forget_connections()
-    for cached in shared:
-        cached.cache_clear()
 
 
 @pytest.fixture

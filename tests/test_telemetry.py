@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +15,7 @@ from django.utils import timezone
 from aemos.lib import redis
 from devices import catalogue
 from devices.models import DeviceToken, Sensor
-from rules import backpressure, ingest, journal, rejections
+from rules import journal, rejections
 from rules.group_commit import GroupCommit
 from rules.journal import Account
 from rules.models import RejectedEvent
@@ -24,18 +23,6 @@ from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
 READING = {"values": {"ph": 6.1}}
-
-
-@pytest.fixture
-def fresh_process() -> Iterator[None]:
-    """Forgets what the web process would keep in memory."""
-    shared = (catalogue.shared, ingest.shared_commit, backpressure.shared, rejections.shared)
-    for cached in shared:
-        cached.cache_clear()
-    yield
-    redis.forget_connections()
-    for cached in shared:
-        cached.cache_clear()
 
 
 @pytest.fixture
