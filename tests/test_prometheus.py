@@ -31,9 +31,8 @@ from rules.circuit import State
 from rules.circuit_store import force
 from tests import builders
 from tests.test_end_to_end import coap_post
-from tests.test_monitoring import fresh_process, redis_away
+from tests.test_monitoring import redis_away
 
-__all__ = ["fresh_process"]
 PAGE = REPOSITORY / "docs" / "monitoring.md"
 # Of the families of django-prometheus and Python, which describe the web process itself.
 FOREIGN = ("django_", "python_", "process_")
