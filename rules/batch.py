@@ -17,7 +17,7 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
-from rules import effects, events, index, readings, states
+from rules import effects, events, index, readings, schedules, states
 from rules.effects import Performed
 from rules.events import Event
 from rules.exceptions import ChainFailed
@@ -97,6 +97,7 @@ class _Run:
         self._latest: dict[latest_values.Key, Latest] = {}
         self._wishes: list[effects.Wish] = []
         self._failed: set[int] = set()
+        self._ran: list[Event] = []
         self._now_us = events.microseconds(timezone.now())
 
     def collect_latest(self) -> None:
@@ -111,12 +112,16 @@ class _Run:
 
     def store(self) -> list[tuple[Event, Sequence[str]]]:
         """Stores readings and device reports; gives what rules have to see: events with the names that are new in them."""
+        over = schedules.already_ran(self._batch)
         rows, keys = self._reading_rows()
         new = readings.store(rows)
         reported = self._apply_reports()
         fresh: list[tuple[Event, Sequence[str]]] = []
         for position, event in enumerate(self._batch):
             if position in self._failed:
+                continue
+            if schedules.is_run(event) and position not in over:
+                fresh.append((event, ()))
                 continue
             self._note_latest(event)
             names = list(event.values) if event.chains is not None else reported.get(position, [])
@@ -137,12 +142,16 @@ class _Run:
             self.ended.failures += failures
         else:
             self.ended.processed += 1
+            self._ran.append(event)
 
     def act(self) -> None:
         """Does what the chains asked for."""
         self.ended.performed += effects.perform(self._wishes)
+        schedules.note_runs(self._ran)
 
     def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> list[BoundChain]:
+        if schedules.is_run(event):
+            return self._index.for_run(event.originator_uuid, organization_id=event.organization_id)
         if event.chains is None:
             return self._index.triggered(
                 (event.source_type, event.originator_uuid), names, organization_id=event.organization_id
@@ -154,6 +163,8 @@ class _Run:
         rows: list[Row] = []
         keys: dict[int, dict[str, tuple[int, int]]] = {}
         for position, event in enumerate(self._batch):
+            if schedules.is_run(event):
+                continue
             originator = self._originator(position, event)
             if originator is None or event.source_type != "sensor" or event.chains is not None:
                 continue

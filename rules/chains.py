@@ -214,11 +214,11 @@ def _listed(names: list[str], separator: str) -> str:
 
 
 class _Part(NamedTuple):
-    """What one node's config compiles to; `derives` is the (target, key) of a transform."""
+    """What one node's config compiles to; `derives` is a transform's (target, key), without a key for a fixed value."""
 
     execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
-    derives: tuple[str, str] | None = None
+    derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
 
 
@@ -284,7 +284,8 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[R
             break
         if part.derives is not None:
             target, key = part.derives
-            derived = {**derived, target: derived.get(key, frozenset()) | {key}}
+            sources = frozenset() if key is None else derived.get(key, frozenset()) | {key}
+            derived = {**derived, target: sources}
         for successor in {*edges[position].values()}:
             merged = arriving[successor]
             for target, keys in derived.items():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from django.db import transaction
 
 from devices import catalogue
-from rules import validation
+from rules import schedules, validation
 from rules.exceptions import InvalidChain, Problem
 from rules.models import RuleChain, RuleNode
 
@@ -30,8 +30,11 @@ def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None) -> None:
     stored = locked(chain.pk) if chain.pk else None
     judged = nodes if nodes is not None or not _switched_on(chain, stored) else list(chain.nodes.all())
     problems = validation.problems_of(chain, judged) if judged is not None else []
+    if not schedules.is_unchanged(chain, stored):
+        problems = schedules.problems_of(chain) + problems
     if problems:
         raise InvalidChain(problems)
+    schedules.plan(chain, stored)
     chain.version = stored.version + 1 if stored else 1
     chain.save()
     if nodes is not None:

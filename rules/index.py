@@ -25,7 +25,10 @@ Source = tuple[str, str]  # source type, uuid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundChain:
-    """A compiled chain with what its row says. `states`: (device uuid, state name) -> id, of its own organization only."""
+    """A compiled chain with what its row says. `states`: (device uuid, state name) -> id, of its own organization only.
+
+    One that does not hear events runs on its schedule alone.
+    """
 
     id: int
     name: str
@@ -34,6 +37,7 @@ class BoundChain:
     max_retries: int
     compiled: Chain
     states: Mapping[tuple[str, str], int]
+    hears_events: bool = True
 
     @property
     def uuid(self) -> str:
@@ -63,6 +67,13 @@ class RuleIndex:
     def by_uuid(self, uuid: str) -> BoundChain | None:
         return self._chains.get(uuid)
 
+    def for_run(self, uuid: str, *, organization_id: int) -> list[BoundChain]:
+        """The one chain that a schedule or a person runs; looked for anew, as it may have been switched on a moment ago."""
+        if uuid not in self._chains:
+            self.refresh(at_once=True)
+        bound = self._chains.get(uuid)
+        return [bound] if bound and bound.organization_id == organization_id else []
+
     def refresh(self, *, at_once: bool = False) -> None:
         """Rebuilds what changed; looks at most once a second unless `at_once`. Raises django.db.Error."""
         now = self._clock()
@@ -90,7 +101,7 @@ class RuleIndex:
 def _by_source(bound_chains: Iterable[BoundChain]) -> dict[Source, dict[str, tuple[BoundChain, ...]]]:
     found: dict[Source, dict[str, tuple[BoundChain, ...]]] = {}
     for bound in bound_chains:
-        for source_type, uuid, name in bound.compiled.references:
+        for source_type, uuid, name in bound.compiled.references if bound.hears_events else ():
             by_name = found.setdefault((source_type, uuid), {})
             by_name[name] = (*by_name.get(name, ()), bound)
     return found
@@ -133,6 +144,7 @@ def _bound(row: RuleChain, chain: Chain, states: Mapping[tuple[str, str], int]) 
         compiled=chain,
         # A state that was renamed or deleted after the save is missing here; the action then fails by name.
         states={key: states[key] for key in wanted if key in states},
+        hears_events=row.execution_type != RuleChain.ExecutionType.SCHEDULE_ONLY,
     )
 
 

@@ -152,7 +152,7 @@ class Finished:
     delayed: list[tuple[int, bytes]] = field(default_factory=list)
 
 
-def append(batches: dict[Slot, Sequence[Event]]) -> list[Slot]:
+def append(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
     """Makes the events durable, one round trip per server; gives the slots that need a drain ticket. Raises RedisError."""
     needing: list[Slot] = []
     by_client: dict[Any, list[Slot]] = {}

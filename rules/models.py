@@ -10,6 +10,8 @@ from django.db import models
 from django.utils import timezone
 
 from devices.models import Identified, Organization
+from rules import cron
+from rules.cron import Schedule
 
 
 class RuleChain(Identified):
@@ -61,6 +63,20 @@ class RuleChain(Identified):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """None of a chain that only events trigger."""
+        return None if self.execution_type == self.ExecutionType.EVENT_TRIGGERED else Schedule(self.cron, self.timezone)
+
+    def schedule_problems(self) -> dict[str, str]:
+        """What is wrong with the schedule, by field; empty when nothing is."""
+        return cron.problems(self.cron, self.timezone, is_scheduled=self.schedule is not None)
+
+    def clean(self) -> None:
+        problems = self.schedule_problems()
+        if problems:
+            raise ValidationError(problems)
 
 
 class RuleNode(models.Model):

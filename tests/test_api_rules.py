@@ -364,7 +364,9 @@ def test_saving_a_broken_chain_changes_nothing(farm: Farm, chain: RuleChain) -> 
 
 
 def test_chains_are_listed_and_filtered(farm: Farm, chain: RuleChain) -> None:
-    builders.switching_chain(farm.sensor, farm.device, name="Night", enabled=False, execution_type="hybrid", priority=1)
+    builders.switching_chain(
+        farm.sensor, farm.device, name="Night", enabled=False, execution_type="hybrid", cron="0 6 * * *", priority=1
+    )
 
     def names(**filters: Any) -> list[str]:
         return [row["name"] for row in farm.client.get(f"{API}/rule-chains", filters).json()["results"]]
