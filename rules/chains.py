@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from rules.actions import Command, Effect, compile_action
 from rules.conditions import compile_condition
 from rules.configuration import not_a_name
-from rules.exceptions import InvalidChain, Problem
-from rules.scope import Reference, Run, Trigger
+from rules.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
+from rules.scope import NEVER_US, Reference, Run, Trigger, Watch
 from rules.transforms import compile_transform
 
 MAX_STEPS = 1_000
@@ -22,16 +23,23 @@ MAX_REFERENCES = 10_000
 
 SHOWN_NAMES = 10
 
+ERROR_KEY = "error"
+"""Under which the nodes after a failed one find what went wrong."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """One configured node: `type` is filter, transform or action; only a filter may have `on_false`."""
+    """One configured node: `type` is filter, transform or action; only a filter may have `on_false`.
+
+    What follows at `on_failure` finds the error's text among the values, as `error`.
+    """
 
     name: str
     type: str
     config: Mapping[str, object]
     next: str | None = None
     on_false: str | None = None
+    on_failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,25 +55,34 @@ class ChainSpec:
 class Outcome:
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
 
-    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end.
+    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end. `wake_us` is when the
+    outcome may be another one although nothing was reported: microseconds since 1970 (UTC), NEVER_US for not at all.
     """
 
     effects: tuple[Effect, ...]
     missing: tuple[Reference, ...]
     stopped_at: str | None
     steps: int
+    wake_us: int = NEVER_US
 
 
 class _Node:
     """A compiled node, linked to those that follow it; `execute` is false only where a filter says no."""
 
-    __slots__ = ("execute", "name", "on_false", "on_true")
+    __slots__ = ("execute", "name", "on_failure", "on_false", "on_true")
 
     def __init__(self, name: str, execute: Callable[[Run], bool]) -> None:
         self.name = name
         self.execute = execute
         self.on_true: _Node | None = None
         self.on_false: _Node | None = None
+        self.on_failure: _Node | None = None
+
+
+class Note(Protocol):
+    """Told of each step of a run after it: whether the node was true, or how it failed."""
+
+    def __call__(self, node: str, run: Run, *, passed: bool, error: ChainFailed | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,25 +90,40 @@ class Chain:
     """A compiled chain; safe to keep and to run any number of times, since a run leaves nothing behind.
 
     `references` trigger the chain and must be known to the lookup: what its filters read and, where a filter reads
-    the result of a transform before it, also what that transform reads. `commands` are the devices and states that
-    its actions address; whether they exist in the organization is the caller's to check.
+    the result of a transform before it, also what that transform reads. `watches` are what its conditions over time remember,
+    which the caller keeps. `commands` are the devices and states that its actions address; whether they exist in the
+    organization is the caller's to check.
     """
 
     spec: ChainSpec
     references: frozenset[Reference]
+    watches: tuple[Watch, ...]
     commands: tuple[Command, ...]
     _start: _Node = field(repr=False)
 
-    def run(self, trigger: Trigger) -> Outcome:
-        """Run the chain for one event; raises ChainFailed if a node cannot do its work."""
+    def run(self, trigger: Trigger, note: Note | None = None) -> Outcome:
+        """Run the chain for one event; raises ChainFailed if a node cannot do its work and names none for that case."""
         run = Run(trigger)
         steps = 0
         stopped_at: str | None = None
         node: _Node | None = self._start
         while node is not None:
             steps += 1
-            if node.execute(run):
+            if time.monotonic() > trigger.deadline:
+                raise self._late(node)
+            try:
+                passed, error = node.execute(run), None
+            except ChainFailed as failure:
+                if node.on_failure is None:
+                    raise
+                passed, error = False, failure
+            if note:
+                note(node.name, run, passed=passed, error=error)
+            if passed:
                 node = node.on_true
+            elif error:
+                run.values[ERROR_KEY] = error.cause
+                node = node.on_failure
             elif node.on_false is not None:
                 node = node.on_false
             else:
@@ -102,7 +134,12 @@ class Chain:
             missing=tuple(dict.fromkeys(run.missing)),
             stopped_at=stopped_at,
             steps=steps,
+            wake_us=run.wake_us,
         )
+
+    def _late(self, node: _Node) -> ChainFailed:
+        cause = "the chain took too long and was stopped here"
+        return ChainFailed(self.spec.uuid, node.name, cause, code=ErrorCode.RULE_CHAIN_TIMEOUT)
 
 
 def compile(spec: ChainSpec) -> Chain:
@@ -127,13 +164,14 @@ def compile(spec: ChainSpec) -> Chain:
     return Chain(
         spec=spec,
         references=references,
+        watches=tuple({watch.key: watch for part in parts for watch in part.watches}.values()),
         commands=tuple(command for part in parts for command in part.commands),
         _start=_link(spec.nodes, edges, parts)[start],
     )
 
 
 Edges = list[dict[str, int]]
-"""Per node position: the link's name (next, onFalse) -> the position it leads to."""
+"""Per node position: the link's name (next, onFalse, onFailure) -> the position it leads to."""
 
 
 def _name_problems(nodes: tuple[NodeSpec, ...]) -> list[Problem]:
@@ -153,7 +191,7 @@ def _edges(nodes: tuple[NodeSpec, ...], problems: list[Problem]) -> Edges:
     positions = {node.name: position for position, node in reversed(list(enumerate(nodes)))}
     edges: Edges = [{} for _ in nodes]
     for position, node in enumerate(nodes):
-        for link, name in (("next", node.next), ("onFalse", node.on_false)):
+        for link, name in (("next", node.next), ("onFalse", node.on_false), ("onFailure", node.on_failure)):
             if name is None:
                 continue
             if name in positions:
@@ -162,6 +200,8 @@ def _edges(nodes: tuple[NodeSpec, ...], problems: list[Problem]) -> Edges:
                 problems.append(Problem(f"nodes[{position}].{link}", name, "names no node of this chain"))
         if node.on_false is not None and node.type != "filter":
             problems.append(Problem(f"nodes[{position}].onFalse", node.on_false, "is for filters only"))
+        if node.on_failure is not None and node.type == "filter":
+            problems.append(Problem(f"nodes[{position}].onFailure", node.on_failure, "a filter cannot fail"))
     return edges
 
 
@@ -218,13 +258,14 @@ class _Part(NamedTuple):
 
     execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
+    watches: tuple[Watch, ...] = ()
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
 
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     condition = compile_condition(node.config, path=path)
-    return _Part(condition.evaluate, references=condition.references)
+    return _Part(condition.evaluate, references=condition.references, watches=condition.watches)
 
 
 def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
@@ -298,4 +339,5 @@ def _link(nodes: tuple[NodeSpec, ...], edges: Edges, parts: list[_Part]) -> list
     for node, links in zip(linked, edges, strict=True):
         node.on_true = linked[links["next"]] if "next" in links else None
         node.on_false = linked[links["onFalse"]] if "onFalse" in links else None
+        node.on_failure = linked[links["onFailure"]] if "onFailure" in links else None
     return linked

@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 SHOWN_CHARACTERS = 100
 SHOWN_PROBLEMS = 10
@@ -67,13 +68,23 @@ class InvalidChain(RuleError):
         return "; ".join(shown)
 
 
+class ErrorCode(StrEnum):
+    """Why something took too long; the names are the predecessor's."""
+
+    DATA_COLLECTION_TIMEOUT = "DATA_COLLECTION_TIMEOUT"
+    RULE_CHAIN_TIMEOUT = "RULE_CHAIN_TIMEOUT"
+    WORKER_TIMEOUT = "WORKER_TIMEOUT"
+    EXTERNAL_ACTION_TIMEOUT = "EXTERNAL_ACTION_TIMEOUT"
+
+
 class ChainFailed(RuleError):
     """A run that stopped at `node` of chain `chain_uuid`; `cause` is one line for the person who wrote the rule."""
 
-    def __init__(self, chain_uuid: str, node: str, cause: str) -> None:
+    def __init__(self, chain_uuid: str, node: str, cause: str, *, code: ErrorCode | None = None) -> None:
         self.chain_uuid = chain_uuid
         self.node = node
         self.cause = cause
+        self.code = code
         super().__init__(chain_uuid, node, cause)
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,25 +29,51 @@ class Sample(NamedTuple):
 
 
 Lookup = Callable[[Reference], Sample | None]
-Memory = dict[str, Any]
-"""Per node that remembers, by a key of its own making: what it remembers, as JSON holds it."""
+NEVER_US = 2**63
+"""Later than every time."""
+
+
+class Watch(NamedTuple):
+    """What a condition over time remembers of the source that it names, from reading to reading.
+
+    `key` is the same as long as the condition is, so that an edit elsewhere in the chain forgets nothing. What is remembered
+    is as JSON holds it; `observe(remembered or None, sample)` gives what to remember after this sample, of which it is told
+    in the order of arrival, late ones too. When it was lost, the readings of the last `window_us` are observed again, at most
+    the newest `maximum`.
+    """
+
+    key: str
+    reference: Reference
+    window_us: int
+    maximum: int
+    observe: Callable[[Any, Sample], Any]
 
 
 class Scope:
     """One run of one chain for one event, as conditions see it.
 
     `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's
-    own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` is what this
-    chain remembers of this originator; conditions and actions read and change it in place.
+    own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` holds, by the
+    key of a watch, what is remembered, this event included. A condition that may turn true without a further event notes
+    with `wake` when that is.
     """
 
-    __slots__ = ("memory", "missing", "now_us", "read")
+    __slots__ = ("memory", "missing", "now_us", "read", "wake_us")
 
-    def __init__(self, read: Lookup, now_us: int, memory: Memory | None = None) -> None:
+    def __init__(self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None) -> None:
         self.read = read
         self.now_us = now_us
         self.missing: list[Reference] = []
-        self.memory: Memory = {} if memory is None else memory
+        self.memory: Mapping[str, Any] = {} if memory is None else memory
+        self.wake_us = NEVER_US
+
+    def wake(self, at_us: int) -> None:
+        self.wake_us = min(self.wake_us, at_us)
+
+
+def refuses_nothing(device_uuid: str, state_name: str, value: Value) -> str:
+    """For runs that know no devices."""
+    return ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,8 +81,9 @@ class Trigger:
     """The event that a chain runs for; `uuid` is in lower case, `timestamp_us` in microseconds since 1970 (UTC).
 
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
-    what the event carries for its own originator, null included, is never asked of it. `memory` is what the chain
-    remembers of this originator, and a run changes it in place; the caller keeps it if `Chain.remembers`.
+    what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
+    the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `deadline` is when the run is stopped, in seconds of `time.monotonic`.
     """
 
     event_id: str
@@ -64,11 +92,13 @@ class Trigger:
     values: Mapping[str, Value]
     timestamp_us: int
     lookup: Lookup
-    memory: Memory = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Callable[[str, str, Value], str] = refuses_nothing
+    deadline: float = math.inf
 
 
 class Run(Scope):
-    """The state of one run, with the event's values as transformed so far; it dies with the run, all but the memory."""
+    """The state of one run, with the event's values as transformed so far; it dies with the run."""
 
     __slots__ = ("effects", "trigger", "values")
 

@@ -25,7 +25,12 @@ def spec_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> ChainSpec:
     """What `chains.compile` takes, from rows."""
     specs = (
         NodeSpec(
-            name=node.name, type=node.type, config=node.config, next=node.next or None, on_false=node.on_false or None
+            name=node.name,
+            type=node.type,
+            config=node.config,
+            next=node.next or None,
+            on_false=node.on_false or None,
+            on_failure=node.on_failure or None,
         )
         for node in nodes
     )
