@@ -51,29 +51,32 @@ class ChainSpec:
     nodes: tuple[NodeSpec, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
 
-    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end. `wake_us` is when the
-    outcome may be another one although nothing was reported: microseconds since 1970 (UTC), NEVER_US for not at all.
+    `filters_true` and `filters_false` are how many of the steps were filters that said so; `stopped_at` is the filter that said
+    no and had nowhere to go, or None if the chain ran to an end. `wake_us` is when the outcome may be another one although
+    nothing was reported: microseconds since 1970 (UTC), NEVER_US for not at all.
     """
 
     effects: tuple[Effect, ...]
     missing: tuple[Reference, ...]
     stopped_at: str | None
     steps: int
+    filters_true: int = 0
+    filters_false: int = 0
     wake_us: int = NEVER_US
 
 
 class _Node:
     """A compiled node, linked to those that follow it; `execute` is false only where a filter says no."""
 
-    __slots__ = ("execute", "name", "on_failure", "on_false", "on_true")
+    __slots__ = ("execute", "is_filter", "name", "on_failure", "on_false", "on_true")
 
-    def __init__(self, name: str, execute: Callable[[Run], bool]) -> None:
+    def __init__(self, name: str, execute: Callable[[Run], bool], *, is_filter: bool) -> None:
         self.name = name
         self.execute = execute
+        self.is_filter = is_filter
         self.on_true: _Node | None = None
         self.on_false: _Node | None = None
         self.on_failure: _Node | None = None
@@ -104,7 +107,7 @@ class Chain:
     def run(self, trigger: Trigger, note: Note | None = None) -> Outcome:
         """Run the chain for one event; raises ChainFailed if a node cannot do its work and names none for that case."""
         run = Run(trigger)
-        steps = 0
+        steps = filters_true = filters_false = 0
         stopped_at: str | None = None
         node: _Node | None = self._start
         while node is not None:
@@ -120,20 +123,23 @@ class Chain:
             if note:
                 note(node.name, run, passed=passed, error=error)
             if passed:
+                filters_true += node.is_filter
                 node = node.on_true
             elif error:
                 run.values[ERROR_KEY] = error.cause
                 node = node.on_failure
-            elif node.on_false is not None:
-                node = node.on_false
             else:
-                stopped_at = node.name
-                break
+                filters_false += 1
+                if node.on_false is None:
+                    stopped_at = node.name
+                node = node.on_false
         return Outcome(
             effects=tuple(run.effects),
-            missing=tuple(dict.fromkeys(run.missing)),
+            missing=tuple(dict.fromkeys(run.missing)) if run.missing else (),
             stopped_at=stopped_at,
             steps=steps,
+            filters_true=filters_true,
+            filters_false=filters_false,
             wake_us=run.wake_us,
         )
 
@@ -335,7 +341,9 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[R
 
 
 def _link(nodes: tuple[NodeSpec, ...], edges: Edges, parts: list[_Part]) -> list[_Node]:
-    linked = [_Node(node.name, part.execute) for node, part in zip(nodes, parts, strict=True)]
+    linked = [
+        _Node(node.name, part.execute, is_filter=node.type == "filter") for node, part in zip(nodes, parts, strict=True)
+    ]
     for node, links in zip(linked, edges, strict=True):
         node.on_true = linked[links["next"]] if "next" in links else None
         node.on_false = linked[links["onFalse"]] if "onFalse" in links else None
