@@ -7,7 +7,7 @@ that comes late can make a condition true later, never sooner. Times are microse
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from rules.comparisons import Evaluate
 from rules.configuration import LARGEST, is_number
@@ -109,14 +109,14 @@ def observe_steps(remembered: Any, sample: Sample) -> list[list[Any]]:
     Late readings are passed over. After a value that is no number, of which only the time is kept, it begins anew.
     """
     steps: list[list[Any]] = remembered or []
-    at, value = sample
+    value, at = sample
     if steps and at <= steps[-1][0]:
         return steps
     if not _usable(value):
         return [[at, None]]
     if not steps or steps[-1][1] is None:
-        return [[at, float(value or 0)]]
-    return steps if at - steps[-1][0] < SHORTEST_STEP_US else [steps[-1], [at, float(value or 0)]]
+        return [[at, float(value)]]
+    return steps if at - steps[-1][0] < SHORTEST_STEP_US else [steps[-1], [at, float(value)]]
 
 
 def changing(on: Test, per_us: int) -> Decide:
@@ -131,5 +131,5 @@ def changing(on: Test, per_us: int) -> Decide:
     return decide
 
 
-def _usable(value: Value) -> bool:
+def _usable(value: Value) -> TypeGuard[float]:
     return is_number(value) and -LARGEST <= value <= LARGEST
