@@ -223,6 +223,7 @@ class _Run:
         return Sample(*found) if found else None
 
     def _run_chain(self, bound: BoundChain, event: Event) -> Failure | None:
+        originator = self._known.get((event.source_type, event.originator_uuid))
         trigger = Trigger(
             event_id=str(event.id),
             source_type=event.source_type,
@@ -230,6 +231,8 @@ class _Run:
             values=event.values,
             timestamp_us=event.timestamp_us,
             lookup=self._look_up,
+            refuses=effects.refuses,
+            originator=originator.name if originator else bound.name,
         )
         began = time.perf_counter()
         try:
@@ -244,7 +247,7 @@ class _Run:
         if wishes:
             metrics.RULE_ACTIONS.inc(len(wishes))
         if event.command_deadline_us and self._now_us > event.command_deadline_us:
-            log.info("%s would have switched %d states for an event that is too old now", bound.name, len(wishes))
+            log.info("%s would have done %d actions for an event that is too old now", bound.name, len(wishes))
         else:
             self._wishes += wishes
         return None

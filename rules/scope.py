@@ -83,6 +83,7 @@ class Trigger:
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
     what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
     the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
     `deadline` is when the run is stopped, in seconds of `time.monotonic`.
     """
 
@@ -94,6 +95,7 @@ class Trigger:
     lookup: Lookup
     memory: Mapping[str, Any] = field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
+    originator: str = ""
     deadline: float = math.inf
 
 

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from notifications import outbox
-from rules import backpressure, recovery, replay, retention, schedules
+from rules import alarms, backpressure, recovery, replay, retention, schedules
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -26,6 +26,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     outbox.sweep,
     backpressure.keep_watch,
     replay.queue_steps,
+    alarms.calm_down,
     retention.delete_expired,
 )
 
@@ -33,8 +34,8 @@ DUTIES: tuple[Callable[[], object], ...] = (
 class Command(BaseCommand):
     help = (
         "Run rule chains on schedule, queue lost drain tickets again, publish notifications that a crash left in the outbox, "
-        "move the circuit and replays on, delete what is too old. Run two or more: one leads, another takes over within five "
-        "seconds when it dies."
+        "move the circuit and replays on, tell of alarms that have calmed down, delete what is too old. Run two or more: one "
+        "leads, another takes over within five seconds when it dies."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
