@@ -7,7 +7,7 @@ network for hours reports everything at once, and a pump must not start once for
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -45,10 +45,10 @@ _Key = tuple[int, str, UUID]
 class Cooldowns:
     """Of the actions of one batch. Their rows are locked until the transaction ends; without any there is no query."""
 
-    def __init__(self, rests: Iterable[Rest | None]) -> None:
+    def __init__(self, rests: Iterable[Rest | None], *, now: datetime | None = None) -> None:
         wanted = {_key(rest) for rest in rests if rest}
         self.suppressed = 0
-        self._now = timezone.now()
+        self._now = now or timezone.now()
         self._rows = _locked(wanted)
         self._begun_by: dict[_Key, str] = {}
         self._changed: dict[int, ActionCooldown] = {}
