@@ -1,7 +1,7 @@
 """What becomes of one alarm: its rows and requests to raise and clear it in; changed rows, new rows and news out.
 
 No queries here. Times are those of the events, so a request that comes twice, or late, is known by its time: what is not
-newer than what the rows have seen changes nothing.
+newer than what the rows have seen changes nothing. Of a raise and a clear at the same time the raise wins, in any order.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ class Case:
                 self._raise(request, moment)
 
     def _comes_late(self, moment: datetime) -> bool:
-        """Whether an event of that time or a later one has raised or cleared it. When a person cleared it does not
-        count: that is a time by our clock, and the sender's may be behind."""
-        return any(moment <= row.last_event_at for row in self._cleared)
+        """Whether it was raised at that time or later, or cleared later. When a person cleared it does not count: that is
+        a time by our clock, and the sender's may be behind."""
+        return any(moment <= row.last_raised_at or moment < row.last_event_at for row in self._cleared)
 
     def _may(self, request: Request) -> bool:
         return self._terms.permits(request.rest, request.effect_key)
@@ -183,7 +183,7 @@ class Case:
 
     def _clear(self, request: Clear, moment: datetime) -> None:
         row = self.open
-        if row is None or moment < row.last_event_at or not self._may(request):
+        if row is None or moment <= row.last_event_at or not self._may(request):
             return
         row.state, row.cleared_at, row.cleared_by = Alarm.State.CLEARED, moment, request.actor[:150]
         row.last_event_at = moment

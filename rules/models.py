@@ -183,7 +183,7 @@ class Alarm(Identified):
         ]
         # The scheduler asks every second which have calmed down: almost always none is flapping.
         indexes = [models.Index(fields=["id"], condition=models.Q(is_flapping=True), name="alarm_flapping")]
-        ordering = ["-id"]
+        ordering = ["-raised_at", "-id"]
 
     def __str__(self) -> str:
         return f"{self.type} ({self.severity}, {self.state})"
