@@ -6,9 +6,9 @@ Notification for all that is told. An alarm also knows by the event's time what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from aemos.lib import metrics
@@ -16,6 +16,7 @@ from devices import catalogue
 from devices.models import Organization, StateChange
 from notifications import messages, outbox
 from notifications.messages import Message, Protocol
+from notifications.models import Notification
 from rules import alarms, events, states
 from rules.actions import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.alarm_cases import Clear, Raise
@@ -24,8 +25,6 @@ from rules.events import Event
 from rules.exceptions import ChainFailed
 from rules.index import BoundChain
 from rules.scope import Value
-
-Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,8 @@ class Note:
     rest: Rest | None = None
 
 
-Wish = states.Request | Note | Raise | Clear
+Told = Note | Raise | Clear
+Wish = states.Request | Told
 """An effect with everything looked up that it needs to be done."""
 
 
@@ -80,12 +80,15 @@ def wish(effect: Effect, bound: BoundChain, event: Event) -> Wish:
 
 
 def perform(wishes: Sequence[Wish]) -> Performed:
-    """Does what the wishes ask for, in the current transaction, except for actions that rest."""
+    """Does what the wishes ask for, in the current transaction, except for what was done before and actions that rest."""
     cooldowns = Cooldowns(each.rest for each in wishes)
+    commands = [each for each in wishes if isinstance(each, states.Request)]
+    others = _untold([each for each in wishes if not isinstance(each, states.Request)])
+    notes = [each for each in others if isinstance(each, Note) and cooldowns.permits(each.rest, each.effect_key)]
     performed = Performed(
-        changes=states.apply(_of(states.Request, wishes), cooldowns.permits),
-        notes=_write([note for note in _of(Note, wishes) if cooldowns.permits(note.rest, note.effect_key)]),
-        alarms=alarms.apply([each for each in wishes if isinstance(each, Raise | Clear)], cooldowns.permits),
+        changes=states.apply(commands, cooldowns.permits),
+        notes=_write(notes),
+        alarms=alarms.apply([each for each in others if not isinstance(each, Note)], cooldowns.permits),
     )
     cooldowns.save()
     performed.suppressed = cooldowns.suppressed
@@ -193,8 +196,17 @@ def _rest(effect: Effect, bound: BoundChain, event: Event) -> Rest | None:
     return Rest(bound.id, effect.node, event.originator_uuid, effect.cooldown_us)
 
 
-def _of(kind: type[Kind], wishes: Iterable[Any]) -> list[Kind]:
-    return [each for each in wishes if isinstance(each, kind)]
+def _untold(wishes: Sequence[Told]) -> list[Told]:
+    """Without those that were told of before: a sender that missed the answer sends its event again, with its id."""
+    if not wishes:
+        return []
+    keys = [each.effect_key for each in wishes]
+    known = set(Notification.objects.filter(effect_key__in=keys).values_list("effect_key", flat=True))
+    fresh: dict[str, Told] = {}
+    for each in wishes:
+        if each.effect_key not in known:
+            fresh.setdefault(each.effect_key, each)
+    return list(fresh.values())
 
 
 def _write(notes: Sequence[Note]) -> list[Message]:

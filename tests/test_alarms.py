@@ -16,7 +16,7 @@ from django.db.models import QuerySet
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from aemos.management.commands.runscheduler import DUTIES
 from devices import catalogue
 from devices.models import Organization, Sensor
@@ -99,6 +99,16 @@ def test_many_alarms_of_one_batch_are_written_and_told_together(sensor: Sensor, 
         [q["sql"].split()[0] for q in done.captured_queries if "rules_alarm" in q["sql"]] for done in (first, again)
     ]
     assert touched == [["SELECT", "INSERT", "SELECT"], ["SELECT", "UPDATE"]]
+
+
+def test_changes_that_are_told_are_counted(sensor: Sensor) -> None:
+    def counted(change: str) -> float:
+        metrics.TALLY.flush()
+        return float(redis.client().hget(keys.METRICS, f"alarm_changes_total|{change}") or 0)
+
+    before = counted("raised"), counted("cleared")
+    apply(up(sensor, 3), up(sensor, 2), down(sensor, 1))
+    assert (counted("raised") - before[0], counted("cleared") - before[1]) == (1, 1)
 
 
 def test_what_a_batch_does_to_one_alarm_is_done_in_order(sensor: Sensor) -> None:

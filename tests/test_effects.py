@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from aemos.lib import keys, metrics, redis
 from devices import catalogue
@@ -164,6 +165,25 @@ def test_the_same_wishes_twice_leave_one_of_everything(farm: Farm) -> None:
         1,
         3,
         3,
+    )
+
+
+def test_an_event_that_is_sent_again_with_its_id_but_another_time_has_no_second_effect(farm: Farm) -> None:
+    farm.chain(
+        {**builders.command(farm.doser), "force": True, "cooldown": "10m"}, {**NOTIFY, "cooldown": "10m"},
+        {**RAISE, "cooldown": "10m"},
+    )  # fmt: skip
+    event = farm.event()
+    farm.send(event)
+    Alarm.objects.update(state=Alarm.State.CLEARED, cleared_at=NOON)
+    let_rest(hours=1)
+
+    farm.send(farm.event(after=1, id=event.id), farm.event(after=2, id=event.id))
+
+    assert (StateChange.objects.count(), Alarm.objects.count(), len(told())) == (1, 1, 3)
+    rests = ActionCooldown.objects.values_list("done_at", flat=True)
+    assert all(done_at < timezone.now() - timedelta(minutes=59) for done_at in rests if done_at), (
+        "nor begins a cooldown"
     )
 
 
