@@ -22,17 +22,17 @@ class AlarmAdmin(RecordAdmin):
     search_help_text = "A part of the type or the message, or a whole uuid (alarm, sensor, device, chain)"
     show_facets = admin.ShowFacets.NEVER  # they count the table once for each choice
     list_display = (
-        *("raised_at", "type", "severity", "state", "originator", "organization", "message"),
-        *("times_raised", "is_flapping", "acknowledged_by"),
+        *("raised_at", "type", "severity", "condition", "originator", "organization", "message"),
+        *("times_raised", "acknowledged_by"),
     )
     list_filter = ("state", "severity", "is_flapping", "raised_at", OrganizationListFilter)
     list_select_related = ("organization",)
     fields = (
-        *("type", ("severity", "state"), "message", "originator", "organization", ("chain", "node")),
-        *(("raised_at", "last_raised_at", "times_raised", "is_flapping"), ("acknowledged_at", "acknowledged_by")),
+        *("type", ("severity", "condition"), "message", "originator", "organization", ("chain", "node")),
+        *(("raised_at", "last_raised_at", "times_raised"), ("acknowledged_at", "acknowledged_by")),
         *(("cleared_at", "cleared_by"), "uuid"),
     )
-    readonly_fields: ClassVar[tuple[str, ...]] = ("originator",)
+    readonly_fields: ClassVar[tuple[str, ...]] = ("condition", "originator")
     actions = ("acknowledge_selected", "clear_selected")
 
     def has_decide_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -63,6 +63,10 @@ class AlarmAdmin(RecordAdmin):
         alarms.name_originators([row] if row else [])
         return row
 
+    @admin.display(description="state", ordering="state")
+    def condition(self, row: Alarm) -> str:
+        return f"{row.state}, flapping" if row.is_flapping else row.state
+
     @admin.display(description="originator")
     def originator(self, row: Alarm) -> str:
         return f"{row.source_type} {row.originator_name or row.originator_uuid}"
@@ -74,6 +78,8 @@ class ActionCooldownAdmin(RecordAdmin):
     organization_path = "chain__organization"
     uuid_paths = ("originator_uuid", "chain__uuid")
     search_fields = ("node", "chain__name")
+    search_help_text = "A part of the chain's or the node's name, or a whole uuid (sensor, device, chain)"
+    show_facets = admin.ShowFacets.NEVER
     list_display = ("chain", "node", "originator_uuid", "done_at", "suppressed")
     list_filter = (OrganizationListFilter,)
     list_select_related = ("chain",)

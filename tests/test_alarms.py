@@ -135,6 +135,17 @@ def test_a_late_reading_does_not_raise_what_was_cleared_long_before_the_batch(se
     assert states() == ["cleared"]
 
 
+def test_a_reading_that_a_person_s_decision_followed_does_not_raise_it_again_when_its_clock_is_ahead(
+    sensor: Sensor, settings: Any
+) -> None:
+    settings.ALARM_FLAPPING_SECONDS = 1
+    request = up(sensor, ago=-240)
+    apply(request)
+    alarms.clear(Alarm.objects.all(), by="olga")
+    apply(request)
+    assert states() == ["cleared"]
+
+
 def test_alarms_of_other_types_sensors_and_organizations_are_others(sensor: Sensor) -> None:
     other = builders.sensor(builders.organization())
     apply(up(sensor, 2), up(sensor, 2, type="low"), up(other, 2), up(other, 2, type="low"))

@@ -189,7 +189,9 @@ def test_the_admin_filters_and_searches_alarms(farm: Farm, query: dict[str, str]
 
 def test_the_admin_shows_the_name_of_the_sensor(farm: Farm) -> None:
     client = farm.staff()
+    Alarm.objects.filter(pk=farm.active.pk).update(is_flapping=True)
     assert "sensor Reservoir A" in client.get(reverse(LIST)).text
+    assert "active, flapping" in client.get(reverse(LIST)).text
     page = client.get(reverse("admin:rules_alarm_change", args=[farm.active.pk]))
     assert page.status_code == 200
     assert "sensor Reservoir A" in page.text
