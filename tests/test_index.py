@@ -301,11 +301,11 @@ class Changes:
 
     def make(self) -> None:
         rows = list(RuleChain.objects.all())
-        change = self.random.choice(
-            [self.add, self.add, self.edit, self.switch, self.suspend, self.delete, self.rename]
-        )
-        if change == self.add or rows:
-            change(self.random.choice(rows) if rows else None)
+        changes = [self.edit, self.switch, self.suspend, self.delete, self.rename]
+        if rows and self.random.random() < 0.7:
+            self.random.choice(changes)(self.random.choice(rows))
+        else:
+            self.add()
 
     def nodes(self, organization: Organization) -> list[RuleNode]:
         sensors, device = (
@@ -322,7 +322,7 @@ class Changes:
             builders.node("action", builders.command(device, state=state.name)),
         ]
 
-    def add(self, _: RuleChain | None) -> None:
+    def add(self) -> None:
         organization = self.random.choice(self.organizations)
         builders.chain(organization, self.nodes(organization), priority=self.random.randint(1, 3))
 
