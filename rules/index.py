@@ -91,12 +91,12 @@ class RuleIndex:
     def by_uuid(self, uuid: str) -> BoundChain | None:
         return self._by_uuid.get(uuid)
 
-    def for_run(self, uuid: str, *, organization_id: int) -> list[BoundChain]:
-        """The one chain that a schedule or a person runs; looked for anew, as it may have been switched on a moment ago."""
-        if uuid not in self._by_uuid:
+    def named(self, uuids: Collection[str], *, organization_id: int) -> list[BoundChain]:
+        """These chains, if they may run; looked for anew, as one may have been switched on a moment ago."""
+        if any(uuid not in self._by_uuid for uuid in uuids):
             self.refresh(at_once=True)
-        bound = self._by_uuid.get(uuid)
-        return [bound] if bound and bound.organization_id == organization_id else []
+        found = (self._by_uuid.get(uuid) for uuid in uuids)
+        return [bound for bound in found if bound and bound.organization_id == organization_id]
 
     def refresh(self, *, at_once: bool = False) -> None:
         """Takes over what changed; looks at most once a second unless `at_once`. Raises django.db.Error and changes nothing."""
