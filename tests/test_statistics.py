@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, connection
+from django.test import Client
 from prometheus_client.core import Metric
+from rq.serializers import JSONSerializer
 
 from aemos.lib import metrics
-from rules import editing, statistics, suspension
+from rules import editing, index, statistics, suspension, tickets
 from rules.chains import Outcome
 from rules.exceptions import ChainFailed, ErrorCode
 from rules.index import BoundChain, RuleIndex
 from rules.models import Alarm, ChainStatistics, RuleChain
 from rules.statistics import Runs, Statistics
+from rules.workers import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -306,6 +309,34 @@ def test_every_error_code_has_its_counter_before_anything_took_too_long() -> Non
     family = metrics.RULE_TIMEOUTS.family({})
 
     assert {(each.labels["error_code"], each.value) for each in family.samples} == {(code, 0.0) for code in ErrorCode}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_writes_what_its_chains_did_before_it_ends(settings: Any) -> None:
+    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    for cached in (index.shared, statistics.shared):
+        cached.cache_clear()
+    farm = builders.organization()
+    sensor, pump = builders.sensor(farm), builders.device(farm)
+    good, bad = (builders.switching_chain(sensor, pump, name=name) for name in ("good", "bad"))
+    bad.nodes.filter(name="switch").update(config=builders.command(pump, state="renamed meanwhile"))
+    events = [{"values": {"ph": 5.0}, "timestamp": f"2026-05-01T12:00:{second:02}Z"} for second in range(3)]
+    answer = Client().post(
+        "/api/v1/telemetry",
+        {"events": events},
+        content_type="application/json",
+        headers={"authorization": f"Bearer {builders.token(sensor)}"},
+    )
+    assert answer.status_code == 202
+    queues = [tickets.queue_of(lane) for lane in settings.LANES]
+    DrainWorker(queues, connection=queues[0].connection, serializer=JSONSerializer).work(burst=True)
+
+    of = {row.chain_id: row for row in ChainStatistics.objects.all()}
+    assert (of[good.pk].executions, of[good.pk].failures) == (3, 0)
+    assert (of[bad.pk].executions, of[bad.pk].failures, of[bad.pk].failures_in_a_row) == (3, 3, 3)
+    assert "has no state 'renamed meanwhile' any more" in of[bad.pk].last_error
+    assert of[good.pk].seconds > 0
+    assert RuleChain.objects.exclude(suspended_at=None).get() == bad
 
 
 @pytest.mark.django_db(transaction=True)
