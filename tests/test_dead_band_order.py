@@ -80,7 +80,7 @@ def send(system: LocalSystem, token: str, values: list[float], chance: random.Ra
     at = 0
     while at < len(values):
         size = chance.randint(1, 40)
-        items = [
+        items: list[Any] = [
             {"values": {"ph": value}, "timestamp": (START + timedelta(seconds=at + offset)).isoformat()}
             for offset, value in enumerate(values[at : at + size])
         ]
