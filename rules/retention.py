@@ -10,7 +10,7 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from aemos.lib import keys, redis
-from rules.durations import LONGEST_DAYS
+from rules.durations import MAX_DAYS
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
 
 CHUNK_ROWS = 1_000
@@ -51,7 +51,7 @@ def _expired() -> list[QuerySet[Any]]:
         DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.KEPT),
         Replay.objects.filter(ended_at__lt=dead),
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
-        ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=LONGEST_DAYS)),
+        ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),
     ]
 
 
