@@ -26,7 +26,8 @@ from rules.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 
 log = logging.getLogger(__name__)
-REFRESH_SECONDS = 1.0
+# With a slice of work of 0.2 s under way, a chain that was saved runs within a second.
+REFRESH_SECONDS = 0.7
 # Rows named in one query; SQLite takes 32,766 values.
 LOOKUP_BATCH = 5_000
 Source = tuple[str, str]  # source type, uuid
@@ -99,7 +100,7 @@ class RuleIndex:
         return [bound for bound in found if bound and bound.organization_id == organization_id]
 
     def refresh(self, *, at_once: bool = False) -> None:
-        """Takes over what changed; looks at most once a second unless `at_once`. Raises django.db.Error and changes nothing."""
+        """Takes over what changed; looks every 0.7 s at most unless `at_once`. Raises django.db.Error and changes nothing."""
         now = self._clock()
         if not at_once and now - self._checked_at < REFRESH_SECONDS:
             return
