@@ -152,6 +152,10 @@ _VERBS: Mapping[str, Verb] = {
     "discard": "change",
     "replay": "change",
     "stop": "change",
+    "enable": "change",
+    "disable": "change",
+    "trigger": "change",
+    "duplicate": "change",
     "destroy": "delete",
 }
 

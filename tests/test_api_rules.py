@@ -85,7 +85,9 @@ def test_a_chain_is_created_with_its_nodes(farm: Farm) -> None:
     assert answer.status_code == 201
     created = answer.json()
     chain = RuleChain.objects.get()
-    assert [set(node) for node in created["nodes"]] == [{"uuid", "name", "type", "config", "next", "onFalse"}] * 2
+    assert [set(node) for node in created["nodes"]] == [
+        {"uuid", "name", "type", "config", "next", "onFalse", "onFailure"}
+    ] * 2
     assert [(node["next"], node["onFalse"]) for node in created["nodes"]] == [("switch", None), (None, None)]
     assert created["nodes"][0]["config"] == builders.leaf(farm.sensor)
     assert (created["version"], created["enabled"], created["executionType"]) == (1, True, "event-triggered")
@@ -386,7 +388,7 @@ def test_a_new_node_goes_to_the_end_of_the_main_line(farm: Farm, chain: RuleChai
         f"{url(chain)}/nodes", farm.switch(name="then", config=builders.command(farm.device, "off"))
     )
     assert answer.status_code == 201
-    assert answer.json().keys() == {"uuid", "name", "type", "config", "next", "onFalse"}
+    assert answer.json().keys() == {"uuid", "name", "type", "config", "next", "onFalse", "onFailure"}
     assert links(chain) == {"low": ("switch", ""), "switch": ("then", ""), "then": ("", "")}
     chain.refresh_from_db()
     assert chain.version == 2
