@@ -12,7 +12,7 @@ from rules.actions import Command, Effect, compile_action
 from rules.conditions import compile_condition
 from rules.configuration import not_a_name
 from rules.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
-from rules.scope import NEVER_US, Reference, Run, Trigger, Watch
+from rules.scope import Reference, Run, Source, Timer, Trigger, Watch
 from rules.transforms import compile_transform
 
 MAX_STEPS = 1_000
@@ -55,15 +55,15 @@ class ChainSpec:
 class Outcome:
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
 
-    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end. `wake_us` is when the
-    outcome may be another one although nothing was reported: microseconds since 1970 (UTC), NEVER_US for not at all.
+    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end. `wakes` is when the
+    outcome may be another one although the source says nothing, in microseconds since 1970 (UTC).
     """
 
     effects: tuple[Effect, ...]
     missing: tuple[Reference, ...]
     stopped_at: str | None
     steps: int
-    wake_us: int = NEVER_US
+    wakes: Mapping[Source, int] = field(default_factory=dict)
 
 
 class _Node:
@@ -90,16 +90,22 @@ class Chain:
     """A compiled chain; safe to keep and to run any number of times, since a run leaves nothing behind.
 
     `references` trigger the chain and must be known to the lookup: what its filters read and, where a filter reads
-    the result of a transform before it, also what that transform reads. `watches` are what its conditions over time remember,
-    which the caller keeps. `commands` are the devices and states that its actions address; whether they exist in the
-    organization is the caller's to check.
+    the result of a transform before it, also what that transform reads. `watches` are what its conditions over time
+    remember, which the caller keeps; `timers` those that time alone can make true. `commands` are the devices and states
+    that its actions address; whether they exist in the organization is the caller's to check.
     """
 
     spec: ChainSpec
     references: frozenset[Reference]
     watches: tuple[Watch, ...]
+    timers: tuple[Timer, ...]
     commands: tuple[Command, ...]
     _start: _Node = field(repr=False)
+
+    @property
+    def timers_key(self) -> str:
+        """The same as long as what time alone can change is the same."""
+        return ",".join(sorted({timer.key for timer in self.timers}))
 
     def run(self, trigger: Trigger, note: Note | None = None) -> Outcome:
         """Run the chain for one event; raises ChainFailed if a node cannot do its work and names none for that case."""
@@ -134,7 +140,7 @@ class Chain:
             missing=tuple(dict.fromkeys(run.missing)),
             stopped_at=stopped_at,
             steps=steps,
-            wake_us=run.wake_us,
+            wakes=run.wakes,
         )
 
     def _late(self, node: _Node) -> ChainFailed:
@@ -165,6 +171,7 @@ def compile(spec: ChainSpec) -> Chain:
         spec=spec,
         references=references,
         watches=tuple({watch.key: watch for part in parts for watch in part.watches}.values()),
+        timers=tuple(dict.fromkeys(timer for part in parts for timer in part.timers)),
         commands=tuple(command for part in parts for command in part.commands),
         _start=_link(spec.nodes, edges, parts)[start],
     )
@@ -259,13 +266,16 @@ class _Part(NamedTuple):
     execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
     watches: tuple[Watch, ...] = ()
+    timers: tuple[Timer, ...] = ()
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
 
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     condition = compile_condition(node.config, path=path)
-    return _Part(condition.evaluate, references=condition.references, watches=condition.watches)
+    return _Part(
+        condition.evaluate, references=condition.references, watches=condition.watches, timers=condition.timers
+    )
 
 
 def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:

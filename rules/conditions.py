@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rules.configuration import Fields, not_a_name, not_a_uuid, one_of
 from rules.exceptions import InvalidChain, Problem
 from rules.operators import OPERATORS, Evaluate
-from rules.scope import Reference, Scope, Watch
+from rules.scope import Reference, Scope, Timer, Watch
 
 MAX_DEPTH = 20
 """Groups that may stand inside one another, so that neither compiling nor evaluating can exhaust the stack."""
@@ -23,7 +23,7 @@ GROUP_KEYS = ("type", "expressions")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """A compiled filter; `watches` are what its conditions over time remember.
+    """A compiled filter; `watches` are what its conditions over time remember, `timers` those that time alone can change.
 
     `evaluate(scope)` reads one reference at a time, left to right, only as far as AND and OR need it, and notes as
     missing every reference that has no value. It raises nothing of its own.
@@ -32,6 +32,7 @@ class Condition:
     references: frozenset[Reference]
     evaluate: Evaluate
     watches: tuple[Watch, ...] = ()
+    timers: tuple[Timer, ...] = ()
 
 
 def compile_condition(config: object, *, path: str) -> Condition:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -67,12 +67,16 @@ class RuleIndex:
     def by_uuid(self, uuid: str) -> BoundChain | None:
         return self._chains.get(uuid)
 
-    def for_run(self, uuid: str, *, organization_id: int) -> list[BoundChain]:
-        """The one chain that a schedule or a person runs; looked for anew, as it may have been switched on a moment ago."""
-        if uuid not in self._chains:
+    def named(self, uuids: Collection[str], *, organization_id: int) -> list[BoundChain]:
+        """These chains, if they are switched on; looked for anew, as one may have been a moment ago."""
+        if any(uuid not in self._chains for uuid in uuids):
             self.refresh(at_once=True)
-        bound = self._chains.get(uuid)
-        return [bound] if bound and bound.organization_id == organization_id else []
+        found = (self._chains.get(uuid) for uuid in uuids)
+        return [bound for bound in found if bound and bound.organization_id == organization_id]
+
+    def timed(self) -> Iterator[BoundChain]:
+        """Those with conditions that time alone can make true."""
+        return (bound for bound in self._chains.values() if bound.compiled.timers)
 
     def refresh(self, *, at_once: bool = False) -> None:
         """Rebuilds what changed; looks at most once a second unless `at_once`. Raises django.db.Error."""

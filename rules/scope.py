@@ -29,8 +29,15 @@ class Sample(NamedTuple):
 
 
 Lookup = Callable[[Reference], Sample | None]
-NEVER_US = 2**63
-"""Later than every time."""
+Source = tuple[str, str]
+"""Source type and uuid."""
+
+
+class Timer(NamedTuple):
+    """A condition that may turn true although its source says nothing; `key` is the same as long as the condition is."""
+
+    key: str
+    source: Source
 
 
 class Watch(NamedTuple):
@@ -54,21 +61,22 @@ class Scope:
 
     `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's
     own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` holds, by the
-    key of a watch, what is remembered, this event included. A condition that may turn true without a further event notes
-    with `wake` when that is.
+    key of a watch, what is remembered, this event included. A condition that may turn true without a further event says
+    with `wake` when that is; `wakes` holds the earliest of these times for each source, in microseconds since 1970.
     """
 
-    __slots__ = ("memory", "missing", "now_us", "read", "wake_us")
+    __slots__ = ("memory", "missing", "now_us", "read", "wakes")
 
     def __init__(self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None) -> None:
         self.read = read
         self.now_us = now_us
         self.missing: list[Reference] = []
         self.memory: Mapping[str, Any] = {} if memory is None else memory
-        self.wake_us = NEVER_US
+        self.wakes: dict[Source, int] = {}
 
-    def wake(self, at_us: int) -> None:
-        self.wake_us = min(self.wake_us, at_us)
+    def wake(self, reference: Reference, at_us: int) -> None:
+        source = reference[:2]
+        self.wakes[source] = min(self.wakes.get(source, at_us), at_us)
 
 
 def refuses_nothing(device_uuid: str, state_name: str, value: Value) -> str:

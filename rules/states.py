@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import metrics, redis
 from devices import latest
+from devices.catalogue import Field
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
 from notifications import messages, outbox
@@ -84,6 +85,13 @@ def tell(changes: Sequence[Change]) -> None:
         latest.remember(dict(_latest(change) for change in changes))
     except RedisError as error:
         log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
+
+
+def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]]:
+    """(timestamp in us, value) of the state's newest changes from then on, at most so many, in ascending order."""
+    rows = StateChange.objects.filter(state_id=field.id, timestamp__gte=events.moment(max(since_us, 0)))
+    newest = rows.order_by("-timestamp", "-id").values_list("timestamp", "value")[:maximum]
+    return [(events.microseconds(at), value) for at, value in reversed(newest)]
 
 
 def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) -> StateChange:

@@ -109,6 +109,12 @@ RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains
 COLLECTION_SECONDS = Histogram(
     "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
 )
+RULE_TIMEOUTS = Counter(
+    "rule_timeout_total",
+    "What took too long, by error code: DATA_COLLECTION_TIMEOUT, RULE_CHAIN_TIMEOUT, WORKER_TIMEOUT or "
+    "EXTERNAL_ACTION_TIMEOUT.",
+    ["error_code"],
+)
 STATE_CHANGES = Counter(
     "device_state_changes_total", "Changes of device states, by source: device, rule or person.", ["source"]
 )
@@ -124,6 +130,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_SECONDS,
     RULE_ACTIONS,
     COLLECTION_SECONDS,
+    RULE_TIMEOUTS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
 )

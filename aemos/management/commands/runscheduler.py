@@ -16,12 +16,13 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from notifications import outbox
-from rules import backpressure, recovery, replay, retention, schedules
+from rules import backpressure, recovery, replay, retention, schedules, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 DUTIES: tuple[Callable[[], object], ...] = (
     schedules.fire_due,
+    timers.fire_due,
     recovery.reissue_lost_tickets,
     outbox.sweep,
     backpressure.keep_watch,
@@ -32,9 +33,9 @@ DUTIES: tuple[Callable[[], object], ...] = (
 
 class Command(BaseCommand):
     help = (
-        "Run rule chains on schedule, queue lost drain tickets again, publish notifications that a crash left in the outbox, "
-        "move the circuit and replays on, delete what is too old. Run two or more: one leads, another takes over within five "
-        "seconds when it dies."
+        "Run rule chains on schedule and when their time has come, queue lost drain tickets again, publish notifications "
+        "that a crash left in the outbox, move the circuit and replays on, delete what is too old. Run two or more: one "
+        "leads, another takes over within five seconds when it dies."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
