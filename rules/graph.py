@@ -180,8 +180,9 @@ def _link(link: str, label: str, *, start: tuple[float, float], target: _Box) ->
     x2, y2 = target.x + WIDTH / 2, target.y
     bend = max(GAP_Y / 2, (y2 - y1) / 2)
     path = f"M{x1:g},{y1:g} C{x1:g},{y1 + bend:g} {x2:g},{y2 - bend:g} {x2:g},{y2 - 7:g}"
+    x, anchor = (x1 - 8, "end") if x2 > x1 else (x1 + 8, "start")  # beside the curve, not on it
     tip = f"M{x2 - 5:g},{y2 - 9:g} L{x2 + 5:g},{y2 - 9:g} L{x2:g},{y2:g} Z"
     return (
         f'<g class="{link}"><path class="link" d="{path}"/><path class="tip" d="{tip}"/>'
-        f'<text class="label" x="{x1 + 8:g}" y="{y1 + 18:g}">{escape(label)}</text></g>'
+        f'<text class="label" text-anchor="{anchor}" x="{x:g}" y="{y1 + 18:g}">{escape(label)}</text></g>'
     )

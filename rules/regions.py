@@ -139,7 +139,7 @@ def _leaf(leaf: Mapping[str, object], wanted: bool) -> Region:
 
 # A comparison over time is about more than the value now. With `for` it is true now as well; with a dead band only beyond the
 # value at which that ends. Of those, and of all others, nothing is known about when they are false.
-_OVER_TIME = {"times", "within", "rate", "of"}
+_OVER_TIME = {"times", "within", "per"}
 
 
 def _span(leaf: Mapping[str, object], wanted: bool) -> Span | None:
@@ -207,6 +207,7 @@ _TRUE: _Makers = {
     "between": _between,
     "in": _one_of,
     "notIn": _none_of,
+    **dict.fromkeys(("valueOlderThan", "valueNewerThan", "valueInLast"), lambda value: _one_of([value])),
 }
 _FALSE: _Makers = {
     ">": _TRUE["<="],

@@ -5,6 +5,7 @@ Chains that cannot be compiled are described as far as they can be read, because
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from rules.chains import NodeSpec
@@ -16,6 +17,7 @@ Names = Mapping[tuple[str, str], str]
 MAXIMUM_CHARACTERS = 5_000
 MAXIMUM_NODES = 100
 """Of a longer chain the beginning is told."""
+_DURATION = re.compile(r"(\d+)([smhd])")
 _SHOWN_UUID = 8
 _SHOWN_ITEMS = 5
 
@@ -45,12 +47,12 @@ PREDICATES: Mapping[str, str] = {
     "isString": "is text",
     "isBoolean": "is true or false",
     "isArray": "is a list",
-    "olderThan": "was last reported more than {duration} ago",
-    "newerThan": "was last reported less than {duration} ago",
+    "olderThan": "was not reported for {duration}",
+    "newerThan": "was reported less than {duration} ago",
     "inLast": "was reported in the last {duration}",
-    "valueOlderThan": "is a time more than {duration} ago",
-    "valueNewerThan": "is a time less than {duration} ago",
-    "valueInLast": "is a time in the last {duration}",
+    "valueOlderThan": "is {value}, reported {duration} ago or longer",
+    "valueNewerThan": "is {value}, reported less than {duration} ago",
+    "valueInLast": "is {value}, reported in the last {duration}",
 }
 
 TRANSFORMS: Mapping[str, str] = {
@@ -91,7 +93,7 @@ class Teller:
         kind = config.get("type")
         action = ACTIONS.get(kind) if isinstance(kind, str) else None
         text = action(self, config) if action else f"do {_value(kind)}"
-        return f"{text}, at most once in {_value(config['cooldown'])}" if "cooldown" in config else text
+        return f"{text}, at most once in {_duration(config['cooldown'])}" if "cooldown" in config else text
 
     def condition(self, config: object, depth: int = 0) -> str:
         """A leaf, or a group with its parts."""
@@ -115,10 +117,12 @@ class Teller:
     def _leaf(self, leaf: Mapping[str, object]) -> str:
         operator, value = _value(leaf.get("operator")), _value(leaf.get("value"))
         predicate = PREDICATES.get(operator)
-        told = {"value": _range(leaf) if operator == "between" else value, "duration": _value(leaf.get("duration"))}
+        told = {"value": _range(leaf) if operator == "between" else value, "duration": _duration(leaf.get("duration"))}
         text = f"{self.source(leaf.get('sourceType'), leaf.get('UUID'))} {_value(leaf.get('key'))} "
+        if "per" in leaf:
+            text = f"the change of {text}in {_duration(leaf['per'])} "
         text += predicate.format(**told) if predicate else f"{operator} {value}"
-        return text + "".join(phrase.format(_value(leaf[key])) for key, phrase in _OVER_TIME.items() if key in leaf)
+        return text + "".join(phrase.format(_duration(leaf[key])) for key, phrase in _OVER_TIME.items() if key in leaf)
 
     def _from(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], told: set[str]) -> str:
         """What happens from here on. Where branches meet, the second refers to the first."""
@@ -187,9 +191,9 @@ ACTIONS: Mapping[str, Callable[[Teller, Mapping[str, object]], str]] = {
 }
 
 _OVER_TIME: Mapping[str, str] = {
-    "off": " (until it passes {})",
+    "off": " (until it is beyond {})",
     "for": " for {}",
-    "times": " {} times",
+    "times": " at least {} times",
     "within": " within {}",
 }
 
@@ -225,3 +229,9 @@ def _value(value: object) -> str:
         items = [_value(item) for item in value[:_SHOWN_ITEMS]]
         return ", ".join([*items, "…"] if len(value) > _SHOWN_ITEMS else items)
     return str(value)[:100]
+
+
+def _duration(value: object) -> str:
+    """5 m of 5m; anything else, such as how many times, as it is."""
+    found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    return f"{found[1]} {found[2]}" if found else _value(value)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from django.conf import settings
@@ -20,17 +20,16 @@ from django.core.exceptions import ValidationError
 from django.utils import timezone
 
 from devices import catalogue, latest
-from devices.models import DeviceState, Reading
+from devices.models import DeviceState
 from devices.serializers import camel
-from devices.values import Datatype
-from rules import chains, events, naming, validation
+from rules import chains, events, memory, naming, validation
 from rules.actions import DeviceCommand, Effect
 from rules.chains import Chain, NodeSpec, Outcome
 from rules.conditions import SOURCE_TYPES, compile_condition
 from rules.exceptions import ChainFailed
 from rules.models import RuleChain, RuleNode
-from rules.schedules import SOURCE_TYPE as CHAIN_SOURCE
-from rules.scope import NEVER_US, Reference, Run, Sample, Scope, Trigger, Value, Watch
+from rules.runs import CHAIN
+from rules.scope import Reference, Run, Sample, Scope, Trigger, Value, Watch
 from rules.sentences import Names, Teller
 
 EVENT_ID = "trial"
@@ -49,15 +48,15 @@ class Known:
 class Given:
     """What a trial is run with. Without `values` it is a run by schedule.
 
-    The originator may be left out where only one source can be meant. `latest` replaces everything that is known of other
-    sources; several entries of one variable are its history, the newest is its value.
+    The originator may be left out where only one source can be meant. `latest` takes the place of what is known of the
+    variables that it names; several entries of one are its history, the newest is its value.
     """
 
     values: Mapping[str, Value] = field(default_factory=dict)
     source_type: str = ""
     originator: str = ""
     timestamp: datetime | None = None
-    latest: Sequence[Known] | None = None
+    latest: Sequence[Known] = ()
 
 
 def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, 
         values=given.values,
         timestamp_us=events.microseconds(when),
         lookup=facts.samples.get,
-        memory=facts.memory(),
+        memory=facts.memory,
         refuses=partial(_refusal, _states(chain, compiled)),
         deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1000,
     )
@@ -87,7 +86,7 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, 
 def _source(chain: RuleChain, compiled: Chain, given: Given) -> tuple[str, str]:
     """Who reports the values: (source type, uuid). Raises ValidationError."""
     if not given.values and not given.originator:
-        return CHAIN_SOURCE, str(chain.uuid)
+        return CHAIN, str(chain.uuid)
     sources = {reference[:2] for reference in compiled.references}
     if given.originator:
         fitting = {each for each in sources if each[1] == given.originator.lower()}
@@ -121,19 +120,16 @@ class _Facts:
     """What is known besides the event: the latest sample of each reference, and what conditions over time remember."""
 
     def __init__(self, compiled: Chain, given: Given, *, when: datetime, source: tuple[str, str]) -> None:
-        self._watches = compiled.watches
         self._when_us = events.microseconds(when)
-        self._given = None if given.latest is None else self._histories(given.latest)
+        self._given = self._histories(given.latest)
         self._own = {Reference(*source, key): Sample(value, self._when_us) for key, value in given.values.items()}
         self.samples = self._latest(compiled.references)
-
-    def memory(self) -> dict[str, Any]:
-        return {watch.key: self._remembered(watch) for watch in self._watches}
+        self.memory = {watch.key: self._remembered(watch) for watch in compiled.watches}
 
     def _latest(self, references: Iterable[Reference]) -> dict[Reference, Sample]:
-        if self._given is not None:
-            return {reference: history[-1] for reference, history in self._given.items()}
-        return {Reference(*key): Sample(*found) for key, found in latest.recall(references).items()}
+        known = latest.recall([each for each in references if each not in self._given and each not in self._own])
+        found = {Reference(*key): Sample(*value) for key, value in known.items()}
+        return found | {reference: history[-1] for reference, history in self._given.items()}
 
     def _histories(self, known: Sequence[Known]) -> dict[Reference, list[Sample]]:
         found: dict[Reference, list[Sample]] = {}
@@ -143,32 +139,13 @@ class _Facts:
         return {reference: sorted(history, key=lambda each: each.timestamp_us) for reference, history in found.items()}
 
     def _remembered(self, watch: Watch) -> Any:
-        history = self._given.get(watch.reference, []) if self._given is not None else self._stored(watch)
+        """Of what is given, else of what is stored, and of the event itself."""
+        history = self._given.get(watch.reference)
+        if history is None:
+            stored = memory.stored(watch, since_us=self._when_us - watch.window_us)
+            history = [sample for sample in stored if sample.timestamp_us < self._when_us]
         own = self._own.get(watch.reference)
-        remembered = None
-        for sample in [*history, own] if own else history:
-            remembered = watch.observe(remembered, sample)
-        return remembered
-
-    def _stored(self, watch: Watch) -> list[Sample]:
-        """The readings that the watch looks back on; of a device only its present value is known."""
-        if watch.reference.source_type != "sensor":
-            sample = self.samples.get(watch.reference)
-            return [sample] if sample else []
-        since = events.moment(max(self._when_us - watch.window_us, 0))
-        rows = Reading.objects.filter(
-            variable__sensor__uuid=watch.reference.uuid,
-            variable__name=watch.reference.key,
-            timestamp__gte=since,
-            timestamp__lt=events.moment(self._when_us),
-        )
-        newest = rows.order_by("-timestamp").values_list("timestamp", "number", "text", "variable__datatype")
-        return [_sample(*row) for row in reversed(newest[: watch.maximum])]
-
-
-def _sample(timestamp: datetime, number: float | None, text: str | None, datatype: str) -> Sample:
-    value: Value = text if number is None else bool(number) if datatype == Datatype.BOOLEAN else number
-    return Sample(value, events.microseconds(timestamp))
+        return reduce(watch.observe, [*history, own] if own else history, None)
 
 
 States = Mapping[tuple[str, str], DeviceState]
@@ -277,7 +254,7 @@ class _Report:
         return {"sourceType": reference.source_type, "UUID": reference.uuid, "name": name, "key": reference.key}
 
     def _effect(self, effect: Effect) -> dict[str, Any]:
-        own = {"effect_key", "chain_uuid", "timestamp_us"}
+        own = {"effect_key", "chain_uuid", "timestamp_us", "cooldown_us"}
         told = {
             camel(each.name): getattr(effect, each.name) for each in dataclasses.fields(effect) if each.name not in own
         }
@@ -297,7 +274,7 @@ def _error(failure: ChainFailed) -> dict[str, Any]:
 
 
 def _wake(outcome: Outcome | None) -> str | None:
-    return _time(outcome.wake_us) if outcome and outcome.wake_us < NEVER_US else None
+    return _time(min(outcome.wakes.values())) if outcome and outcome.wakes else None
 
 
 def _time(timestamp_us: int) -> str:

@@ -37,18 +37,17 @@ class TrialSerializer(StrictMixin):
     latest = KnownSerializer(
         many=True,
         required=False,
-        help_text="What is taken as known of all sources, in place of what is. Several entries of one variable are its history.",
+        help_text="What is taken as known, in place of what is. Several entries of one variable are its history.",
     )
 
     def given(self) -> Given:
         data = self.validated_data
-        known = data.get("latest")
         return Given(
             values=data.get("values", {}),
             source_type=data.get("sourceType", ""),
             originator=str(data.get("originator", "")),
             timestamp=data.get("timestamp"),
-            latest=None if known is None else [_known(each) for each in known],
+            latest=[_known(each) for each in data.get("latest", ())],
         )
 
 

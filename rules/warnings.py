@@ -219,7 +219,7 @@ def _batches(leaves: _Leaves, source_type: str) -> Iterator[list[str]]:
 
 def _kind_complaint(leaf: Mapping[str, object], datatype: str) -> str:
     operator, value = leaf.get("operator"), leaf.get("value")
-    if operator in _NUMERIC and "rate" not in leaf and datatype != Datatype.NUMBER:
+    if operator in _NUMERIC and datatype != Datatype.NUMBER:
         return f"is a number, and what is compared is a {datatype}: this is never true"
     if operator == "==" and _datatype_of(value) != datatype:
         return f"is of another kind than what is compared, a {datatype}: this is never true"
