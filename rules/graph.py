@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from statistics import fmean
 from textwrap import wrap
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from rules.chains import NodeSpec
@@ -35,25 +38,43 @@ _STYLE = """
 """
 
 
+Item = str | tuple[str, str, int]
+"""What stands in a row: a node by its name, or a link that passes through: its node, its kind and the row."""
+
+
+class _Route(NamedTuple):
+    """A link: its kind and label, and what it leads along, from its node to the one it leads to."""
+
+    kind: str
+    label: str
+    items: Sequence[Item]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Box:
-    """One node where it stands; x and y are of its upper left corner."""
+    """Where an item stands; x and y are of its upper left corner. The height of a link that passes is its row's."""
 
-    node: NodeSpec
-    lines: Sequence[str]
     x: float
     y: float
+    width: float
     height: float
+
+    @property
+    def middle(self) -> float:
+        return self.x + self.width / 2
 
 
 def svg(nodes: Sequence[NodeSpec], texts: Mapping[str, str], *, title: str) -> str:
     """The drawing; `texts` says by name what each node does. Links that lead nowhere are left out, and cycles drawn."""
     if not nodes or len(nodes) > MAXIMUM_NODES:
         return f"<p>{escape(_undrawn(len(nodes)))}</p>"
-    boxes = _placed({node.name: node for node in reversed(nodes)}, texts)
-    width = max(box.x for box in boxes.values()) + WIDTH + GAP_X
+    by_name = {node.name: node for node in reversed(nodes)}
+    lines = {name: _lines(texts.get(name, "")) for name in by_name}
+    rows, routes = _rows(by_name)
+    boxes = _placed(rows, routes, lines)
+    width = max(box.x + box.width for box in boxes.values()) + GAP_X / 2
     height = max(box.y + box.height for box in boxes.values()) + PADDING
-    drawn = [*_links(boxes), *(_drawn(box) for box in boxes.values())]
+    drawn = [*_links(routes, boxes), *(_drawn(node, boxes[name], lines[name]) for name, node in by_name.items())]
     return (
         f'<svg class="chain-graph" role="img" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">'
         f"<title>{escape(title)}</title><desc>{escape(_described(nodes, texts))}</desc>"
@@ -75,30 +96,16 @@ def _described(nodes: Sequence[NodeSpec], texts: Mapping[str, str]) -> str:
 
 
 def _labelled(node: NodeSpec) -> Iterator[tuple[str, str]]:
-    for link, label in LINKS:
-        target = getattr(node, link)
+    for kind, label in LINKS:
+        target = getattr(node, kind)
         if target:
-            yield ("then" if link == "next" and node.type != "filter" else label), target
+            yield ("then" if kind == "next" and node.type != "filter" else label), target
 
 
-def _placed(nodes: Mapping[str, NodeSpec], texts: Mapping[str, str]) -> dict[str, _Box]:
-    lines = {name: _lines(texts.get(name, "")) for name in nodes}
-    boxes: dict[str, _Box] = {}
-    rows = _rows(nodes)
-    widest = max(len(row) for row in rows)
-    y = float(PADDING)
-    for row in rows:
-        heights = {name: PADDING * 2 + LINE * (len(lines[name]) + 2) for name in row}
-        left = GAP_X / 2 + (widest - len(row)) * (WIDTH + GAP_X) / 2
-        for column, name in enumerate(row):
-            x = left + column * (WIDTH + GAP_X)
-            boxes[name] = _Box(node=nodes[name], lines=lines[name], x=x, y=y, height=heights[name])
-        y += max(heights.values()) + GAP_Y
-    return boxes
-
-
-def _rows(nodes: Mapping[str, NodeSpec]) -> list[list[str]]:
-    """Names by the longest way that leads to them; a link that closes a cycle counts for nothing."""
+def _rows(nodes: Mapping[str, NodeSpec]) -> tuple[list[list[Item]], list[_Route]]:
+    """What stands in each row, and the links between. A node's row follows from the longest way that leads to it; where a
+    link passes a row it takes a place in it, so that it runs behind no node. A link that closes a cycle counts for nothing.
+    """
     order = _order(nodes)
     position = {name: index for index, name in enumerate(order)}
     depth = dict.fromkeys(order, 0)
@@ -106,10 +113,47 @@ def _rows(nodes: Mapping[str, NodeSpec]) -> list[list[str]]:
         for target in _targets(nodes[name], nodes):
             if position[target] > position[name]:
                 depth[target] = max(depth[target], depth[name] + 1)
-    rows: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
+    rows: list[list[Item]] = [[] for _ in range(max(depth.values()) + 1)]
     for name in order:
         rows[depth[name]].append(name)
-    return rows
+    routes = []
+    for name in order:
+        for kind, (label, target) in zip(_kinds(nodes[name]), _labelled(nodes[name]), strict=True):
+            if target in nodes:
+                passed: list[Item] = [(name, kind, row) for row in range(depth[name] + 1, depth[target])]
+                for row, item in enumerate(passed, depth[name] + 1):
+                    rows[row].append(item)
+                routes.append(_Route(kind, label, [name, *passed, target]))
+    return rows, routes
+
+
+def _placed(
+    rows: Sequence[list[Item]], routes: Sequence[_Route], lines: Mapping[str, Sequence[str]]
+) -> dict[Item, _Box]:
+    """Every row centred, and in it every item as near as can be below those that lead to it."""
+    above: dict[Item, list[Item]] = {}
+    for route in routes:
+        for upper, lower in pairwise(route.items):
+            above.setdefault(lower, []).append(upper)
+    total = max(sum(_width(item) + GAP_X for item in row) for row in rows)
+    boxes: dict[Item, _Box] = {}
+    y = float(PADDING)
+    for row in rows:
+        nearest = {
+            item: fmean([boxes[each].middle for each in above.get(item, ()) if each in boxes] or [0]) for item in row
+        }
+        height = max(PADDING * 2 + LINE * (len(lines[item]) + 2) for item in row if isinstance(item, str))
+        x = GAP_X / 2 + (total - sum(_width(item) + GAP_X for item in row)) / 2
+        for item in sorted(row, key=nearest.__getitem__):
+            own = PADDING * 2 + LINE * (len(lines[item]) + 2) if isinstance(item, str) else height
+            boxes[item] = _Box(x=x, y=y, width=_width(item), height=own)
+            x += _width(item) + GAP_X
+        y += height + GAP_Y
+    return boxes
+
+
+def _width(item: Item) -> float:
+    return WIDTH if isinstance(item, str) else 0
 
 
 def _order(nodes: Mapping[str, NodeSpec]) -> list[str]:
@@ -141,16 +185,15 @@ def _lines(text: str) -> list[str]:
     return lines if len(lines) <= MAXIMUM_LINES else [*lines[: MAXIMUM_LINES - 1], "…"]
 
 
-def _drawn(box: _Box) -> str:
-    middle = box.x + WIDTH / 2
-    kind = box.node.type if box.node.type in ("filter", "transform", "action") else "unknown"
-    texts = [("kind", box.node.type), ("name", _cut(box.node.name)), *(("text", line) for line in box.lines)]
+def _drawn(node: NodeSpec, box: _Box, lines: Sequence[str]) -> str:
+    kind = node.type if node.type in ("filter", "transform", "action") else "unknown"
+    texts = [("kind", node.type), ("name", _cut(node.name)), *(("text", line) for line in lines)]
     rows = "".join(
-        f'<text class="{name}" text-anchor="middle" x="{middle:g}" y="{box.y + PADDING + LINE * (index + 0.8):g}">'
+        f'<text class="{name}" text-anchor="middle" x="{box.middle:g}" y="{box.y + PADDING + LINE * (index + 0.8):g}">'
         f"{escape(text)}</text>"
         for index, (name, text) in enumerate(texts)
     )
-    rect = f'<rect x="{box.x:g}" y="{box.y:g}" width="{WIDTH}" height="{box.height:g}" rx="4"/>'
+    rect = f'<rect x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}" rx="4"/>'
     return f'<g class="{kind}">{rect}{rows}</g>'
 
 
@@ -158,31 +201,40 @@ def _cut(text: str) -> str:
     return text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "…"
 
 
-def _links(boxes: Mapping[str, _Box]) -> Iterator[str]:
-    for box in boxes.values():
-        found = [
-            (link, label, boxes[target])
-            for (label, target), link in zip(_labelled(box.node), _names(box.node), strict=True)
-            if target in boxes
-        ]
-        for index, (link, label, target) in enumerate(found):
-            start = box.x + WIDTH * (index + 1) / (len(found) + 1)
-            yield _link(link, label, start=(start, box.y + box.height), target=target)
+def _links(routes: Sequence[_Route], boxes: Mapping[Item, _Box]) -> Iterator[str]:
+    """Those of one node leave it side by side, in the order of where they lead."""
+    for _, group in groupby(routes, key=lambda route: route.items[0]):
+        together = sorted(group, key=lambda route: boxes[route.items[1]].middle)
+        for index, route in enumerate(together):
+            source = boxes[route.items[0]]
+            start = source.x + source.width * (index + 1) / (len(together) + 1)
+            yield _link(route, [boxes[item] for item in route.items], start)
 
 
-def _names(node: NodeSpec) -> list[str]:
-    return [link for link, _ in LINKS if getattr(node, link)]
+def _kinds(node: NodeSpec) -> list[str]:
+    return [kind for kind, _ in LINKS if getattr(node, kind)]
 
 
-def _link(link: str, label: str, *, start: tuple[float, float], target: _Box) -> str:
+def _link(route: _Route, along: Sequence[_Box], start: float) -> str:
     """A curve from the lower edge of one box to the upper edge of another, with its label near the start."""
-    x1, y1 = start
-    x2, y2 = target.x + WIDTH / 2, target.y
-    bend = max(GAP_Y / 2, (y2 - y1) / 2)
-    path = f"M{x1:g},{y1:g} C{x1:g},{y1 + bend:g} {x2:g},{y2 - bend:g} {x2:g},{y2 - 7:g}"
-    x, anchor = (x1 - 8, "end") if x2 > x1 else (x1 + 8, "start")  # beside the curve, not on it
-    tip = f"M{x2 - 5:g},{y2 - 9:g} L{x2 + 5:g},{y2 - 9:g} L{x2:g},{y2:g} Z"
+    source, *passed, target = along
+    x, y = start, source.y + source.height
+    path = f"M{x:g},{y:g}"
+    for box in passed:
+        path += f"{_curve(x, y, box.middle, box.y)} V{box.y + box.height:g}"
+        x, y = box.middle, box.y + box.height
+    end = target.middle
+    path += _curve(x, y, end, target.y - 7)
+    tip = f"M{end - 5:g},{target.y - 9:g} h10 L{end:g},{target.y:g} Z"
+    aside = along[1].middle - start
+    beside, anchor = (start - 8, "end") if aside > 0 else (start + 8, "start")  # the curve, not on it
     return (
-        f'<g class="{link}"><path class="link" d="{path}"/><path class="tip" d="{tip}"/>'
-        f'<text class="label" text-anchor="{anchor}" x="{x:g}" y="{y1 + 18:g}">{escape(label)}</text></g>'
+        f'<g class="{route.kind}"><path class="link" d="{path}"/><path class="tip" d="{tip}"/>'
+        f'<text class="label" text-anchor="{anchor}" x="{beside:g}" y="{source.y + source.height + 18:g}">'
+        f"{escape(route.label)}</text></g>"
     )
+
+
+def _curve(x1: float, y1: float, x2: float, y2: float) -> str:
+    bend = max(GAP_Y / 2, (y2 - y1) / 2)
+    return f" C{x1:g},{y1 + bend:g} {x2:g},{y2 - bend:g} {x2:g},{y2:g}"

@@ -35,9 +35,9 @@ def graph_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
 
 
 def _when(chain: RuleChain) -> str:
-    times = f"at the times {chain.cron} ({chain.timezone})"
     only = chain.execution_type == RuleChain.ExecutionType.SCHEDULE_ONLY
-    return f"{times.capitalize()}:" if only else f"{times.capitalize()}, and with every value reported:"
+    also = "" if only else ", and with every value reported"
+    return f"At the times {chain.cron} ({chain.timezone}){also}:"
 
 
 def _named(organization_id: int, wanted: Mapping[str, set[str]]) -> Iterator[tuple[tuple[str, str], str]]:

@@ -293,14 +293,15 @@ def chain_body(farm: Farm, nodes: list[dict[str, Any]], **values: Any) -> dict[s
     old = list(farm.chain.nodes.all())
     body: dict[str, Any] = {
         "name": "Acid", "organization": farm.organization.pk, "enabled": "on", "execution_type": "event-triggered",
-        "priority": 5, "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
+        "cron": "", "timezone": "UTC", "missed_runs": "once", "priority": 5,
+        "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
     } | values  # fmt: skip
     for index, node in enumerate(nodes):
         known = next((row for row in old if row.name == node.get("was")), None)
         body["nodes-INITIAL_FORMS"] += known is not None
         row = {"id": known.pk, "chain": farm.chain.pk} if known else {}
         config = node["config"] if isinstance(node["config"], str) else json.dumps(node["config"])
-        values_of_form = row | {"next": "", "on_false": ""} | node | {"config": config}
+        values_of_form = row | {"next": "", "on_false": "", "on_failure": ""} | node | {"config": config}
         body |= {f"nodes-{index}-{key}": value for key, value in values_of_form.items()}
     return {key: value for key, value in body.items() if value is not None}
 
