@@ -200,7 +200,7 @@ class _Run:
         self.ended.performed += effects.perform(self._wishes)
         schedules.note_runs(self._ran)
 
-    def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> list[BoundChain]:
+    def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> Sequence[BoundChain]:
         if event.source_type == runs.CHAIN:
             return self._index.named([event.originator_uuid], organization_id=event.organization_id)
         if event.chains is not None:

@@ -100,9 +100,7 @@ def look_for_new() -> None:
     index.shared().refresh()
     now_ms = int(time.time() * 1_000)
     wanted = {
-        str(of(bound.compiled, timer.source)): now_ms
-        for bound in index.shared().timed()
-        for timer in bound.compiled.timers
+        str(of(bound.compiled, timer.source)): now_ms for bound in index.shared() for timer in bound.compiled.timers
     }
     if wanted:
         redis.client().zadd(keys.TIMERS, wanted, nx=True)

@@ -34,7 +34,8 @@ def spec_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> ChainSpec:
         )
         for node in nodes
     )
-    return ChainSpec(uuid=str(chain.uuid), version=chain.version, nodes=tuple(specs))
+    is_scheduled = chain.execution_type != RuleChain.ExecutionType.EVENT_TRIGGERED
+    return ChainSpec(uuid=str(chain.uuid), version=chain.version, nodes=tuple(specs), is_scheduled=is_scheduled)
 
 
 def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:

@@ -120,13 +120,17 @@ def effect(node: str = "pump", value: Value = "on") -> DeviceCommand:
 def test_a_filter_that_holds_leads_to_the_action() -> None:
     chain = compiled(filter_node(next="pump"), action_node())
 
-    assert run(chain, {"temperature": 31}) == Outcome(effects=(effect(),), missing=(), stopped_at=None, steps=2)
+    outcome = run(chain, {"temperature": 31})
+
+    assert outcome == Outcome(effects=(effect(),), missing=(), stopped_at=None, steps=2, filters_true=1)
 
 
 def test_a_filter_that_does_not_hold_stops_the_chain_and_is_named() -> None:
     chain = compiled(filter_node(next="pump"), action_node())
 
-    assert run(chain, {"temperature": 30}) == Outcome(effects=(), missing=(), stopped_at="hot", steps=1)
+    outcome = run(chain, {"temperature": 30})
+
+    assert outcome == Outcome(effects=(), missing=(), stopped_at="hot", steps=1, filters_false=1)
 
 
 def test_a_filter_that_does_not_hold_goes_to_the_node_for_false() -> None:
@@ -136,7 +140,8 @@ def test_a_filter_that_does_not_hold_goes_to_the_node_for_false() -> None:
 
     outcome = run(chain, {"temperature": 20})
 
-    assert outcome == Outcome(effects=(effect("rest", "off"),), missing=(), stopped_at=None, steps=2)
+    off = effect("rest", "off")
+    assert outcome == Outcome(effects=(off,), missing=(), stopped_at=None, steps=2, filters_false=1)
 
 
 def test_both_ways_of_a_filter_may_meet_again() -> None:
@@ -191,7 +196,7 @@ def test_a_null_in_the_event_is_missing_and_is_not_replaced_by_an_older_value() 
 
     outcome = run(chain, {"temperature": None}, {temperature: Sample(31, NOON_US)})
 
-    assert outcome == Outcome(effects=(), missing=(temperature,), stopped_at="hot", steps=1)
+    assert outcome == Outcome(effects=(), missing=(temperature,), stopped_at="hot", steps=1, filters_false=1)
 
 
 def test_another_key_of_the_originator_and_other_sources_come_from_the_lookup() -> None:

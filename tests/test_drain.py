@@ -230,7 +230,9 @@ def test_an_attempt_that_succeeds_later_counts_as_processed(farm: Farm) -> None:
     catalogue.mark_changed(farm.organization.pk)
     drain_all()
     assert ledger() == Account(accepted=1, depth=1, waiting=1)
-    assert not redis.client().exists(keys.stalled(*vars_of(farm.slot))), "an event that waits does not make its slot wait"
+    assert not redis.client().exists(keys.stalled(*vars_of(farm.slot))), (
+        "an event that waits does not make its slot wait"
+    )
     for pk, name in states_before.items():
         DeviceState.objects.filter(pk=pk).update(name=name)
     catalogue.mark_changed(farm.organization.pk)
