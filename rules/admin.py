@@ -75,10 +75,9 @@ class NodeFormSet(_NodeFormSet):
 
     def must_be_judged(self) -> bool:
         """A chain that only changes its name, or is switched off, may be broken: its sensor may be gone."""
-        return self.has_changed() or self.instance.pk is None or self._is_switched_on()
-
-    def _is_switched_on(self) -> bool:
-        return self.instance.enabled and RuleChain.objects.filter(pk=self.instance.pk, enabled=False).exists()
+        if self.has_changed() or self.instance.pk is None:
+            return True
+        return editing.must_be_judged(self.instance, RuleChain.objects.filter(pk=self.instance.pk).first())
 
     def kept_forms(self) -> list[NodeForm]:
         """Those that are not deleted and not left empty, in the order of the page."""

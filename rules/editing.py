@@ -30,13 +30,13 @@ def locked(chain_id: int) -> RuleChain:
 def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, lift: bool = False) -> None:
     """Writes the chain and, if given, these nodes in place of all it had; its version grows by one.
 
-    Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only when it is switched on: one whose
-    sensor was deleted can still be renamed and switched off. A suspension ends with `lift`, and with new nodes: it was the
+    Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only where `must_be_judged` says so: one
+    whose sensor was deleted can still be renamed and switched off. A suspension ends with `lift`, and with new nodes: it was the
     old ones that failed.
     """
     stored = locked(chain.pk) if chain.pk else None
     chain.suspended_at = stored.suspended_at if stored and nodes is None and not lift else None
-    judged = nodes if nodes is not None or not _switched_on(chain, stored) else list(chain.nodes.all())
+    judged = nodes if nodes is not None or not must_be_judged(chain, stored) else list(chain.nodes.all())
     problems = validation.problems_of(chain, judged) if judged is not None else []
     if not schedules.is_unchanged(chain, stored):
         problems = schedules.problems_of(chain) + problems
@@ -91,8 +91,11 @@ def delete(chain: RuleChain) -> None:
     catalogue.mark_changed(organization_id)
 
 
-def _switched_on(chain: RuleChain, stored: RuleChain | None) -> bool:
-    return stored is not None and _runs(chain) and not _runs(stored)
+def must_be_judged(chain: RuleChain, stored: RuleChain | None) -> bool:
+    """Whether the nodes that it has must do for something new: it is to run again, or is triggered in another way."""
+    if stored is None or not _runs(chain):
+        return False
+    return not _runs(stored) or chain.execution_type != stored.execution_type
 
 
 def _runs(chain: RuleChain) -> bool:
