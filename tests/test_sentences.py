@@ -127,7 +127,7 @@ NODES = st.lists(
         NodeSpec,
         name=st.sampled_from("abcde"),
         type=st.sampled_from(["filter", "transform", "action", "<b>"]),
-        config=JSON,  # type: ignore[arg-type] # what is stored may be anything
+        config=JSON,  # what is stored may be anything
         next=st.none() | st.sampled_from("abcdef"),
         on_false=st.none() | st.sampled_from("abcdef"),
         on_failure=st.none() | st.sampled_from("abcdef"),
