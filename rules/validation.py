@@ -40,7 +40,7 @@ def spec_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> ChainSpec:
 
 def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
     """Every problem of the chain as it would be with these nodes; empty when it may be saved."""
-    found = list(_compile_problems(chain, nodes))
+    found = list(compile_problems(chain, nodes))
     if len(nodes) > chains.MAX_STEPS:
         return found
     if not found:
@@ -49,7 +49,8 @@ def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
     return found + [problem for problem in _stranger_problems(chain, nodes) if problem.path not in told]
 
 
-def _compile_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Sequence[Problem]:
+def compile_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Sequence[Problem]:
+    """Those that keep it from running; the others keep it from being saved."""
     try:
         chains.compile(spec_of(chain, nodes))
     except InvalidChain as error:
