@@ -51,6 +51,7 @@ RIGHTS: Mapping[str, Rights] = {
     "readings": Rights(),
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
+    "alarms": Rights(change=Role.OPERATOR),
     "notifications": Rights(),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
@@ -156,6 +157,8 @@ _VERBS: Mapping[str, Verb] = {
     "disable": "change",
     "trigger": "change",
     "duplicate": "change",
+    "acknowledge": "change",
+    "clear": "change",
     "destroy": "delete",
 }
 

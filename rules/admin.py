@@ -25,7 +25,7 @@ from aemos.lib import redis
 from devices.exceptions import Overloaded
 from devices.permissions import access_of
 from devices.scoped_admin import OrganizationListFilter, ScopedAdmin, StackedInline
-from rules import editing, naming, portable, rejected_admin, schedules, validation, warnings
+from rules import alarm_admin, editing, naming, portable, rejected_admin, schedules, validation, warnings
 from rules.exceptions import InvalidChain, Problem
 from rules.models import ChainStatistics, RuleChain, RuleNode
 from rules.trial_admin import TrialForm
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 else:
     _NodeForm, _NodeFormSet = forms.ModelForm, BaseInlineFormSet
 
-__all__ = ["RuleChainAdmin", "rejected_admin"]  # Django looks for pages in this module
+__all__ = ["RuleChainAdmin", "alarm_admin", "rejected_admin"]  # Django looks for pages in this module
 _NODE_PATH = re.compile(r"nodes\[(\d+)\]\.?(\w*)\.?")
 _FORM_FIELDS = {
     "name": "name",

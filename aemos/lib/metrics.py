@@ -106,6 +106,12 @@ UNRECORDED = Counter(
 RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by result: completed or failed.", ["result"])
 RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
 RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
+ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that were not done because of their cooldown.")
+ALARM_CHANGES = Counter(
+    "alarm_changes_total",
+    "Changes of alarms that were told: raised, severity-raised, flapping, acknowledged or cleared.",
+    ["change"],
+)
 COLLECTION_SECONDS = Histogram(
     "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
 )
@@ -129,6 +135,8 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_EXECUTIONS,
     RULE_SECONDS,
     RULE_ACTIONS,
+    ACTIONS_SUPPRESSED,
+    ALARM_CHANGES,
     COLLECTION_SECONDS,
     RULE_TIMEOUTS,
     STATE_CHANGES,
