@@ -11,8 +11,8 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import partial, reduce
+from datetime import datetime, timedelta
+from functools import reduce
 from typing import Any
 
 from django.conf import settings
@@ -22,12 +22,12 @@ from django.utils import timezone
 from devices import catalogue, latest
 from devices.models import DeviceState
 from devices.serializers import camel
-from rules import chains, events, memory, naming, validation
+from rules import chains, effects, events, memory, naming, validation
 from rules.actions import DeviceCommand, Effect
 from rules.chains import Chain, NodeSpec, Outcome
 from rules.conditions import SOURCE_TYPES, compile_condition
 from rules.exceptions import ChainFailed
-from rules.models import RuleChain, RuleNode
+from rules.models import ActionCooldown, RuleChain, RuleNode
 from rules.runs import CHAIN
 from rules.scope import Reference, Run, Sample, Scope, Trigger, Value, Watch
 from rules.sentences import Names, Teller
@@ -69,6 +69,7 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, 
     source = _source(chain, compiled, given)
     when = given.timestamp or timezone.now()
     facts = _Facts(compiled, given, when=when, source=source)
+    names = naming.names_of(chain.organization_id, nodes)
     trigger = Trigger(
         event_id=EVENT_ID,
         source_type=source[0],
@@ -77,10 +78,11 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, 
         timestamp_us=events.microseconds(when),
         lookup=facts.samples.get,
         memory=facts.memory,
-        refuses=partial(_refusal, _states(chain, compiled)),
+        refuses=effects.refuses,
+        originator=names.get(source, chain.name),
         deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1000,
     )
-    return _Report(chain, spec.nodes, naming.names_of(chain.organization_id, nodes)).of(compiled, trigger)
+    return _Report(spec.nodes, names, _Held(chain, compiled, source[1])).of(compiled, trigger)
 
 
 def _source(chain: RuleChain, compiled: Chain, given: Given) -> tuple[str, str]:
@@ -148,28 +150,33 @@ class _Facts:
         return reduce(watch.observe, [*history, own] if own else history, None)
 
 
-States = Mapping[tuple[str, str], DeviceState]
+class _Held:
+    """Why an effect would change nothing now, as far as that is known: its state, and the cooldowns of this originator."""
 
+    def __init__(self, chain: RuleChain, compiled: Chain, originator: str) -> None:
+        uuids = {command.device_uuid for command in compiled.commands}
+        rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
+        self._values = {
+            (str(uuid), name): value for uuid, name, value in rows.values_list("device__uuid", "name", "value")
+        }
+        rests = ActionCooldown.objects.filter(chain__uuid=chain.uuid, originator_uuid=originator)
+        self._done_at = dict(rests.values_list("node", "done_at"))
 
-def _states(chain: RuleChain, compiled: Chain) -> States:
-    uuids = {command.device_uuid for command in compiled.commands}
-    rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
-    return {(str(row.device.uuid), row.name): row for row in rows.select_related("device")}
-
-
-def _refusal(states: States, device_uuid: str, state_name: str, value: Value) -> str:
-    state = states.get((device_uuid, state_name))
-    if state is None:
-        return f"device {device_uuid} has no state {state_name!r} any more"
-    problem = state.problem_with(value)
-    return f"{state.device.name} cannot be set, {state_name} {problem}" if problem else ""
+    def reason(self, effect: Effect) -> str | None:
+        if isinstance(effect, DeviceCommand) and not effect.force:
+            key = (effect.device_uuid, effect.state_name)
+            if key in self._values and self._values[key] == effect.value:
+                return "it is so already"
+        done_at = self._done_at.get(effect.node)
+        until = done_at + timedelta(microseconds=effect.cooldown_us) if done_at else None
+        return f"it rests until {until:%Y-%m-%d %H:%M:%S} UTC" if until and until > timezone.now() else None
 
 
 class _Report:
     """Listens to a run, step by step, and puts it into words."""
 
-    def __init__(self, chain: RuleChain, nodes: Sequence[NodeSpec], names: Names) -> None:
-        self._chain = chain
+    def __init__(self, nodes: Sequence[NodeSpec], names: Names, held: _Held) -> None:
+        self._held = held
         self._nodes = {node.name: (place, node) for place, node in enumerate(nodes)}
         self._names = names
         self._teller = Teller(names)
@@ -190,7 +197,7 @@ class _Report:
             "originator": {
                 "sourceType": trigger.source_type,
                 "UUID": trigger.uuid,
-                "name": self._names.get((trigger.source_type, trigger.uuid), self._chain.name),
+                "name": trigger.originator,
             },
             "timestamp": _time(trigger.timestamp_us),
             "completed": failure is None,
@@ -261,7 +268,7 @@ class _Report:
         found = {"type": _kind(effect), "text": self._teller.node(self._nodes[effect.node][1]), **told}
         if isinstance(effect, DeviceCommand):
             found["deviceName"] = self._names.get(("device", effect.device_uuid), "")
-        return found
+        return found | {"held": self._held.reason(effect)}
 
 
 def _kind(effect: Effect) -> str:

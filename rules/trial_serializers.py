@@ -117,7 +117,10 @@ class TrialReportSerializer(serializers.Serializer[Any]):
         allow_null=True, help_text="When the outcome may be another one although nothing is reported."
     )
     trace = StepReportSerializer(many=True)
-    effects = serializers.ListField(child=serializers.DictField(child=ValueField()))
+    effects = serializers.ListField(
+        child=serializers.DictField(child=ValueField()),
+        help_text="What would be done, by `type`; `held` says why nothing would come of it now, null if something would.",
+    )
     partialData = serializers.BooleanField()  # noqa: N815
     missingSources = MissingSourceSerializer(many=True)  # noqa: N815
 

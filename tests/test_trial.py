@@ -8,16 +8,17 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.utils import timezone
 from rest_framework.test import APIClient
 
 from aemos.lib import redis
 from deploy.servers import free_port
 from devices import latest
 from devices.latest import Latest
-from devices.models import Device, DeviceState, Organization, Sensor, StateChange
+from devices.models import Device, DeviceState, Organization, Reading, Sensor, StateChange, Variable
 from notifications.models import Notification
 from rules import editing, events
-from rules.models import RuleChain
+from rules.models import ActionCooldown, RuleChain
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -94,7 +95,7 @@ def test_every_step_is_told_with_what_it_saw_and_what_it_made(farm: Farm) -> Non
     assert report["effects"] == [dose["effect"]]
     assert dose["effect"] == {
         "type": "device_command", "text": "set Doser power to on", "node": "dose", "deviceUuid": str(farm.pump.uuid),
-        "deviceName": "Doser", "stateName": "power", "value": "on",
+        "deviceName": "Doser", "stateName": "power", "value": "on", "force": False, "held": None,
     }  # fmt: skip
     assert report["completed"] is True
     assert (report["partialData"], report["stoppedAt"], report["error"]) == (False, None, None)
@@ -154,6 +155,85 @@ def test_a_node_that_fails_is_told_with_the_reason(farm: Farm) -> None:
     report = farm.tried(chain, values={"ph": 7})
     assert (report["completed"], [step["passed"] for step in report["trace"]]) == (True, [True, False, True])
     assert report["trace"][2]["values"]["error"] == "the event has no value for 'other'"
+
+
+def test_an_effect_that_would_change_nothing_says_why(farm: Farm) -> None:
+    chain = farm.chain()
+    DeviceState.objects.update(value="off")
+    assert farm.tried(chain, values={"ph": 6})["effects"][0]["held"] == "it is so already"
+    assert farm.tried(chain, values={"ph": 7}, latest=[farm.warm(25)])["effects"][0]["held"] is None
+    command = {**builders.command(farm.pump, "off"), "force": True, "cooldown": "10m"}
+    nodes = [
+        builders.node("low", builders.leaf(farm.sensor), next="stop"),
+        builders.node("stop", command),
+    ]
+    chain = builders.chain(farm.organization, nodes)
+    assert farm.tried(chain, values={"ph": 5})["effects"][0]["held"] is None
+    done_at = timezone.now() - timedelta(minutes=9)
+    ActionCooldown.objects.create(chain=chain, node="stop", originator_uuid=farm.sensor.uuid, done_at=done_at)
+    held = farm.tried(chain, values={"ph": 5})["effects"][0]["held"]
+    assert held == f"it rests until {done_at + timedelta(minutes=10):%Y-%m-%d %H:%M:%S} UTC"
+    ActionCooldown.objects.update(done_at=timezone.now() - timedelta(minutes=11))
+    assert farm.tried(chain, values={"ph": 5})["effects"][0]["held"] is None
+
+
+def test_texts_are_told_as_people_would_get_them(farm: Farm) -> None:
+    nodes = [
+        builders.node("low", builders.leaf(farm.sensor), next="tell"),
+        builders.node("tell", {"type": "notify", "title": "pH", "message": "pH is {ph} at {originator}"}, next="alarm"),
+        builders.node("alarm", {"type": "raise_alarm", "alarm": "pH too low", "message": "{ph}"}),
+    ]
+    report = farm.tried(builders.chain(farm.organization, nodes), values={"ph": 5})
+    told, raised = report["effects"]
+    assert (told["type"], told["message"]) == ("notify", "pH is 5 at Reservoir A")
+    assert (raised["type"], raised["alarm"], raised["severity"]) == ("raise_alarm", "pH too low", "warning")
+
+
+def test_a_command_that_the_device_does_not_take_fails_in_the_trial_as_in_a_run(farm: Farm) -> None:
+    nodes = [
+        builders.node("low", builders.leaf(farm.sensor), next="set"),
+        builders.node("set", {**builders.command(farm.pump), "valueFrom": "ph"}),
+    ]
+    del nodes[1].config["value"]
+    report = farm.tried(builders.chain(farm.organization, nodes), values={"ph": 5})
+    assert report["error"]["node"] == "set"
+    assert "Doser cannot be set: power must be a string" in report["error"]["message"]
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [((0, 3), "high"), ((0, 5), None)])
+def test_a_condition_over_time_remembers_the_history_that_is_given(
+    farm: Farm, minutes: tuple[int, int], expected: str | None
+) -> None:
+    held = {**builders.leaf(farm.sensor, operator=">", value=6.5), "for": "5m"}
+    nodes = [builders.node("high", held, next="on"), builders.node("on", builders.command(farm.pump))]
+    chain = builders.chain(farm.organization, nodes)
+    first, last = (NOON + timedelta(minutes=minute) for minute in minutes)
+    known = {"sourceType": "sensor", "UUID": str(farm.sensor.uuid), "key": "ph", "value": 7}
+    history = [{**known, "timestamp": first.isoformat()}]
+    report = farm.tried(chain, values={"ph": 7}, timestamp=last.isoformat(), latest=history)
+    assert report["stoppedAt"] == expected
+
+
+def test_a_condition_over_time_remembers_what_is_stored(farm: Farm) -> None:
+    held = {**builders.leaf(farm.sensor, operator=">", value=6.5), "for": "5m"}
+    nodes = [builders.node("high", held, next="on"), builders.node("on", builders.command(farm.pump))]
+    chain = builders.chain(farm.organization, nodes)
+    variable = Variable.objects.get(sensor=farm.sensor)
+    Reading.objects.create(variable=variable, timestamp=NOON, number=7)
+    later = (NOON + timedelta(minutes=5)).isoformat()
+    assert farm.tried(chain, values={"ph": 7}, timestamp=later)["effects"]
+    Reading.objects.create(variable=variable, timestamp=NOON + timedelta(minutes=3), number=6)
+    assert farm.tried(chain, values={"ph": 7}, timestamp=later)["stoppedAt"] == "high"
+    Reading.objects.create(variable=variable, timestamp=NOON + timedelta(minutes=9), number=6)
+    assert farm.tried(chain, values={"ph": 6.4}, timestamp=later)["trace"][0]["conditions"][0]["passed"] is False
+
+
+def test_the_time_at_which_the_outcome_may_change_by_itself_is_told(farm: Farm) -> None:
+    silent = builders.leaf(farm.sensor, operator="olderThan") | {"duration": "10m"}
+    del silent["value"]
+    chain = builders.chain(farm.organization, [builders.node("silent", silent)])
+    report = farm.tried(chain, values={"ph": 7}, timestamp=NOON.isoformat())
+    assert (report["stoppedAt"], report["wakeAt"]) == ("silent", "2026-05-01T12:10:00Z")
 
 
 def test_without_values_it_is_a_run_by_schedule(farm: Farm) -> None:
