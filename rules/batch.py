@@ -19,7 +19,7 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
-from rules import effects, events, index, readings, runs, schedules, states, timers
+from rules import effects, events, index, readings, runs, schedules, states, statistics, timers
 from rules.chains import Outcome
 from rules.effects import Performed
 from rules.events import Event
@@ -104,6 +104,7 @@ def process(
                 run.make_up_for(event)
         run.act()
         record_failures(run.ended.failures)
+    statistics.shared().add(run.chain_runs)
     return run.ended
 
 
@@ -112,6 +113,7 @@ class _Run:
 
     def __init__(self, batch: Sequence[Event], memory: Memory) -> None:
         self.ended = Ended()
+        self.chain_runs = statistics.Runs()
         self._batch = batch
         self._memory = memory
         self._index = index.shared()
@@ -291,12 +293,10 @@ class _Run:
             outcome = bound.compiled.run(self._trigger(bound, event))
             wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
+            self.chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
             return _failure(error, bound, event)
-        metrics.RULE_EXECUTIONS.labels("completed").inc()
-        metrics.RULE_SECONDS.observe(time.perf_counter() - began)
+        self.chain_runs.completed(bound, outcome, seconds=time.perf_counter() - began)
         self._note_wakes(bound, outcome)
-        if wishes:
-            metrics.RULE_ACTIONS.inc(len(wishes))
         if event.command_deadline_us and self._now_us > event.command_deadline_us:
             log.info("%s would have done %d actions for an event that is too old now", bound.name, len(wishes))
         else:
@@ -331,10 +331,8 @@ class _Run:
 
 
 def _failure(error: ChainFailed, bound: BoundChain, event: Event) -> Failure:
-    metrics.RULE_EXECUTIONS.labels("failed").inc()
     text = f"{error.code}: {error.cause}" if error.code else error.cause
     if error.code:
-        metrics.RULE_TIMEOUTS.labels(error.code.value).inc()
         log.warning("rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text)
     return Failure(event=event, error=text, chain=bound, node=error.node, traceback=traceback.format_exc())
 

@@ -20,6 +20,7 @@ from deploy.servers import free_port
 from devices.models import Device, DeviceState, Organization, Sensor
 from notifications.models import Notification
 from rules import backpressure, journal, tickets
+from rules.index import RuleIndex
 from rules.journal import Slot
 from rules.models import CircuitTransition, RuleChain
 from tests import builders
@@ -33,6 +34,7 @@ TESTED_IN = {
     "rqworker": "test_commands.py",
     "rungateway": "test_gateway.py",
     "replay_rejected": "test_replay.py",
+    "rebuild_rule_index": "test_commands.py",
     "audit_rule_chains": "test_commands.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
@@ -144,6 +146,51 @@ def test_one_turn_of_the_scheduler_queues_lost_tickets_and_empties_the_outbox() 
 
     assert tickets.queue_of("normal").count == 1
     assert redis.client().xlen(keys.NOTIFICATIONS) == 1
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_counts_what_runs_and_reaches_every_process() -> None:
+    farm = builders.organization()
+    builders.organization()
+    sensor, pump = builders.sensor(farm), builders.device(farm)
+    builders.switching_chain(sensor, pump)
+    builders.switching_chain(sensor, pump, enabled=False)
+    elsewhere = RuleIndex()
+    elsewhere.refresh()
+    RuleChain.objects.filter(enabled=True).update(name="changed past AEMOS")
+    lines = run("rebuild_rule_index").splitlines()
+    elsewhere.refresh(at_once=True)
+
+    assert lines[0].startswith("1 chains, 2 nodes, 1 references compiled in ")
+    assert lines[1:] == ["All processes build the index of 2 organizations again."]
+    assert [bound.name for bound in elsewhere] == ["changed past AEMOS"]
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_names_every_chain_that_is_not_valid() -> None:
+    farm = builders.organization("Greenhouse")
+    row = builders.switching_chain(builders.sensor(farm), builders.device(farm), name="Broken")
+    row.nodes.filter(name="low").update(config={"UUID": "nonsense"})
+
+    with pytest.raises(CommandError) as raised:
+        run("rebuild_rule_index")
+    text = str(raised.value)
+    assert text.startswith(f"Broken ({row.uuid}) of Greenhouse: nodes[0].config.sourceType: is required")
+    assert "nodes[0].config.UUID: must be a version 4 UUID (found 'nonsense')" in text
+    assert text.endswith("1 chains are not valid and do not run.")
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_draws_its_progress_on_a_terminal() -> None:
+    farm = builders.organization()
+    sensor, pump = builders.sensor(farm), builders.device(farm)
+    for _ in range(3):
+        builders.switching_chain(sensor, pump)
+    terminal = StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    call_command("rebuild_rule_index", stdout=terminal)
+
+    assert f"\r[{'#' * 30}] 3 of 3 chains\n3 chains, 6 nodes" in terminal.getvalue()
 
 
 @pytest.mark.django_db
