@@ -51,6 +51,7 @@ RIGHTS: Mapping[str, Rights] = {
     "readings": Rights(),
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
+    "alarms": Rights(change=Role.OPERATOR),
     "notifications": Rights(),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
@@ -152,6 +153,8 @@ _VERBS: Mapping[str, Verb] = {
     "discard": "change",
     "replay": "change",
     "stop": "change",
+    "acknowledge": "change",
+    "clear": "change",
     "destroy": "delete",
 }
 

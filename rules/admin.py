@@ -13,7 +13,7 @@ from django.http import HttpRequest
 
 from devices.permissions import access_of
 from devices.scoped_admin import OrganizationListFilter, ScopedAdmin, StackedInline
-from rules import editing, rejected_admin, validation
+from rules import alarm_admin, editing, rejected_admin, validation
 from rules.exceptions import InvalidChain, Problem
 from rules.models import RuleChain, RuleNode
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     _NodeForm, _NodeFormSet = forms.ModelForm, BaseInlineFormSet
 
-__all__ = ["RuleChainAdmin", "rejected_admin"]  # Django looks for pages in this module
+__all__ = ["RuleChainAdmin", "alarm_admin", "rejected_admin"]  # Django looks for pages in this module
 _NODE_PATH = re.compile(r"nodes\[(\d+)\]\.?(\w*)\.?")
 _FORM_FIELDS = {"name": "name", "type": "type", "config": "config", "next": "next", "onFalse": "on_false"}
 

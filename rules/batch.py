@@ -298,12 +298,13 @@ class _Run:
         self.chain_runs.completed(bound, outcome, seconds=time.perf_counter() - began)
         self._note_wakes(bound, outcome)
         if event.command_deadline_us and self._now_us > event.command_deadline_us:
-            log.info("%s would have switched %d states for an event that is too old now", bound.name, len(wishes))
+            log.info("%s would have done %d actions for an event that is too old now", bound.name, len(wishes))
         else:
             self._wishes += wishes
         return None
 
     def _trigger(self, bound: BoundChain, event: Event) -> Trigger:
+        originator = self._known.get((event.source_type, event.originator_uuid))
         return Trigger(
             event_id=str(event.id),
             source_type=event.source_type,
@@ -312,6 +313,8 @@ class _Run:
             timestamp_us=event.timestamp_us,
             lookup=self._look_up,
             memory=self._memory.values,
+            refuses=effects.refuses,
+            originator=originator.name if originator else bound.name,
             deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         )
 

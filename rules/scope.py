@@ -91,6 +91,7 @@ class Trigger:
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
     what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
     the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
     `deadline` is when the run is stopped, in seconds of `time.monotonic`.
     """
 
@@ -102,6 +103,7 @@ class Trigger:
     lookup: Lookup
     memory: Mapping[str, Any] = field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
+    originator: str = ""
     deadline: float = math.inf
 
 
@@ -118,12 +120,22 @@ class Run(Scope):
 
 
 def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
-    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup."""
+    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup.
+
+    What a device reports and had already it has had since its last change, not since the report.
+    """
     source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
 
     def read(reference: Reference) -> Sample | None:
-        if reference.uuid == uuid and reference.key in values and reference.source_type == source_type:
-            return Sample(values[reference.key], timestamp_us)
-        return lookup(reference)
+        if reference.uuid != uuid or reference.key not in values or reference.source_type != source_type:
+            return lookup(reference)
+        value = values[reference.key]
+        if source_type == "device" and (known := lookup(reference)) is not None and _is_same(known.value, value):
+            return known
+        return Sample(value, timestamp_us)
 
     return read
+
+
+def _is_same(one: Value, other: Value) -> bool:
+    return type(one) is type(other) and one == other

@@ -25,13 +25,17 @@ from devices.models import DeviceState, StateChange
 from notifications import messages, outbox
 from notifications.messages import Message
 from rules import events
+from rules.cooldowns import Permits, Rest, permits_all
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer."""
+    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
+
+    `rest`: how long another wish of the same action is not granted after this one.
+    """
 
     effect_key: str
     state_id: int
@@ -42,6 +46,7 @@ class Request:
     priority: int = 5
     always: bool = False
     newer_only: bool = False
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ class Change:
     message: Message
 
 
-def apply(requests: Sequence[Request]) -> list[Change]:
+def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[Change]:
     """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`."""
     if not requests:
         return []
@@ -62,6 +67,8 @@ def apply(requests: Sequence[Request]) -> list[Change]:
     for request in requests:
         state = states.get(request.state_id)
         if state is None or request.effect_key in done or not _is_wanted(request, state):
+            continue
+        if not permits(request.rest, request.effect_key):
             continue
         done.add(request.effect_key)
         changes.append(_change(request, state))

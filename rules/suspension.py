@@ -9,6 +9,7 @@ from django.utils import timezone
 
 from aemos.lib import metrics
 from devices import catalogue
+from rules import alarms
 from rules.models import ChainStatistics, RuleChain
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,6 @@ def suspend(chain_id: int, reason: str) -> bool:
 
     False when it does not run anyway: suspended by another worker, switched off or deleted. Raises django.db.Error.
     """
-    from rules import alarms  # type: ignore[attr-defined]
-
     with transaction.atomic():
         running = RuleChain.objects.filter(pk=chain_id, enabled=True, suspended_at=None)
         if not running.update(suspended_at=timezone.now()):
@@ -35,8 +34,6 @@ def suspend(chain_id: int, reason: str) -> bool:
 
 def lift(chain: RuleChain, by: str) -> None:
     """Lets a chain run again and count its failures from none, clears its alarm. Changes nothing of one that runs."""
-    from rules import alarms  # type: ignore[attr-defined]
-
     with transaction.atomic():
         lifted = RuleChain.objects.filter(pk=chain.pk).exclude(suspended_at=None).update(suspended_at=None)
         ChainStatistics.objects.filter(chain=chain).update(failures_in_a_row=0)

@@ -61,7 +61,8 @@ def of(chain: Chain, source: Source) -> Waiting:
 def remember(wakes: Mapping[Waiting, int]) -> None:
     """Sets when, in microseconds since 1970, the scheduler has to look at each again. Raises RedisError."""
     if wakes:
-        redis.client().zadd(keys.TIMERS, {str(waiting): due_us // 1_000 for waiting, due_us in wakes.items()})
+        # Rounded up, or the run would come a little too early and ask for the same time again.
+        redis.client().zadd(keys.TIMERS, {str(waiting): -(-due_us // 1_000) for waiting, due_us in wakes.items()})
 
 
 def fire_due() -> int:

@@ -75,8 +75,9 @@ def expected_of(values: list[float]) -> list[tuple[str, str]]:
 
 
 def send(system: LocalSystem, token: str, values: list[float], chance: random.Random) -> None:
-    """In order, in requests of one to forty readings."""
+    """In order, in requests of one to forty readings; what is refused for a while is sent again."""
     session = requests.Session()
+    session.headers["Authorization"] = f"Bearer {token}"
     at = 0
     while at < len(values):
         size = chance.randint(1, 40)
@@ -84,8 +85,10 @@ def send(system: LocalSystem, token: str, values: list[float], chance: random.Ra
             {"values": {"ph": value}, "timestamp": (START + timedelta(seconds=at + offset)).isoformat()}
             for offset, value in enumerate(values[at : at + size])
         ]
-        headers = {"Authorization": f"Bearer {token}"}
-        answer = session.post(f"{system.web}/api/v1/telemetry", json={"events": items}, headers=headers, timeout=30)
+        answer = session.post(f"{system.web}/api/v1/telemetry", json={"events": items}, timeout=30)
+        if answer.status_code in (429, 503):
+            time.sleep(min(int(answer.headers["Retry-After"]), 5))
+            continue
         assert answer.status_code == 202, answer.text
         at += size
 

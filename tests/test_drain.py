@@ -68,6 +68,7 @@ def farm() -> Farm:
 
 
 def drain_all() -> None:
+    catalogue.shared().refresh(at_once=True)
     index.shared().refresh(at_once=True)
     for slot in journal.slots():
         jobs.drain(slot.lane, slot.partition)

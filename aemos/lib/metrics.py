@@ -118,6 +118,12 @@ RULE_FILTERS = Counter(
     ["result"],
     known=["true", "false"],
 )
+ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that were not done because of their cooldown.")
+ALARM_CHANGES = Counter(
+    "alarm_changes_total",
+    "Changes of alarms that were told: raised, severity-raised, flapping, acknowledged or cleared.",
+    ["change"],
+)
 RULE_TIMEOUTS = Counter(
     "rule_timeout_total",
     "What took too long and was stopped, by error code.",
@@ -145,6 +151,8 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_SECONDS,
     RULE_ACTIONS,
     RULE_FILTERS,
+    ACTIONS_SUPPRESSED,
+    ALARM_CHANGES,
     RULE_TIMEOUTS,
     CHAINS_SUSPENDED,
     COLLECTION_SECONDS,

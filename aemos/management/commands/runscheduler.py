@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from notifications import outbox
-from rules import backpressure, recovery, replay, retention, schedules, timers
+from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -27,6 +27,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     outbox.sweep,
     backpressure.keep_watch,
     replay.queue_steps,
+    alarms.calm_down,
     retention.delete_expired,
 )
 
@@ -34,7 +35,8 @@ DUTIES: tuple[Callable[[], object], ...] = (
 class Command(BaseCommand):
     help = (
         "Run rule chains on schedule and when their time has come, queue lost drain tickets again, publish notifications "
-        "that a crash left in the outbox, move the circuit and replays on, delete what is too old. Run two or more: one "
+        "that a crash left in the outbox, move the circuit and replays on, tell of alarms that have calmed down, delete what "
+        "is too old. Run two or more: one "
         "leads, another takes over within five seconds when it dies."
     )
 
