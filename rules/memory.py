@@ -93,7 +93,7 @@ def _lifetime_ms(watch: Watch) -> int:
 
 def _remember_anew(watch: Watch, *, since_us: int) -> bytes:
     """What is stored of the source leads to; kept at once, so that a source that is silent is not looked up by every batch."""
-    value = reduce(watch.observe, _stored(watch, since_us=since_us - watch.window_us), None)
+    value = reduce(watch.observe, stored(watch, since_us=since_us - watch.window_us), None)
     raw = msgspec.json.encode(value)
     client, key = redis.journal_client(journal.partition_of(watch.reference.uuid)), _key(watch)
     if client.set(key, raw, px=_lifetime_ms(watch), nx=True):
@@ -102,7 +102,7 @@ def _remember_anew(watch: Watch, *, since_us: int) -> bytes:
     return earlier
 
 
-def _stored(watch: Watch, *, since_us: int) -> list[Sample]:
+def stored(watch: Watch, *, since_us: int) -> list[Sample]:
     """Readings of a sensor or changes of a device, the newest in ascending order; none of what does not exist any more."""
     source_type, uuid, name = watch.reference
     source = catalogue.shared().originators([(source_type, uuid)]).get((source_type, uuid))

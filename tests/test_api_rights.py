@@ -109,6 +109,7 @@ def filled(template: Any, names: dict[str, Any]) -> Any:
 FILTER = {"sourceType": "sensor", "UUID": "{sensor}", "key": "ph", "operator": ">", "value": 8}
 NODE = {"name": "f", "type": "filter", "config": FILTER}
 CHAIN = {"organization": "{organization}", "name": "c", "nodes": [NODE]}
+DOCUMENT = {"format": "aemos-rule-chain", "version": 1, "chain": {"name": "d", "nodes": [NODE]}}
 COMMAND = {"deviceUuid": "{device}", "stateName": "power", "value": "on"}
 
 # Method, path, body, least role that may, status when it may.
@@ -166,6 +167,15 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("PUT", "rule-chains/{chain}", CHAIN, "operator", 200),
     ("PATCH", "rule-chains/{chain}", {"enabled": False}, "operator", 200),
     ("DELETE", "rule-chains/{chain}", None, "operator", 204),
+    ("POST", "rule-chains/{chain}/enable", None, "operator", 200),
+    ("POST", "rule-chains/{chain}/disable", None, "operator", 200),
+    ("POST", "rule-chains/{chain}/duplicate", {}, "operator", 201),
+    ("GET", "rule-chains/{chain}/validate", None, "viewer", 200),
+    ("GET", "rule-chains/{chain}/export", None, "viewer", 200),
+    ("POST", "rule-chains/import", {"organization": "{organization}", "document": DOCUMENT}, "operator", 201),
+    ("POST", "rule-chains/{chain}/execute", {"values": {"ph": 5}}, "viewer", 200),
+    ("POST", "rule-chains/execute", {"organization": "{organization}", "nodes": [NODE]}, "viewer", 200),
+    ("POST", "rule-chains/{chain}/trigger", None, "operator", 202),
     ("GET", "rule-chains/{chain}/nodes", None, "viewer", 200),
     ("POST", "rule-chains/{chain}/nodes", NODE, "operator", 201),
     ("GET", "rule-chains/{chain}/nodes/{node}", None, "viewer", 200),

@@ -112,17 +112,17 @@ UNRECORDED = Counter(
 RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by result: completed or failed.", ["result"])
 RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
 RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
-RULE_FILTERS = Counter(
-    "rule_filter_evaluations_total",
-    "Filter nodes that were evaluated in runs that did not fail, by result: true or false.",
-    ["result"],
-    known=["true", "false"],
-)
 ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that were not done because of their cooldown.")
 ALARM_CHANGES = Counter(
     "alarm_changes_total",
     "Changes of alarms that were told: raised, severity-raised, flapping, acknowledged or cleared.",
     ["change"],
+)
+RULE_FILTERS = Counter(
+    "rule_filter_evaluations_total",
+    "Filter nodes that were evaluated in runs that did not fail, by result: true or false.",
+    ["result"],
+    known=["true", "false"],
 )
 RULE_TIMEOUTS = Counter(
     "rule_timeout_total",
@@ -150,9 +150,9 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_EXECUTIONS,
     RULE_SECONDS,
     RULE_ACTIONS,
-    RULE_FILTERS,
     ACTIONS_SUPPRESSED,
     ALARM_CHANGES,
+    RULE_FILTERS,
     RULE_TIMEOUTS,
     CHAINS_SUSPENDED,
     COLLECTION_SECONDS,
