@@ -30,8 +30,9 @@ STATEMENT_ROWS = 500
 RETRY_SECONDS = 1.0
 
 State = Delivery.State
-# From left to right only. Failed is left of sent: one gateway's failure says nothing about another one's clients.
-_ORDER = (State.PENDING, State.FAILED, State.SENT, State.ACKNOWLEDGED)
+# From left to right only. Failed is left of sent: one gateway's failure says nothing about another one's clients. So is
+# expired: the state of a device that was away for long is still sent to it in the end.
+_ORDER = (State.PENDING, State.EXPIRED, State.FAILED, State.SENT, State.ACKNOWLEDGED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""What a transport still has to deliver: entries of the stream in, one at a time out, urgent ones first.
+
+An urgent message overtakes all but the earlier messages of its own addressee, which go out before it: a device must
+never hear "off" and then the "on" that came before. Pure: no Django, no Redis.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from typing import NamedTuple
+
+from notifications.messages import Message
+
+
+class Item(NamedTuple):
+    """A message, the id of its entry in the stream, and how many bytes it took there."""
+
+    entry_id: bytes
+    message: Message
+    size: int
+
+
+class Backlog:
+    """`bytes` is the size of all that waits. `passed` is the entry up to which nothing waits any more: who starts again
+    behind it misses nothing."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, deque[Item]] = {}
+        # One token per item, in stream order. An overtaking leaves tokens of that addressee over: the first so many.
+        self._order: deque[tuple[str, bytes]] = deque()
+        self._overtaken: defaultdict[str, int] = defaultdict(int)
+        self._urgent: deque[str] = deque()
+        self._count = 0
+        self.bytes = 0
+        self.passed = b"0-0"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, item: Item) -> None:
+        addressee = item.message.addressee
+        self._of.setdefault(addressee, deque()).append(item)
+        self._order.append((addressee, item.entry_id))
+        if item.message.is_urgent:
+            self._urgent.append(addressee)
+        self._count += 1
+        self.bytes += item.size
+
+    def take(self) -> Item:
+        """The next to deliver; IndexError when nothing waits."""
+        self._drop_overtaken()
+        if not self._urgent:
+            addressee, self.passed = self._order.popleft()
+            return self._pop(addressee)
+        addressee = self._urgent[0]
+        item = self._pop(addressee)
+        if item.message.is_urgent:
+            self._urgent.popleft()
+        self._overtaken[addressee] += 1
+        self._drop_overtaken()
+        return item
+
+    def entry_ids(self) -> list[bytes]:
+        return [item.entry_id for items in self._of.values() for item in items]
+
+    def _pop(self, addressee: str) -> Item:
+        items = self._of[addressee]
+        item = items.popleft()
+        if not items:
+            del self._of[addressee]
+        self._count -= 1
+        self.bytes -= item.size
+        return item
+
+    def _drop_overtaken(self) -> None:
+        while self._order and self._overtaken.get(self._order[0][0]):
+            addressee, self.passed = self._order.popleft()
+            self._overtaken[addressee] -= 1
+            if not self._overtaken[addressee]:
+                del self._overtaken[addressee]
