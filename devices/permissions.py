@@ -51,7 +51,7 @@ RIGHTS: Mapping[str, Rights] = {
     "readings": Rights(),
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
-    "notifications": Rights(),
+    "notifications": Rights(add=Role.OPERATOR, change=Role.OPERATOR),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
     "replays": Rights(change=Role.OPERATOR),

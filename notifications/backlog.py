@@ -26,9 +26,9 @@ class Backlog:
 
     def __init__(self) -> None:
         self._of: dict[str, deque[Item]] = {}
-        # One token per item, in stream order. An overtaking leaves tokens of that addressee over: the first so many.
+        # One token per item, in stream order. What is taken leaves its token over: the first so many of its addressee.
         self._order: deque[tuple[str, bytes]] = deque()
-        self._overtaken: defaultdict[str, int] = defaultdict(int)
+        self._over: defaultdict[str, int] = defaultdict(int)
         self._urgent: deque[str] = deque()
         self._count = 0
         self.bytes = 0
@@ -48,16 +48,12 @@ class Backlog:
 
     def take(self) -> Item:
         """The next to deliver; IndexError when nothing waits."""
-        self._drop_overtaken()
-        if not self._urgent:
-            addressee, self.passed = self._order.popleft()
-            return self._pop(addressee)
-        addressee = self._urgent[0]
+        addressee = self._urgent[0] if self._urgent else self._order[0][0]
         item = self._pop(addressee)
         if item.message.is_urgent:
             self._urgent.popleft()
-        self._overtaken[addressee] += 1
-        self._drop_overtaken()
+        self._over[addressee] += 1
+        self._drop_tokens()
         return item
 
     def entry_ids(self) -> list[bytes]:
@@ -72,9 +68,9 @@ class Backlog:
         self.bytes -= item.size
         return item
 
-    def _drop_overtaken(self) -> None:
-        while self._order and self._overtaken.get(self._order[0][0]):
+    def _drop_tokens(self) -> None:
+        while self._order and self._over.get(self._order[0][0]):
             addressee, self.passed = self._order.popleft()
-            self._overtaken[addressee] -= 1
-            if not self._overtaken[addressee]:
-                del self._overtaken[addressee]
+            self._over[addressee] -= 1
+            if not self._over[addressee]:
+                del self._over[addressee]

@@ -20,6 +20,7 @@ ALL_PROTOCOLS = (Protocol.SOCKETIO, Protocol.MQTT, Protocol.COAP)
 DEVICE_STATE_CHANGE = "device-state-change"
 ALERT = "alert"
 NOTIFICATION = "notification"
+EVENTS = (DEVICE_STATE_CHANGE, ALERT, NOTIFICATION)
 
 # How urgent a message about something of that severity is: 1 is the most urgent, 10 the least.
 PRIORITY_BY_SEVERITY = {"info": 7, "warning": 4, "critical": 1}

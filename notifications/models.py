@@ -10,6 +10,8 @@ from django.utils import timezone
 from devices.models import Device, Organization
 from notifications.messages import Protocol
 
+PROTOCOL_CHOICES = [(protocol.value, protocol.value) for protocol in Protocol]
+
 
 class Notification(models.Model):
     """One message to devices and people; written in the transaction of the effect that it tells of."""
@@ -48,7 +50,7 @@ class Delivery(models.Model):
         EXPIRED = "expired", "expired: nobody could be told in time"
 
     notification = models.ForeignKey(Notification, on_delete=models.CASCADE, related_name="deliveries")
-    protocol = models.CharField(max_length=10, choices=[(protocol.value, protocol.value) for protocol in Protocol])
+    protocol = models.CharField(max_length=10, choices=PROTOCOL_CHOICES)
     state = models.CharField(max_length=12, choices=State.choices, default=State.PENDING)
     attempts = models.PositiveIntegerField(default=0)
     last_error = models.CharField(max_length=500, blank=True)
