@@ -1,7 +1,8 @@
 """What a transport still has to deliver: entries of the stream in, one at a time out, urgent ones first.
 
 An urgent message overtakes all but the earlier messages of its own addressee, which go out before it: a device must
-never hear "off" and then the "on" that came before. Pure: no Django, no Redis.
+never hear "off" and then the "on" that came before. People are told in the order of the stream, whatever is urgent,
+because they go on from the last position they have seen. Pure: no Django, no Redis.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ class Item(NamedTuple):
 
 
 class Backlog:
-    """`bytes` is the size of all that waits. `passed` is the entry up to which nothing waits any more: who starts again
-    behind it misses nothing."""
+    """`in_order`: nothing overtakes. `bytes` is the size of all that waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_order: bool = False) -> None:
+        self._in_order = in_order
         self._of: dict[str, deque[Item]] = {}
         # One token per item, in stream order. What is taken leaves its token over: the first so many of its addressee.
-        self._order: deque[tuple[str, bytes]] = deque()
+        self._order: deque[str] = deque()
         self._over: defaultdict[str, int] = defaultdict(int)
         self._urgent: deque[str] = deque()
         self._count = 0
         self.bytes = 0
-        self.passed = b"0-0"
 
     def __len__(self) -> int:
         return self._count
@@ -40,17 +40,17 @@ class Backlog:
     def add(self, item: Item) -> None:
         addressee = item.message.addressee
         self._of.setdefault(addressee, deque()).append(item)
-        self._order.append((addressee, item.entry_id))
-        if item.message.is_urgent:
+        self._order.append(addressee)
+        if self._is_urgent(item):
             self._urgent.append(addressee)
         self._count += 1
         self.bytes += item.size
 
     def take(self) -> Item:
         """The next to deliver; IndexError when nothing waits."""
-        addressee = self._urgent[0] if self._urgent else self._order[0][0]
+        addressee = self._urgent[0] if self._urgent else self._order[0]
         item = self._pop(addressee)
-        if item.message.is_urgent:
+        if self._is_urgent(item):
             self._urgent.popleft()
         self._over[addressee] += 1
         self._drop_tokens()
@@ -58,6 +58,9 @@ class Backlog:
 
     def entry_ids(self) -> list[bytes]:
         return [item.entry_id for items in self._of.values() for item in items]
+
+    def _is_urgent(self, item: Item) -> bool:
+        return item.message.is_urgent and not self._in_order
 
     def _pop(self, addressee: str) -> Item:
         items = self._of[addressee]
@@ -69,8 +72,8 @@ class Backlog:
         return item
 
     def _drop_tokens(self) -> None:
-        while self._order and self._over.get(self._order[0][0]):
-            addressee, self.passed = self._order.popleft()
+        while self._order and self._over.get(self._order[0]):
+            addressee = self._order.popleft()
             self._over[addressee] -= 1
             if not self._over[addressee]:
                 del self._over[addressee]

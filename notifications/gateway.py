@@ -33,6 +33,8 @@ from notifications.transports.base import Transport, TransportError
 log = logging.getLogger(__name__)
 # Delivered once among all gateways, kept in the stream until the transport says so.
 SHARED_PROTOCOLS = frozenset({Protocol.MQTT})
+# Its clients resume at a position of the stream.
+IN_ORDER = frozenset({Protocol.SOCKETIO})
 # A transport that cannot deliver now is asked again after 0.1 s, doubled up to 5 s, times a random 0.5..1.
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
 # Read but not delivered, for each transport; what is over it waits in the stream and cannot overtake.
@@ -65,7 +67,7 @@ class Lane:
 
     transport: Transport
     cursor: Cursor
-    backlog: Backlog = field(default_factory=Backlog)
+    backlog: Backlog
     current: Item | None = None
     counts: Counter[str] = field(default_factory=Counter)
     is_open: bool = True
@@ -95,7 +97,14 @@ class Gateway:
         deliveries: Deliveries | None = None,
         companions: Mapping[str, Companion] | None = None,
     ) -> None:
-        self._lanes = [Lane(transport, _cursor(transport.protocol, shared_protocols)) for transport in transports]
+        self._lanes = [
+            Lane(
+                transport,
+                _cursor(transport.protocol, shared_protocols),
+                Backlog(in_order=transport.protocol in IN_ORDER),
+            )
+            for transport in transports
+        ]
         self._deliveries = deliveries if deliveries is not None else Deliveries()
         self._companions = {"deliveries": self._deliveries.run, **(companions or {})}
         self._maximum_attempts = settings.NOTIFICATION_MAX_ATTEMPTS
@@ -203,6 +212,9 @@ class Gateway:
     def _deliver_next(self, lane: Lane) -> None:
         if lane.current is None:
             lane.current = lane.backlog.take()
+            if not lane.cursor.owns(lane.current.entry_id):
+                lane.current = None
+                return
         item, attempt = lane.current, 0
         while not (self._expire(lane, item, attempt) or self._attempt(lane, item, attempt := attempt + 1)):
             lane.counts["retried"] += 1

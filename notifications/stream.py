@@ -55,6 +55,9 @@ class Cursor(Protocol):
     def read(self, *, wait: bool = True) -> list[Entry]:
         """The next entries. Without any it is empty, after about a second or, if it is not to wait, at once."""
 
+    def owns(self, entry_id: bytes) -> bool:
+        """Whether an entry that was read is still this reader's to deliver."""
+
     def done(self, entry_id: bytes) -> None:
         """The entry needs nothing more. Never waits."""
 
@@ -90,6 +93,9 @@ class FanOutCursor:
         if entries:
             self._position = entries[-1].id
         return entries
+
+    def owns(self, entry_id: bytes) -> bool:
+        return True
 
     def done(self, entry_id: bytes) -> None:
         """Nothing to do: what was read is kept by the reader until it is delivered."""
@@ -138,6 +144,9 @@ class GroupCursor:
     def release(self, entry_ids: Iterable[bytes]) -> None:
         """Untouched from now on, they are taken over by whichever gateway looks first."""
         self._in_flight.difference_update(entry_ids)
+
+    def owns(self, entry_id: bytes) -> bool:
+        return entry_id in self._in_flight
 
     def done(self, entry_id: bytes) -> None:
         self._done.append(entry_id)

@@ -17,6 +17,8 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
+from notifications import telemetry
+from notifications.telemetry import Reading
 from rules import effects, events, index, readings, schedules, states
 from rules.effects import Performed
 from rules.events import Event
@@ -48,13 +50,14 @@ class Failure:
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """How the events of a batch ended. Counts are events; `latest` and `performed` are for after the commit."""
+    """How the events of a batch ended. Counts are events; `latest`, `performed` and `watched` are for after the commit."""
 
     processed: int = 0
     duplicate: int = 0
     failures: list[Failure] = field(default_factory=list)
     latest: dict[latest_values.Key, Latest] = field(default_factory=dict)
     performed: Performed = field(default_factory=Performed)
+    watched: list[Reading] = field(default_factory=list)
 
     def add(self, other: Ended) -> None:
         self.processed += other.processed
@@ -62,6 +65,7 @@ class Ended:
         self.failures += other.failures
         self.latest |= other.latest
         self.performed += other.performed
+        self.watched += other.watched
 
 
 RecordFailures = Callable[[Sequence[Failure]], None]
@@ -92,6 +96,7 @@ class _Run:
     def __init__(self, batch: Sequence[Event]) -> None:
         self.ended = Ended()
         self._batch = batch
+        self._wanted = telemetry.shared().ids()  # before the transaction: a lock must not wait for Redis
         self._index = index.shared()
         self._known = catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch})
         self._latest: dict[latest_values.Key, Latest] = {}
@@ -115,6 +120,7 @@ class _Run:
         over = schedules.already_ran(self._batch)
         rows, keys = self._reading_rows()
         new = readings.store(rows)
+        self.ended.watched += telemetry.choose(rows, new, wanted=self._wanted)
         reported = self._apply_reports()
         fresh: list[tuple[Event, Sequence[str]]] = []
         for position, event in enumerate(self._batch):

@@ -18,6 +18,7 @@ from rq.timeouts import BaseTimeoutException
 
 from aemos.lib import keys, metrics, redis
 from devices import latest
+from notifications import telemetry
 from rules import batch, dead_letters, effects, events, index, tickets
 from rules.batch import Begin, Ended, Failure
 from rules.events import Event
@@ -143,6 +144,7 @@ def _finish(lease: Lease, work: Work, ended: Ended) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
     effects.tell(ended.performed)
     latest.remember(ended.latest)
+    telemetry.tell(ended.watched)
     delayed = dead_letters.next_attempts(ended.failures)
     dead = len({failure.event.id for failure in ended.failures}) - len(delayed)
     finished = Finished(
