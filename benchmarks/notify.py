@@ -238,8 +238,10 @@ def run(system: LocalSystem, plan: dict[str, Any]) -> None:
         publisher.ready()
         kind = "outbox rows and delivery states in the database" if plan["database"] else "the stream alone"
         print(f"{plan['rate']} messages/s for {plan['seconds']} s, each for all three protocols; {kind}", flush=True)
-        sent = watch(system, publisher, listeners)
+        used = processor_seconds(system.pid("gateway"))
+        sent = watch(system, publisher, listeners, patience=plan["seconds"] + PATIENCE_SECONDS)
         wait_for_the_rest(listeners, sent)
+        print(f"the gateway used {processor_seconds(system.pid('gateway')) - used:.1f} s of a processor")
         print_table(sent, {name: child.ask("all") for name, child in listeners.items()})
         if plan["database"]:
             print_states(system)
@@ -264,11 +266,11 @@ def start_listeners(system: LocalSystem) -> dict[str, Child]:
 Sent = tuple[int, tuple[int, float], float, float]
 
 
-def watch(system: LocalSystem, publisher: Child, listeners: dict[str, Child]) -> Sent:
+def watch(system: LocalSystem, publisher: Child, listeners: dict[str, Child], *, patience: float) -> Sent:
     """Prints how much memory the gateway has and how far the listeners are, until everything is published."""
     began = time.perf_counter()
     publisher.tell("go")
-    while publisher.is_silent(SHOW_EVERY_SECONDS):
+    while publisher.is_silent(SHOW_EVERY_SECONDS) and time.perf_counter() - began < patience:
         received = ", ".join(f"{name} {child.ask('count')[1]}" for name, child in listeners.items())
         seconds = time.perf_counter() - began
         print(f"{seconds:6.1f} s  gateway {memory_mb(system.pid('gateway')):6.1f} MB  received: {received}", flush=True)
@@ -279,6 +281,11 @@ def watch(system: LocalSystem, publisher: Child, listeners: dict[str, Child]) ->
 def memory_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_the_rest(listeners: dict[str, Child], sent: Sent) -> None:

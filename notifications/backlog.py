@@ -39,7 +39,9 @@ class Backlog:
 
     def add(self, item: Item) -> None:
         addressee = item.message.addressee
-        self._of.setdefault(addressee, deque()).append(item)
+        if addressee not in self._of:
+            self._of[addressee] = deque()
+        self._of[addressee].append(item)
         self._order.append(addressee)
         if self._is_urgent(item):
             self._urgent.append(addressee)

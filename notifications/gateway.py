@@ -40,8 +40,9 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
 # Read but not delivered, for each transport; what is over it waits in the stream and cannot overtake.
 MAXIMUM_AHEAD = 10_000
 MAXIMUM_AHEAD_BYTES = 16 * 1024 * 1024
-# How many are delivered between two looks at the stream: far fewer than a look brings.
-SLICE = 50
+# How many are delivered between two looks at the stream: far fewer than a look brings, and so few that acknowledgements
+# of the broker and clients of other protocols are not kept waiting.
+SLICE = 20
 # Redis is asked again at most this long after it came back.
 LONGEST_RECONNECT_SECONDS = 2.0
 RESTART_SECONDS = 1.0
@@ -166,6 +167,7 @@ class Gateway:
                 self._read(lane)
                 for _ in range(min(SLICE, len(lane.backlog) + bool(lane.current))):
                     self._deliver_next(lane)
+                gevent.sleep(0)
         finally:
             if stopping.is_set():
                 lane.cursor.release(lane.backlog.entry_ids())
