@@ -40,9 +40,11 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
 # Read but not delivered, for each transport; what is over it waits in the stream and cannot overtake.
 MAXIMUM_AHEAD = 10_000
 MAXIMUM_AHEAD_BYTES = 16 * 1024 * 1024
-# How many are delivered between two looks at the stream: far fewer than a look brings, and so few that acknowledgements
-# of the broker and clients of other protocols are not kept waiting.
-SLICE = 20
+# How often the stream is looked at while there is something to deliver: a look brings more than is delivered meanwhile.
+LOOK_SECONDS = 0.05
+# Then the others have their turn: acknowledgements of the broker, clients, the other transports. A pause of no time at all
+# would let transports take turns with each other alone, and the sockets would wait.
+SLICE_SECONDS, PAUSE_SECONDS = 0.003, 0.001
 # Redis is asked again at most this long after it came back.
 LONGEST_RECONNECT_SECONDS = 2.0
 RESTART_SECONDS = 1.0
@@ -73,7 +75,7 @@ class Lane:
     counts: Counter[str] = field(default_factory=Counter)
     is_open: bool = True
     failures: int = 0
-    try_again_at: float = 0.0
+    look_at: float = 0.0
 
     @property
     def protocol(self) -> Protocol:
@@ -165,9 +167,10 @@ class Gateway:
         try:
             while not stopping.is_set():
                 self._read(lane)
-                for _ in range(min(SLICE, len(lane.backlog) + bool(lane.current))):
+                until = time.monotonic() + SLICE_SECONDS
+                while (lane.backlog or lane.current) and time.monotonic() < until and not stopping.is_set():
                     self._deliver_next(lane)
-                gevent.sleep(0)
+                gevent.sleep(PAUSE_SECONDS)
         finally:
             if stopping.is_set():
                 lane.cursor.release(lane.backlog.entry_ids())
@@ -185,6 +188,7 @@ class Gateway:
             self._redis_failed(lane, error, idle=idle)
             return
         lane.is_open, lane.failures = True, 0
+        lane.look_at = time.monotonic() + LOOK_SECONDS
         self._say_redis_is_back()
         for entry in entries:
             self._keep(lane, entry)
@@ -194,7 +198,7 @@ class Gateway:
         lane.is_open, lane.failures = False, lane.failures + 1
         self._say_redis_is_away(error)
         pause = _backoff_seconds(lane.failures, longest=LONGEST_RECONNECT_SECONDS)
-        lane.try_again_at = time.monotonic() + pause
+        lane.look_at = time.monotonic() + pause
         if idle:
             self._stopping.wait(pause)
 
@@ -322,9 +326,8 @@ def _cursor(protocol: Protocol, shared_protocols: Collection[Protocol]) -> Curso
 
 
 def _may_read_ahead(lane: Lane) -> bool:
-    if len(lane.backlog) >= MAXIMUM_AHEAD or lane.backlog.bytes >= MAXIMUM_AHEAD_BYTES:
-        return False
-    return lane.is_open or time.monotonic() >= lane.try_again_at
+    has_room = len(lane.backlog) < MAXIMUM_AHEAD and lane.backlog.bytes < MAXIMUM_AHEAD_BYTES
+    return has_room and time.monotonic() >= lane.look_at
 
 
 def _backoff_seconds(attempt: int, *, longest: float) -> float:

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError, ResponseError
 from aemos.lib import keys
 
 log = logging.getLogger(__name__)
-READ_COUNT = 200
+READ_COUNT = 500
 # How long a read waits for news; a gateway that is to stop notices within this time.
 BLOCK_MS = 1_000
 # A stream that lost its newest entries, or is a new one behind a clock that is late, is read again from this far back.
