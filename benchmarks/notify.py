@@ -32,6 +32,8 @@ SWITCH_EVERY = 10
 SHOW_EVERY_SECONDS = 5.0
 # How long the last message may take.
 PATIENCE_SECONDS = 30.0
+# So many messages wait when an urgent one comes; a multiple of SWITCH_EVERY.
+BACKLOG = 10_000
 START_SECONDS = 20.0
 _spawning = multiprocessing.get_context("spawn")
 
@@ -70,17 +72,17 @@ class Child:
 
 
 class Tally:
-    """What one listener received: the numbers of the messages, and how old each was, in ms."""
+    """What one listener received: the numbers of the messages, when each came, and how old it was then, in ms."""
 
     def __init__(self) -> None:
-        self.numbers: set[int] = set()
+        self.numbers: dict[int, float] = {}
         self.received = 0
         self.ages: list[float] = []
         self.newest = 0.0
 
     def add(self, number: int, sent: float) -> None:
         self.received += 1
-        self.numbers.add(number)
+        self.numbers.setdefault(number, time.time())
         self.ages.append((time.time() - sent) * 1000)
         self.newest = max(self.newest, sent)
 
@@ -89,6 +91,9 @@ class Tally:
         connection.send("ready")
         while True:
             wanted = connection.recv()
+            if wanted == "arrivals":
+                connection.send(dict(self.numbers))
+                continue
             distinct = len(self.numbers)
             connection.send((distinct, self.received, self.newest, self.ages if wanted == "all" else []))
 
@@ -155,7 +160,9 @@ def publish(connection: Connection, environment: Mapping[str, str], plan: Mappin
     device = Device.objects.select_related("organization").get(uuid=plan["device"])
     state = DeviceState.objects.get(device=device, name="power")
     connection.send("ready")
-    connection.recv()
+    if connection.recv() == "urgent":
+        connection.send(_publish_backlog(device, state))
+        connection.recv()
     published, switched, worked = 0, (0, 0.0), 0.0
     began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < plan["seconds"]:
@@ -165,11 +172,28 @@ def publish(connection: Connection, environment: Mapping[str, str], plan: Mappin
         if last:
             switched = last
             DeviceState.objects.filter(pk=state.pk).update(value=f"{last[0]}:{last[1]}")
-        _send(batch, device=device, with_database=plan["database"])
+        _send(batch, device=device, with_database=plan["run"] == "database")
         published += due
         worked += time.perf_counter() - at
         time.sleep(max(0.0, SLICE_SECONDS - (time.perf_counter() - at)))
     connection.send((published, switched, worked, time.perf_counter() - began))
+
+
+def _publish_backlog(device: Any, state: Any) -> tuple[int, float]:
+    """At once BACKLOG alerts and behind them one urgent switch; the number and the time of the switch."""
+    from msgspec.structs import replace
+
+    from notifications import outbox
+    from notifications.messages import ALERT
+
+    batch, _ = _batch(device, 0, BACKLOG + 1)
+    alerts = [replace(each, event=ALERT, device_uuid=None) for each in batch[:-1]]
+    outbox.append_to_stream(alerts)
+    now = time.time()
+    type(state).objects.filter(pk=state.pk).update(value=f"{BACKLOG}:{now}")
+    urgent = replace(batch[-1], priority=1, payload={**batch[-1].payload, "sent": now})
+    outbox.append_to_stream([urgent])
+    return BACKLOG, now
 
 
 def _batch(device: Any, first: int, count: int) -> tuple[list[Any], tuple[int, float] | None]:
@@ -215,17 +239,23 @@ def _send(batch: list[Any], *, device: Any, with_database: bool) -> None:
     outbox.publish(fresh)
 
 
+RUNS = {
+    "stream": "published to the stream alone",
+    "database": "with outbox rows and delivery states in the database",
+    "urgent": "one urgent message behind a backlog",
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=int, default=3_000, help="messages a second (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=30, help="how long (default: %(default)s)")
-    parser.add_argument("--only", choices=["stream", "database"], help="one of the two runs, instead of both")
+    parser.add_argument("--only", choices=list(RUNS), help="one of the runs, instead of all")
     options = parser.parse_args()
-    for database in (False, True):
-        if options.only != ("stream" if database else "database"):
-            plan = {"rate": options.rate, "seconds": options.seconds, "database": database}
-            with tempfile.TemporaryDirectory(prefix="aemos-bench-") as folder, local_system(Path(folder)) as system:
-                run(system, plan)
+    for name in [options.only] if options.only else RUNS:
+        plan = {"rate": options.rate, "seconds": options.seconds, "run": name}
+        with tempfile.TemporaryDirectory(prefix="aemos-bench-") as folder, local_system(Path(folder)) as system:
+            run(system, plan)
     return 0
 
 
@@ -236,14 +266,17 @@ def run(system: LocalSystem, plan: dict[str, Any]) -> None:
     publisher = Child(publish, system.environment, {**plan, "device": system.farm["devices"][0]["uuid"]})
     try:
         publisher.ready()
-        kind = "outbox rows and delivery states in the database" if plan["database"] else "the stream alone"
-        print(f"{plan['rate']} messages/s for {plan['seconds']} s, each for all three protocols; {kind}", flush=True)
+        if plan["run"] == "urgent":
+            print_urgent(publisher, listeners)
+            return
+        kind = RUNS[plan["run"]]
+        print(f"{plan['rate']} messages/s for {plan['seconds']} s, each for all three protocols, {kind}", flush=True)
         used = processor_seconds(system.pid("gateway"))
         sent = watch(system, publisher, listeners, patience=plan["seconds"] + PATIENCE_SECONDS)
         wait_for_the_rest(listeners, sent)
         print(f"the gateway used {processor_seconds(system.pid('gateway')) - used:.1f} s of a processor")
         print_table(sent, {name: child.ask("all") for name, child in listeners.items()})
-        if plan["database"]:
+        if plan["run"] == "database":
             print_states(system)
     finally:
         for child in (publisher, *listeners.values()):
@@ -261,6 +294,20 @@ def start_listeners(system: LocalSystem) -> dict[str, Child]:
     for child in listeners.values():
         child.ready()
     return listeners
+
+
+def print_urgent(publisher: Child, listeners: dict[str, Child]) -> None:
+    """How long the urgent one took, and how long the backlog lasted, in ms."""
+    number, sent = publisher.ask("urgent")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    print(f"one urgent message behind {BACKLOG} others", flush=True)
+    for name, child in listeners.items():
+        found: dict[int, float] = {}
+        while number not in found and time.monotonic() < deadline:
+            found = child.ask("arrivals")
+            time.sleep(0.1)
+        urgent = f"{(found[number] - sent) * 1000:.0f} ms" if number in found else "not received"
+        print(f"{name:<10} urgent after {urgent}, {len(found)} messages received by then", flush=True)
 
 
 Sent = tuple[int, tuple[int, float], float, float]

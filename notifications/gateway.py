@@ -27,7 +27,7 @@ from notifications import messages
 from notifications.backlog import Backlog, Item
 from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
-from notifications.stream import Cursor, Entry, FanOutCursor, GroupCursor
+from notifications.stream import READ_COUNT, Cursor, Entry, FanOutCursor, GroupCursor
 from notifications.transports.base import Transport, TransportError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
 # Read but not delivered, for each transport; what is over it waits in the stream and cannot overtake.
 MAXIMUM_AHEAD = 10_000
 MAXIMUM_AHEAD_BYTES = 16 * 1024 * 1024
-# How often the stream is looked at while there is something to deliver: a look brings more than is delivered meanwhile.
+# How often the stream is looked at while there is something to deliver; at once when the last look did not bring all.
 LOOK_SECONDS = 0.05
 # Then the others have their turn: acknowledgements of the broker, clients, the other transports. A pause of no time at all
 # would let transports take turns with each other alone, and the sockets would wait.
@@ -188,7 +188,7 @@ class Gateway:
             self._redis_failed(lane, error, idle=idle)
             return
         lane.is_open, lane.failures = True, 0
-        lane.look_at = time.monotonic() + LOOK_SECONDS
+        lane.look_at = time.monotonic() + (LOOK_SECONDS if len(entries) < READ_COUNT else 0.0)
         self._say_redis_is_back()
         for entry in entries:
             self._keep(lane, entry)
@@ -326,7 +326,8 @@ def _cursor(protocol: Protocol, shared_protocols: Collection[Protocol]) -> Curso
 
 
 def _may_read_ahead(lane: Lane) -> bool:
-    has_room = len(lane.backlog) < MAXIMUM_AHEAD and lane.backlog.bytes < MAXIMUM_AHEAD_BYTES
+    maximum = READ_COUNT if lane.protocol in IN_ORDER else MAXIMUM_AHEAD
+    has_room = len(lane.backlog) < maximum and lane.backlog.bytes < MAXIMUM_AHEAD_BYTES
     return has_room and time.monotonic() >= lane.look_at
 
 
