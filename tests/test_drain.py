@@ -15,7 +15,7 @@ from django.test import Client
 from aemos.lib import keys, redis
 from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
-from notifications import outbox
+from notifications import outbox, telemetry
 from notifications.models import Notification
 from rules import backpressure, batch, dead_letters, index, ingest, jobs, journal, recovery, rejections, states, tickets
 from rules.events import Event
@@ -533,3 +533,24 @@ def test_the_final_failure_depends_on_the_chains_own_retries() -> None:
     assert not dead_letters.is_final(failure)
     ((due_ms, _),) = dead_letters.next_attempts([failure])
     assert due_ms > time.time() * 1000 + 20_000
+
+
+def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Farm) -> None:
+    ph = Variable.objects.get(sensor=farm.sensor, name="ph")
+    channel = redis.client().pubsub(ignore_subscribe_messages=True)
+    channel.subscribe(keys.TELEMETRY)
+    channel.get_message(timeout=1)
+    telemetry.shared.cache_clear()
+    farm.post(6.1, timestamp=at(1))
+    drain_all()
+    telemetry.want([ph.pk], now=time.time())
+    telemetry.shared.cache_clear()
+    farm.post({"ph": 6.2, "mode": "auto"}, timestamp=at(2))
+    farm.post(6.2, timestamp=at(2), eventId="8b4f1c1e-1111-4111-8111-111111111111")
+    drain_all()
+    told = []
+    while message := channel.get_message(timeout=0.5):
+        told += telemetry.decode(message["data"])
+    channel.close()
+    telemetry.shared.cache_clear()
+    assert [(variable, number) for variable, _, number, _ in told] == [(ph.pk, 6.2)]

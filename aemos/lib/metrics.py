@@ -141,8 +141,13 @@ STATE_CHANGES = Counter(
 )
 NOTIFICATIONS_SENT = Counter(
     "notifications_sent_total",
-    "Messages that a transport was done with, by protocol and state: sent, acknowledged or failed.",
+    "Messages that a transport was done with, by protocol and state: sent, acknowledged, failed or expired.",
     ["protocol", "state"],
+)
+LIVE_READINGS = Counter(
+    "live_readings_total",
+    "Readings that somebody watches, by result: published by workers, told by gateways, lost, over-bound.",
+    ["result"],
 )
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
@@ -158,6 +163,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
+    LIVE_READINGS,
 )
 
 

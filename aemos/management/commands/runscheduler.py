@@ -15,7 +15,8 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
-from notifications import outbox
+from notifications import outbox, overdue
+from notifications import retention as history
 from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,12 @@ DUTIES: tuple[Callable[[], object], ...] = (
     timers.fire_due,
     recovery.reissue_lost_tickets,
     outbox.sweep,
+    overdue.settle,
     backpressure.keep_watch,
     replay.queue_steps,
     alarms.calm_down,
     retention.delete_expired,
+    history.delete_expired,
 )
 
 
