@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import random
 import subprocess
@@ -23,6 +25,7 @@ from deploy import programs
 from notifications.transports.coap_blockwise import ExpiringMap
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler, Limits
 from notifications.transports.coap_observe import Sequence
+from notifications.transports.coap_peers import MessageIds, network
 
 T = TypeVar("T")
 aiocoap: Any = untyped_aiocoap
@@ -95,12 +98,19 @@ class Peer:
 
     opened: ClassVar[list[Peer]] = []
 
-    def __init__(self, endpoint: Endpoint, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, endpoint: Endpoint, *, host: str = "127.0.0.1", proven: bool = True) -> None:
         self.endpoint = endpoint
         self.socket = gevent.socket.socket(gevent.socket.AF_INET, gevent.socket.SOCK_DGRAM)
         self.socket.bind((host, 0))
         self.opened.append(self)
         self.mid = 100
+        if proven:
+            endpoint._proofs.add(self.address)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.socket.getsockname()
+        return host, port
 
     def send(self, data: bytes) -> None:
         self.socket.sendto(data, self.endpoint.address)
@@ -108,6 +118,14 @@ class Peer:
     def receive(self, *, seconds: float = 3.0) -> Packet:
         self.socket.settimeout(seconds)
         return Packet.decode(self.socket.recv(65535))
+
+    def receive_until(self, condition: Callable[[], bool]) -> list[bytes]:
+        received: list[bytes] = []
+        with gevent.Timeout(10):
+            while not condition():
+                with contextlib.suppress(TimeoutError):
+                    received.append(self.receive(seconds=0.02).data)
+        return received
 
     def ask(self, code: int, path: tuple[str, ...] = STATE, **fields: Any) -> Packet:
         """Sends a request under a new message id; returns what comes next."""
@@ -166,6 +184,8 @@ class Farm:
         self.gate.set()
 
     def __call__(self, request: CoapRequest) -> CoapResponse:
+        if request.more:
+            return CoapResponse(code=Code.CONTINUE)
         self.requests.append(request)
         if request.path[-1:] == ("state",):
             return CoapResponse(code=self.code, payload=self.state, observable=True)
@@ -302,7 +322,7 @@ def test_libcoap_posts_a_file_and_fetches_it_in_small_blocks(
 
 def test_libcoap_observes_and_deregisters(serve: Serve, farm: Farm, libcoap: Callable[..., bytes]) -> None:
     endpoint = serve(farm)
-    watching = gevent.spawn(libcoap, "-s", "1", uri(endpoint, "/".join(STATE)))
+    watching = gevent.spawn(libcoap, "-s", "2", uri(endpoint, "/".join(STATE)))
     until(lambda: endpoint.stats.observers == 1)
     farm.state = b"on"
     endpoint.notify(STATE)
@@ -614,7 +634,7 @@ def test_busy_endpoint_refuses_with_a_time_to_try_again_and_still_listens(serve:
     for mid in (1, 2):
         busy.send(encode(GET, mid=mid, options=[(URI_PATH, b"slow")]))
     refusal = peer.ask(GET)
-    assert (refusal.code, refusal.number(MAX_AGE), refusal.payload) == (Code.UNAVAILABLE, 9, b"")
+    assert (refusal.code, refusal.number(MAX_AGE), refusal.payload) == (Code.UNAVAILABLE, 9, b"busy")
     peer.expect_nothing_but_pong()
     farm.gate.set()
     assert {busy.receive().mid for _ in range(2)} == {1, 2}
@@ -657,7 +677,7 @@ def test_handler_that_fails_is_answered_for_and_counted(
     peer.expect_nothing_but_pong()
 
 
-def test_errors_stay_small_because_their_receiver_may_be_forged(serve: Serve) -> None:
+def test_an_error_is_one_sentence_or_a_whole_document(serve: Serve) -> None:
     answers = [
         CoapResponse(code=Code.BAD_REQUEST, payload="ü".encode() * 5000),
         CoapResponse(code=Code.BAD_REQUEST, payload=b"{" + b" " * 600 + b"}", content_format=50),
@@ -677,10 +697,14 @@ def test_one_host_above_its_rate_is_told_when_to_try_again_and_others_are_served
     peer, same_host, other = Peer(endpoint), Peer(endpoint), Peer(endpoint, host="127.0.0.2")
     assert [peer.ask(GET, mid=7).code, same_host.ask(GET).code] == [Code.CONTENT, Code.CONTENT]
     refusal = peer.ask(GET)
-    assert (refusal.code, refusal.number(MAX_AGE), refusal.payload) == (Code.TOO_MANY_REQUESTS, 2, b"")
+    assert (refusal.code, refusal.number(MAX_AGE), refusal.payload) == (Code.TOO_MANY_REQUESTS, 2, b"too many requests")
     peer.send(encode(GET, mid=7, options=[(URI_PATH, segment.encode()) for segment in STATE]))
-    peer.expect_nothing_but_pong()  # a duplicate above the rate: neither replayed nor refused, for it was accepted once
+    peer.send(b"\x40\x00\xfe\xfe")
+    peer.send(b"\x49\x01\x00\x04123456789")
     assert other.ask(GET).code == Code.CONTENT
+    # A duplicate above the rate is neither replayed nor refused, for it was accepted once; pings and rubbish are ignored.
+    with pytest.raises(TimeoutError):
+        peer.receive(seconds=0.05)
     clock.now += 2
     assert [peer.ask(GET).code, peer.ask(GET).code] == [Code.CONTENT, Code.TOO_MANY_REQUESTS]
     assert (endpoint.stats.rate_limited, len(farm.requests)) == (2, 4)
@@ -987,7 +1011,7 @@ def test_who_registered_nonconfirmably_gets_every_third_notification_confirmable
 
 def test_notification_after_a_day_is_confirmable(serve: Serve, farm: Farm) -> None:
     clock = ManualClock()
-    endpoint = serve(farm, clock=clock)
+    endpoint = serve(farm, clock=clock, refresh_seconds=1e9)
     peer = Peer(endpoint)
     peer.observe(kind=NON)
     kinds = []
@@ -1065,6 +1089,168 @@ def test_large_notification_brings_its_first_block_and_the_rest_is_fetched(serve
     rest = peer.ask(GET, options=[(BLOCK2, block(1, False, 6)), (OBSERVE, b"")])
     assert news.payload + rest.payload == b"first" * 300
     assert (OBSERVE in rest.options, endpoint.stats.observers) == (False, 1)
+
+
+# Peers that nobody knows yet: any source address may be forged
+
+
+def test_unknown_peer_is_sent_no_more_than_three_times_what_it_sent(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, links="x" * 500, **HASTY)
+    unknown = Peer(endpoint, proven=False)
+    farm.state, farm.code = "ü".encode() * 200, Code.FORBIDDEN
+    request = encode(GET, mid=1, options=[(URI_PATH, segment.encode()) for segment in STATE])
+    unknown.send(request)
+    refusal = unknown.receive()
+    assert (refusal.code, set(refusal.payload.decode())) == (Code.FORBIDDEN, {"ü"})
+    assert len(refusal.data) <= 3 * len(request)
+    request = encode(GET, mid=2, options=[(URI_PATH, b".well-known"), (URI_PATH, b"core")])
+    unknown.send(request)
+    links = unknown.receive()
+    assert (links.payload, links.number(BLOCK2)) == (b"x" * 16, 0x08)
+    assert len(links.data) <= 3 * len(request)
+    assert Peer(endpoint).ask(GET, (".well-known", "core")).payload == b"x" * 500
+
+
+def test_separate_answer_to_an_unknown_peer_is_not_repeated_beyond_that(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, **HASTY | {"ack_delay_seconds": 0.01, "max_retransmits": 9})
+    unknown = Peer(endpoint, proven=False)
+    farm.gate.clear()
+    request = encode(PUT, mid=1, options=[(URI_PATH, b"slow")], payload=b"x" * 16)
+    unknown.send(request)
+    assert unknown.receive().code == 0
+    farm.gate.set()
+    received = unknown.receive_until(lambda: endpoint.stats.timeouts == 1)
+    assert received
+    assert sum(map(len, received)) <= 3 * len(request)
+
+
+def test_large_answer_waits_for_the_proof_that_somebody_is_there(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm)
+    unknown = Peer(endpoint, proven=False)
+    farm.state = b"s" * 900
+    ping = unknown.ask(GET)
+    assert (ping.kind, ping.code, len(ping.data)) == (CON, 0, 4)
+    unknown.acknowledge(ping, kind=RST)
+    assert unknown.receive().payload == farm.state
+    assert unknown.ask(GET).payload == farm.state  # once is enough
+
+
+def test_large_answer_without_a_proof_comes_in_small_blocks(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, **HASTY)
+    unknown = Peer(endpoint, proven=False)
+    farm.state = b"s" * 900
+    answer = unknown.ask(GET)
+    while answer.code == 0:
+        answer = unknown.receive()
+    assert (len(answer.payload), answer.number(BLOCK2)) == (32, 0x09)
+
+
+def test_observer_is_told_news_only_after_it_has_answered_a_ping(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm)
+    unknown = Peer(endpoint, proven=False)
+    assert OBSERVE in unknown.observe(kind=NON).options
+    farm.state = b"on"
+    endpoint.notify(STATE)
+    ping = unknown.receive()
+    assert (ping.kind, ping.code, len(ping.data)) == (CON, 0, 4)
+    unknown.acknowledge(ping, kind=RST)
+    news = unknown.receive()
+    assert (news.payload, endpoint.stats.observers) == (b"on", 1)
+
+
+def test_registration_under_a_forged_address_costs_its_owner_a_few_empty_messages(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, **HASTY)
+    forged = Peer(endpoint, proven=False)
+    forged.observe()
+    endpoint.notify(STATE)
+    received = forged.receive_until(lambda: not endpoint.stats.observers)
+    assert {len(data) for data in received} == {4}
+    assert len(received) <= 6
+    assert endpoint.notify(STATE) == 0
+
+
+def test_message_ids_grow_for_each_peer_and_tell_nothing_of_those_of_others() -> None:
+    ids = MessageIds()
+    here, there = ("10.0.0.1", 5683), ("10.0.0.2", 5683)
+    first = [ids.next(here) for _ in range(3)]
+    assert [(b - a) & 0xFFFF for a, b in itertools.pairwise(first)] == [1, 1]
+    distances = {(MessageIds().next(here) - MessageIds().next(there)) & 0xFFFF for _ in range(20)}
+    assert len(distances) > 15
+
+
+def test_a_network_is_an_ipv4_host_or_the_upper_half_of_an_ipv6_address() -> None:
+    assert network("10.0.0.1") != network("10.0.0.2")
+    assert network("2001:db8::1") == network("2001:db8::ffff:2") != network("2001:db8:0:1::1")
+    assert network("fe80::1%eth0") == network("fe80::2")
+    assert network("::ffff:10.0.0.1") != network("::ffff:10.0.0.2")
+
+
+def test_one_source_cannot_take_all_handlers(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, max_handlers=4, max_handlers_per_source=2)
+    farm.gate.clear()
+    greedy, other = Peer(endpoint), Peer(endpoint, host="127.0.0.2")
+    for mid in (1, 2, 3):
+        greedy.send(encode(GET, mid=mid, options=[(URI_PATH, b"slow")]))
+    assert greedy.receive().code == Code.UNAVAILABLE
+    assert other.ask(GET).code == Code.CONTENT
+    farm.gate.set()
+    assert {greedy.receive().code for _ in range(2)} == {Code.CHANGED}
+    assert greedy.ask(GET).code == Code.CONTENT
+
+
+def test_blocks_are_gathered_only_where_the_handler_allows_it(serve: Serve) -> None:
+    seen: list[tuple[bytes, bool]] = []
+
+    def handler(request: CoapRequest) -> CoapResponse:
+        seen.append((request.payload, request.more))
+        return CoapResponse(code=Code.UNAUTHORIZED, payload=b"no token")
+
+    endpoint = serve(handler)
+    refusal = Peer(endpoint).ask(POST, options=[(BLOCK1, block(0, True, 0))], payload=b"a" * 16)
+    assert (refusal.code, refusal.payload, len(endpoint._uploads.kept)) == (Code.UNAUTHORIZED, b"no token", 0)
+    assert seen == [(b"a" * 16, True)]
+
+
+# What observers hear when nothing happens
+
+
+def test_observer_that_hears_nothing_new_is_told_again_before_it_must_doubt(serve: Serve, farm: Farm) -> None:
+    clock = ManualClock()
+    endpoint = serve(farm, clock=clock, refresh_seconds=40)
+    peer = Peer(endpoint)
+    peer.observe()
+    clock.now += 31
+    gevent.sleep(0.25)
+    peer.expect_nothing_but_pong()
+    clock.now += 10
+    again = peer.receive()
+    assert (again.payload, OBSERVE in again.options) == (b"off", True)
+    peer.acknowledge(again)
+    clock.now += 41
+    assert peer.receive().payload == b"off"
+
+
+def test_observer_that_went_away_is_forgotten_though_nothing_happens(serve: Serve, farm: Farm) -> None:
+    endpoint = serve(farm, refresh_seconds=0.2, **HASTY)
+    gone = Peer(endpoint)
+    gone.observe()
+    gone.socket.close()
+    until(lambda: endpoint.stats.observers == 0)
+    assert endpoint.stats.timeouts == 1
+
+
+def test_a_service_that_is_away_for_a_moment_ends_no_observation(serve: Serve, farm: Farm) -> None:
+    clock = ManualClock()
+    endpoint = serve(farm, clock=clock, busy_retry_seconds=5)
+    peer = Peer(endpoint)
+    peer.observe()
+    farm.code = Code.UNAVAILABLE
+    endpoint.notify(STATE)
+    gevent.sleep(0.05)
+    peer.expect_nothing_but_pong()
+    farm.code, farm.state = Code.CONTENT, b"on"
+    clock.now += 6
+    assert peer.receive().payload == b"on"
 
 
 # Parts that need no socket
