@@ -157,6 +157,10 @@ class Endpoint:
         """
         return self._notifications.notify(path)
 
+    def observations(self) -> list[CoapRequest]:
+        """The requests that observers registered with."""
+        return [each.message.to_request(body=b"", observe=True) for each in self._notifications.observers]
+
     # Datagrams in
 
     def _listen(self) -> None:
