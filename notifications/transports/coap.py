@@ -25,10 +25,10 @@ from django.db import DatabaseError, close_old_connections
 from aemos.lib import cbor
 from devices import catalogue, tokens
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
-from devices.models import DeviceState
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
 from notifications.transports.base import Delivered, Ingest, Receipt
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
+from notifications.transports.coap_states import States
 from notifications.transports.people import Person, organizations_of, person
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class CoapTransport:
     def __init__(self, ingest: Ingest, *, host: str = "", port: int | None = None) -> None:
         address = (host or settings.COAP_HOST, settings.COAP_PORT if port is None else port)
         self._ingest = ingest
+        self._states = States()
         self._watches: dict[tuple[str, str], Watch] = {}
         self._checker: gevent.Greenlet[..., None] | None = None
         self.endpoint = Endpoint(address, handler=self.handle, links=LINKS, limits=_limits())
@@ -131,7 +132,7 @@ class CoapTransport:
             return _text(Code.NOT_ACCEPTABLE, "There is JSON (50) and CBOR (60).")
         if request.observe:
             self._watches[uuid, watch.token] = watch
-        response = _encoded(Code.CONTENT, _representation(uuid), request.accept)
+        response = _encoded(Code.CONTENT, self._states.of(uuid), request.accept)
         return replace(response, max_age=settings.COAP_MAX_AGE, observable=True)
 
     def _check_for_ever(self) -> None:
@@ -188,13 +189,6 @@ def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: 
         return catalogue.shared().credential(watch.token) is not None
     allowed = organizations.get(watch.who.user_id, frozenset())
     return watch.organization in allowed and watch.who.expires_at > time.time()
-
-
-def _representation(uuid: str) -> dict[str, Any]:
-    """From the database: it has the change before anybody is told of it, and also when Redis has lost everything."""
-    states = DeviceState.objects.filter(device__uuid=uuid).order_by("name").values_list("name", "value", "changed_at")
-    shown = {name: {"value": value, "changedAt": changed_at} for name, value, changed_at in states}
-    return {"device": uuid, "states": shown}
 
 
 def _encoded(code: Code, document: Mapping[str, Any], accept: int | None) -> CoapResponse:
