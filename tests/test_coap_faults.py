@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -191,16 +193,21 @@ class Device:
                 pass
 
     def _answer(self, token: bytes, *, seconds: float) -> Packet | None:
-        with gevent.Timeout(seconds, False):
-            while True:
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            self.socket.settimeout(remaining)
+            with contextlib.suppress(TimeoutError):
                 packet = Packet.decode(self.socket.recv(65535))
-                if packet.kind == CON:
-                    reply = RST if packet.code == 0 else ACK
-                    self.socket.send(bytes([0x40 | reply << 4, 0]) + packet.mid.to_bytes(2, "big"))
+                self._reply(packet)
                 if packet.code and packet.token == token:
                     self._note(packet)
                     return packet
         return None
+
+    def _reply(self, packet: Packet) -> None:
+        if packet.kind == CON:
+            reply = ACK if packet.code else RST
+            self.socket.send(bytes([0x40 | reply << 4, 0]) + packet.mid.to_bytes(2, "big"))
 
     def _note(self, packet: Packet) -> None:
         number = packet.number(OBSERVE)
