@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +18,9 @@ from uuid import uuid4
 import aiocoap
 import gevent
 import pytest
+from django.db import OperationalError
 
-from aemos.lib import cbor, redis
+from aemos.lib import cbor, metrics, redis
 from deploy import programs
 from devices import exceptions
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
@@ -26,7 +29,7 @@ from notifications.transports.base import Pending, Receipt
 from notifications.transports.coap import CODES, CoapTransport
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code
 from notifications.transports.coap_states import States
-from tests import builders
+from tests import builders, coap_peers
 from tests.gateway_process import GatewayProcess, operator, running
 
 Farm = dict[str, Any]
@@ -203,6 +206,40 @@ def test_many_who_ask_for_states_at_once_share_a_query(monkeypatch: pytest.Monke
     assert [document["device"] for document in documents[::3]] == [str(device.uuid) for device in devices]
     assert all(document["states"]["power"]["value"] is None for document in documents)
     assert queries == [20]
+
+
+def test_a_database_that_is_away_is_said_to_all_who_wait_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [True]
+
+    def read(uuids: list[str]) -> dict[str, Any]:
+        if away:
+            raise OperationalError("gone")
+        return {uuid: {} for uuid in uuids}
+
+    monkeypatch.setattr(coap_states, "_read", read)
+    states = States()
+    asking = [gevent.spawn(states.of, name) for name in ("a", "b", "a")]
+    gevent.joinall(asking, timeout=5)
+    assert [type(each.exception) for each in asking] == [OperationalError] * 3
+    away.clear()
+    assert states.of("a") == {"device": "a", "states": {}}
+
+
+def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[str] = Counter()
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, amount: counted.update({name: amount}))
+    transport = CoapTransport(ScriptedIngest(), port=0)
+    transport.start()
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            for _ in range(3):
+                peer.sendto(b"GET / HTTP/1.1", transport.address)
+        coap_peers.until(lambda: transport.endpoint.stats.malformed == 3)
+    finally:
+        transport.stop(timeout_seconds=1)
+    assert counted == {"coap_refused_total|malformed": 3}
+    transport.stop(timeout_seconds=1)
+    assert counted == {"coap_refused_total|malformed": 3}
 
 
 @pytest.fixture(scope="module")

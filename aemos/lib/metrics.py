@@ -117,6 +117,11 @@ NOTIFICATIONS_SENT = Counter(
     "Messages that a transport was done with, by protocol and state: sent, acknowledged or failed.",
     ["protocol", "state"],
 )
+COAP_REFUSED = Counter(
+    "coap_refused_total",
+    "CoAP datagrams refused before they were read as requests, by reason: rate, busy or malformed.",
+    ["reason"],
+)
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
     UNRECORDED,
@@ -126,6 +131,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
+    COAP_REFUSED,
 )
 
 

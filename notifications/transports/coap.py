@@ -20,9 +20,10 @@ from uuid import UUID
 import gevent
 import msgspec
 from django.conf import settings
-from django.db import DatabaseError, close_old_connections
+from django.db import Error as DatabaseError
+from django.db import close_old_connections
 
-from aemos.lib import cbor
+from aemos.lib import cbor, metrics
 from devices import catalogue, tokens
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
@@ -75,6 +76,7 @@ class CoapTransport:
         self._states = States()
         self._watches: dict[tuple[str, str], Watch] = {}
         self._checker: gevent.Greenlet[..., None] | None = None
+        self._counted: dict[str, int] = {}
         self.endpoint = Endpoint(address, handler=self.handle, links=LINKS, limits=_limits())
 
     @property
@@ -91,6 +93,7 @@ class CoapTransport:
         if self._checker is not None:
             self._checker.kill()
         self.endpoint.stop(timeout_seconds=timeout_seconds)
+        self._count()
 
     def deliver(self, message: Message, delivered: Delivered) -> None:
         """Observers are sent the newest state, not the message: CoAP carries states, and nothing else to tell."""
@@ -138,6 +141,7 @@ class CoapTransport:
     def _check_for_ever(self) -> None:
         while True:
             gevent.sleep(RIGHTS_SECONDS)
+            self._count()
             try:
                 self._check_rights()
             except DatabaseError as error:
@@ -146,6 +150,15 @@ class CoapTransport:
                 log.exception("Looking after CoAP observers failed")
             finally:
                 close_old_connections()
+
+    def _count(self) -> None:
+        """What the endpoint refused since the last time, before any event was seen in it."""
+        stats = self.endpoint.stats
+        refused = {"rate": stats.rate_limited, "busy": stats.refused_busy, "malformed": stats.malformed}
+        for reason, total in refused.items():
+            if total > (counted := self._counted.get(reason, 0)):
+                metrics.COAP_REFUSED.labels(reason).inc(total - counted)
+        self._counted = refused
 
     def _check_rights(self) -> None:
         """Asks for a notification where a right is gone: the handler then refuses, and that ends the observation."""

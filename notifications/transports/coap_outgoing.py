@@ -29,7 +29,7 @@ class Transmission:
 
     @property
     def is_ping(self) -> bool:
-        return len(self.datagram) == coap_codec.HEADER_BYTES
+        return self.datagram[1] == coap_codec.EMPTY
 
 
 class Outgoing:

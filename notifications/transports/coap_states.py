@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import gevent
-from django.db import DatabaseError, close_old_connections
+from django.db import Error as DatabaseError
+from django.db import close_old_connections
 from gevent.event import AsyncResult, Event
 
 from devices.models import DeviceState
@@ -29,7 +30,7 @@ class States:
         self._busy = False
 
     def of(self, uuid: str) -> Document:
-        """`{"device": uuid, "states": {name: {"value": ..., "changedAt": ...}}}`; raises DatabaseError."""
+        """`{"device": uuid, "states": {name: {"value": ..., "changedAt": ...}}}`; raises django.db.Error."""
         result = self._waiting.setdefault(uuid, AsyncResult())
         self._more.set()
         if not self._busy:
