@@ -100,6 +100,8 @@ SOCKETIO_PORT = _env.integer("SOCKETIO_PORT", 3001, maximum=65535)
 SOCKETIO_ORIGINS = _env.words("SOCKETIO_ORIGINS")
 COAP_HOST = _env.text("COAP_HOST", "127.0.0.1")
 COAP_PORT = _env.integer("COAP_PORT", 5683, maximum=65535)
+COAP_MAX_AGE = _env.integer("COAP_MAX_AGE", 60, minimum=10, maximum=86_400)
+COAP_REQUESTS_PER_SECOND = _env.integer("COAP_REQUESTS_PER_SECOND", 200, minimum=1, maximum=100_000)
 
 # Events
 EVENT_PARTITIONS = _env.integer("EVENT_PARTITIONS", 8, minimum=1, maximum=1024)

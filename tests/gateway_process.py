@@ -221,8 +221,8 @@ def _memory_transport(
 
 
 def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
-    """Refuses who has no credential, and takes everything else."""
-    from devices.exceptions import Unauthorized
+    """Refuses who has no credential or another's, and takes everything else."""
+    from devices.exceptions import Forbidden, Unauthorized
     from notifications.transports.base import Receipt
 
     class Taken:
@@ -231,7 +231,9 @@ def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None 
 
     if credential is None:
         raise Unauthorized("Send a live token.")
-    _print(ingested=[payload.decode(), credential.originator.uuid, protocol, uuid])
+    if uuid is not None and uuid != credential.originator.uuid:
+        raise Forbidden("The token belongs to another.")
+    _print(ingested=[payload.decode(errors="backslashreplace"), credential.originator.uuid, protocol, uuid])
     return Taken()
 
 

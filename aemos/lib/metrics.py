@@ -149,6 +149,11 @@ LIVE_READINGS = Counter(
     "Readings that somebody watches, by result: published by workers, told by gateways, lost, over-bound.",
     ["result"],
 )
+COAP_REFUSED = Counter(
+    "coap_refused_total",
+    "CoAP datagrams refused before they were read as requests, by reason: rate, busy or malformed.",
+    ["reason"],
+)
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
     UNRECORDED,
@@ -164,6 +169,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
     LIVE_READINGS,
+    COAP_REFUSED,
 )
 
 
