@@ -289,7 +289,7 @@ class _Run:
     def _run_chain(self, bound: BoundChain, event: Event) -> Failure | None:
         began = time.perf_counter()
         try:
-            self._demand_collected(bound)
+            self._demand_collected(bound, event)
             outcome = bound.compiled.run(self._trigger(bound, event))
             wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
@@ -318,12 +318,18 @@ class _Run:
             deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         )
 
-    def _demand_collected(self, bound: BoundChain) -> None:
-        missed = bound.compiled.references & self._uncollected if self._uncollected else None
+    def _demand_collected(self, bound: BoundChain, event: Event) -> None:
+        if not self._uncollected:
+            return
+        missed = [
+            f"{source_type} {uuid} {name}"
+            for source_type, uuid, name in bound.compiled.references & self._uncollected
+            if uuid != event.originator_uuid or name not in event.values
+        ]
         if missed:
-            named = ", ".join(sorted(f"{source_type} {uuid} {name}" for source_type, uuid, name in missed)[:10])
-            cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of {named}"
-            raise ChainFailed(bound.uuid, "", cause, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
+            cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of "
+            named = ", ".join(sorted(missed)[:10])
+            raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
     def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
         for source, due_us in outcome.wakes.items():

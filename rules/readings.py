@@ -9,7 +9,7 @@ from django.db import connection
 
 from devices.catalogue import Field
 from devices.models import Reading
-from devices.values import Datatype
+from devices.values import measured
 from rules import events
 
 # SQLite takes 32,766 parameters in one statement, and a row has four.
@@ -40,17 +40,11 @@ def store(rows: Sequence[Row]) -> set[tuple[int, int]]:
     return _store_postgresql(ordered) if connection.vendor == "postgresql" else _store_sqlite(ordered)
 
 
-def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, float | str | bool]]:
+def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, float | str | bool | None]]:
     """(timestamp in us, value) of the variable's newest readings from then on, at most so many, in ascending order."""
     rows = Reading.objects.filter(variable_id=field.id, timestamp__gte=events.moment(max(since_us, 0)))
     newest = rows.order_by("-timestamp").values_list("timestamp", "number", "text")[:maximum]
-    return [(events.microseconds(at), _value(number, text, field.datatype)) for at, number, text in reversed(newest)]
-
-
-def _value(number: float | None, text: str | None, datatype: str) -> float | str | bool:
-    if number is None:
-        return text or ""
-    return bool(number) if datatype == Datatype.BOOLEAN else number
+    return [(events.microseconds(at), measured(number, text, field.datatype)) for at, number, text in reversed(newest)]
 
 
 _POSTGRESQL = """
