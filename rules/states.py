@@ -24,7 +24,7 @@ from devices.latest import Latest
 from devices.models import DeviceState, StateChange
 from notifications import messages, outbox
 from notifications.messages import Message
-from rules import events
+from rules import events, timers
 from rules.cooldowns import Permits, Rest, permits_all
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def tell(changes: Sequence[Change]) -> None:
         log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
     try:
         latest.remember(dict(_latest(change) for change in changes))
+        timers.stir({("device", str(change.row.state.device.uuid)) for change in changes})
     except RedisError as error:
         log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
 
