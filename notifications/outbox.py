@@ -97,12 +97,13 @@ def sweep(now: datetime | None = None) -> int:
         .prefetch_related(Prefetch("deliveries", Delivery.objects.only("protocol", "notification_id")))
         .order_by("id")[:SWEEP_BATCH]
     )
-    left_behind = [_message(row) for row in rows]
+    left_behind = [message_of(row) for row in rows]
     publish(left_behind)
     return len(left_behind)
 
 
-def _message(row: Notification) -> Message:
+def message_of(row: Notification) -> Message:
+    """The message that the row was written for; organization, device and deliveries are best fetched with it."""
     return Message(
         id=UUID(str(row.uuid)),
         effect_key=row.effect_key,

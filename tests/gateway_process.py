@@ -250,6 +250,8 @@ def _run_operator() -> None:
             leave,
             set_state,
             add_membership,
+            add_person,
+            set_role,
         )
     }
     for line in sys.stdin:
@@ -303,6 +305,7 @@ def publish(
     device: str | None = None,
     event: str = "alert",
     protocols: Sequence[str] = ("socketio", "mqtt", "coap"),
+    payload: dict[str, Any] | None = None,
 ) -> str:
     """A notification the way an effect makes one: rows, then the stream; its id."""
     from devices.models import Device, Organization
@@ -310,7 +313,11 @@ def publish(
     from notifications.messages import Protocol
 
     message = new_message(
-        organization, device=device, event=event, protocols=tuple(Protocol(each) for each in protocols)
+        organization,
+        device=device,
+        event=event,
+        protocols=tuple(Protocol(each) for each in protocols),
+        payload=payload or {"text": "ph is 9"},
     )
     owner = Organization.objects.get(uuid=organization)
     row = Device.objects.get(uuid=device).pk if device else None
@@ -374,6 +381,22 @@ def add_membership(*, user: int, organization: str) -> None:
     from devices.models import Membership, Organization
 
     Membership.objects.create(user_id=user, organization=Organization.objects.get(uuid=organization))
+
+
+def add_person(*, organization: str, role: str) -> dict[str, Any]:
+    """Another member of the organization: `user` and `access_token`."""
+    from django.contrib.auth import get_user_model
+
+    user = get_user_model().objects.create_user(f"person-{uuid4().hex[:12]}")
+    add_membership(user=user.pk, organization=organization)
+    set_role(user=user.pk, organization=organization, role=role)
+    return {"user": user.pk, "access_token": access_token(user=user.pk)}
+
+
+def set_role(*, user: int, organization: str, role: str) -> int:
+    from devices.models import Membership
+
+    return Membership.objects.filter(user_id=user, organization__uuid=organization).update(role=role)
 
 
 def set_state(*, device: str, value: Any) -> int:
