@@ -115,9 +115,9 @@ def stretch_after(client: Redis, position: bytes, *, count: int) -> Stretch:
         pipeline.xrange(keys.NOTIFICATIONS, count=1)
         found, first = pipeline.execute()
     entries = [Entry(entry_id, fields.get(b"m")) for entry_id, fields in found]
-    return Stretch(
-        entries, first[0][0] if first else None, max(newest, *(each.id for each in entries[-1:]), key=_parts)
-    )
+    # What was published between the two questions is in the entries.
+    ids = [newest, *(entry.id for entry in entries[-1:])]
+    return Stretch(entries, first[0][0] if first else None, max(ids, key=_parts))
 
 
 def before(entry_id: bytes) -> bytes:

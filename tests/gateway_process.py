@@ -176,8 +176,10 @@ def _print(**values: Any) -> None:
 
 def _transport(kind: str, **options: Any) -> Any:
     if kind == "socketio":
+        from notifications.transports import socketio_replay
         from notifications.transports.socketio import SocketIoTransport
 
+        socketio_replay.MAXIMUM_REPLAYED = options.get("replayed", socketio_replay.MAXIMUM_REPLAYED)
         return SocketIoTransport(port=0)
     if kind == "coap":
         from notifications.transports.coap import CoapTransport
@@ -251,6 +253,7 @@ def _run_operator() -> None:
             set_state,
             add_membership,
             add_person,
+            add_devices,
             set_role,
         )
     }
@@ -391,6 +394,15 @@ def add_person(*, organization: str, role: str) -> dict[str, Any]:
     add_membership(user=user.pk, organization=organization)
     set_role(user=user.pk, organization=organization, role=role)
     return {"user": user.pk, "access_token": access_token(user=user.pk)}
+
+
+def add_devices(*, organization: str, count: int) -> None:
+    """Devices with one state each."""
+    from devices.models import Device, DeviceState, Organization
+
+    owner = Organization.objects.get(uuid=organization)
+    added = Device.objects.bulk_create(Device(organization=owner, name=f"lamp {number}") for number in range(count))
+    DeviceState.objects.bulk_create(DeviceState(device=device, name="power") for device in added)
 
 
 def set_role(*, user: int, organization: str, role: str) -> int:

@@ -226,6 +226,21 @@ def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
         assert not client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
 
 
+@pytest.mark.parametrize(
+    "named", [None, {}, {"position": None}, {"position": 5}, {"position": "yesterday"}, {"position": "1-2-3"}, "1-2"]
+)
+def test_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm, named: object) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        answer = client.ask("resume", named)
+        assert answer["ok"] is False
+        assert "position" in answer["error"]
+        assert published(farm, client) in client.ids()
+
+
+def test_a_handshake_with_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm) -> None:
+    assert "position" in refusal(gateway, auth={"token": farm["access_token"], "position": "yesterday"})
+
+
 def test_a_message_for_roles_reaches_only_members_with_one_of_them(gateway: GatewayProcess, farm: Farm) -> None:
     grower = operator().ask("add_person", organization=farm["organization"], role="operator")
     with (
