@@ -1,17 +1,26 @@
-"""Socket.IO clients for tests: the Python library's, and a bare WebSocket whose frames a test reads itself."""
+"""Socket.IO clients for tests: the Python and JavaScript libraries', and a bare WebSocket whose frames a test reads itself."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import socketio
 
-from tests.gateway_process import GatewayProcess
+from deploy import javascript
+from tests.gateway_process import GatewayProcess, until
+
+JAVASCRIPT = Path(__file__).resolve().parent / "javascript"
 
 
 class Client:
@@ -52,6 +61,73 @@ def url(gateway: GatewayProcess) -> str:
     return f"http://{host}:{port}"
 
 
+class JavaScriptClient:
+    """The JavaScript library under node, with everything it received in order; it tries `urls` in turn for ever."""
+
+    def __init__(self, urls: Sequence[str], token: str, *, transports: Sequence[str]) -> None:
+        node = shutil.which("node")
+        if node is None:
+            pytest.skip("node is not on this machine, and JavaScript clients need it")
+        options = {"urls": urls, "token": token, "transports": transports}
+        self._child = subprocess.Popen(
+            [node, str(JAVASCRIPT / "listener.cjs"), json.dumps(options)],
+            env={**os.environ, "NODE_PATH": str(javascript.modules(JAVASCRIPT))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def received(self) -> list[tuple[str, Any]]:
+        return [(line["event"], line["data"]) for line in list(self.lines) if "event" in line]
+
+    def ids(self) -> list[str]:
+        return [data["id"] for _, data in self.received if "id" in data]
+
+    def printed(self, key: str) -> list[Any]:
+        """The values of its lines {key: value}."""
+        return [line[key] for line in list(self.lines) if key in line]
+
+    def ask(self, event: str, argument: object) -> Any:
+        """What the server acknowledges the event with."""
+        return self.ask_at_once([[event, argument]])[0]
+
+    def ask_at_once(self, requests: Sequence[Sequence[object]]) -> list[Any]:
+        assert self._child.stdin is not None
+        before = len(self.printed("answer"))
+        self._child.stdin.write("".join(json.dumps(request) + "\n" for request in requests))
+        self._child.stdin.flush()
+        until(lambda: len(self.printed("answer")) >= before + len(requests))
+        return self.printed("answer")[before:]
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.close()
+        self._child.wait(10)
+        self._reader.join(10)
+        self._child.stdout.close()
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            self.lines.append(json.loads(line))
+
+
+@contextmanager
+def javascript_client(urls: Sequence[str], token: str, *, transports: Sequence[str]) -> Iterator[JavaScriptClient]:
+    """One that was let in."""
+    client = JavaScriptClient(urls, token, transports=transports)
+    try:
+        until(lambda: client.printed("connected"))
+        yield client
+    finally:
+        client.close()
+
+
 @contextmanager
 def raw_websocket(
     gateway: GatewayProcess, *, token: str = "", receive_buffer: int = 0, **auth: Any
@@ -60,18 +136,26 @@ def raw_websocket(
 
     Read from the wire where order matters, because the Python client runs a thread for each event.
     """
+    auth = {"token": token, **auth} if token else {}
+    with open_websocket(gateway.addresses()["socketio"], receive_buffer=receive_buffer, **auth) as connection:
+        yield connection
+
+
+@contextmanager
+def open_websocket(address: tuple[str, int], *, receive_buffer: int = 0, **auth: Any) -> Iterator[socket.socket]:
+    """The same at an address; EOFError when the connection ends before it is there."""
     with socket.socket() as connection:
         if receive_buffer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         connection.settimeout(10)
-        connection.connect(gateway.addresses()["socketio"])
+        connection.connect(address)
         connection.sendall(
             b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: gateway\r\nConnection: Upgrade\r\n"
             b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
         assert b" 101 " in _until(connection, b"\r\n\r\n")
-        if token:
-            connection.sendall(text_frame(b"40" + json.dumps({"token": token, **auth}).encode()))
+        if auth:
+            connection.sendall(text_frame(b"40" + json.dumps(auth).encode()))
             _until(connection, b'40{"sid":"')
             _until(connection, b"}")
         yield connection
@@ -80,7 +164,10 @@ def raw_websocket(
 def _until(connection: socket.socket, end: bytes) -> bytes:
     received = b""
     while not received.endswith(end):
-        received += connection.recv(1)
+        byte = connection.recv(1)
+        if not byte:
+            raise EOFError(f"the connection ended after {received!r}")
+        received += byte
     return received
 
 
@@ -113,6 +200,6 @@ def events(connection: socket.socket, *, pause_seconds: float = 0.0) -> Iterator
             time.sleep(pause_seconds)
 
 
-def messages(connection: socket.socket, *, pause_seconds: float = 0.0) -> Iterator[Any]:
-    """The bodies of the messages among the events."""
-    return (data for _, data in events(connection, pause_seconds=pause_seconds) if "id" in data)
+def messages(connection: socket.socket, *, pause_seconds: float = 0.0, all_with: str = "id") -> Iterator[Any]:
+    """The bodies of the messages among the events; of other events, too, that have another key in common."""
+    return (data for _, data in events(connection, pause_seconds=pause_seconds) if all_with in data)

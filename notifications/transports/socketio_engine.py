@@ -3,7 +3,8 @@
 simple-websocket hands a frame to `socket.send` once and ignores how much of it was taken, so a full send buffer cuts
 frames in two; it reads messages of any size; and a closed connection lasts as long as the peer likes. Engine.IO waits
 for ever when it ends the session of a client that does not poll. Socket.IO keeps as many attachments as are announced, and
-handles packets as fast as they come.
+handles packets as fast as they come. And what waits for a polling client goes into one answer, which the Python client
+refuses when it holds more than 16 packets; the server refuses as many in a request, which JavaScript sends at will.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import gevent
 import simple_websocket  # type: ignore[import-untyped]
 import socketio
 from engineio.async_drivers.gevent import WebSocketWSGI
+from engineio.payload import Payload
 from gevent.lock import Semaphore
 from gevent.pywsgi import WSGIHandler
-from gevent.queue import JoinableQueue
+from gevent.queue import Empty, JoinableQueue
 from socketio.packet import Packet
 from wsproto.utilities import ProtocolError
 
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 WRITE_SECONDS = 20.0
 # Packets of one client. The burst lets it join every room it may be in at once.
 PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
+# What clients of python-engineio take in one answer; those of JavaScript take any number.
+PACKETS_PER_ANSWER = 16
+Payload.max_decode_packets = int(PACKETS_AT_ONCE)
 
 
 class WholeWrites:
@@ -116,11 +121,25 @@ class RequestHandler(WSGIHandler):
 
 
 class MeasuredQueue(JoinableQueue):  # type: ignore[type-arg]  # its items are packets, and None at the end
-    """A queue of packets that knows how many characters wait in it."""
+    """A queue of packets that knows how many characters wait in it, and gives out as many at once as an answer may hold.
+
+    The first packet of an answer is waited for, the others are not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.characters = 0
+        self._given = 0
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self._given = 1 if block else self._given + 1
+        if self._given > PACKETS_PER_ANSWER:
+            raise Empty
+        return super().get(block, timeout)
+
+    def clear(self) -> None:
+        while not self.empty():
+            super().get(False)
 
     def _put(self, item: Any) -> None:
         self.characters += _length(item)
@@ -165,8 +184,7 @@ class Engine(engineio.Server):
         if connection is None:
             return
         connection.close(wait=False, abort=True)
-        while not connection.queue.empty():
-            connection.queue.get_nowait()
+        connection.queue.clear()
         connection.queue.put(None)  # what the writer takes for the end
 
 
