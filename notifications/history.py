@@ -13,12 +13,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.conf import settings
-from django.db.models import Prefetch, Q
+from django.db.models import Q
 from django.utils import timezone
 
 from devices.models import DeviceState
 from notifications.messages import Message, Protocol
-from notifications.models import Delivery, Notification
+from notifications.models import Notification
 from notifications.outbox import message_of
 
 CLOCKS_AGREE_SECONDS = 10.0
@@ -45,10 +45,13 @@ class Published:
             Notification.objects.filter(after, organization__uuid__in=organizations, deliveries__protocol=self.protocol)
             .filter(Q() if self.until is None else Q(published_at__lte=self.until))
             .select_related("organization", "device")
-            .prefetch_related(Prefetch("deliveries", Delivery.objects.only("protocol", "notification_id")))
             .order_by("published_at", "id")[:SLICE]
         )
-        found = [(row.published_at, row.pk, message_of(row)) for row in rows if row.published_at is not None]
+        found = [
+            (row.published_at, row.pk, message_of(row, (self.protocol,)))
+            for row in rows
+            if row.published_at is not None
+        ]
         if found:
             self._last = found[-1][:2]
         return [(moment, message) for moment, _, message in found]

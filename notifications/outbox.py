@@ -97,13 +97,13 @@ def sweep(now: datetime | None = None) -> int:
         .prefetch_related(Prefetch("deliveries", Delivery.objects.only("protocol", "notification_id")))
         .order_by("id")[:SWEEP_BATCH]
     )
-    left_behind = [message_of(row) for row in rows]
+    left_behind = [message_of(row, tuple(Protocol(each.protocol) for each in row.deliveries.all())) for row in rows]
     publish(left_behind)
     return len(left_behind)
 
 
-def message_of(row: Notification) -> Message:
-    """The message that the row was written for; organization, device and deliveries are best fetched with it."""
+def message_of(row: Notification, protocols: tuple[Protocol, ...]) -> Message:
+    """The message that the row was written for; organization and device are best fetched with it."""
     return Message(
         id=UUID(str(row.uuid)),
         effect_key=row.effect_key,
@@ -113,5 +113,5 @@ def message_of(row: Notification) -> Message:
         priority=row.priority,
         payload=row.payload,
         timestamp=row.timestamp.isoformat(),
-        protocols=tuple(Protocol(delivery.protocol) for delivery in row.deliveries.all()),
+        protocols=protocols,
     )

@@ -170,6 +170,12 @@ def test_a_gap_is_said_and_the_states_are_sent(gateway: GatewayProcess, farm: Fa
         assert (state["device"], state["stateName"], state["value"]) == (farm["device"], "power", "on")
 
 
+def test_a_client_that_begins_at_the_beginning_is_given_the_states_even_before_anything_was_published(
+    gateway: GatewayProcess, farm: Farm
+) -> None:
+    assert [event for event, _ in resumed(gateway, farm, "0-0")] == ["gap", "snapshot"]
+
+
 def test_states_of_many_devices_come_in_parts_of_which_the_last_says_so(gateway: GatewayProcess, farm: Farm) -> None:
     operator().ask("add_devices", organization=farm["organization"], count=600)
     published(farm)

@@ -35,6 +35,8 @@ from notifications.transports.socketio_sessions import DEVICE, ORGANIZATION, Ses
 
 log = logging.getLogger(__name__)
 SLICE = 100
+# The position of a client that has seen nothing: it is given the states of its devices.
+BEGINNING = "0-0"
 # Messages of one replay; whoever missed more is better served by the states as they are now.
 MAXIMUM_REPLAYED = 100_000
 # While every client has enough to fetch, or Redis or the database is away.
@@ -154,7 +156,7 @@ class Replayer:
         stretch = stream.stretch_after(redis.client(), start.encode(), count=SLICE)
         if not self._is_current(replay):
             return
-        if not replay.checked and (not stretch.follows(start.encode()) or stream.is_after(start, stretch.newest)):
+        if not replay.checked and _reaches_further(start, stretch):
             self._look_back(replay, stretch)
             return
         # Who was not given all in between may share only what follows its own position without a hole.
@@ -271,6 +273,12 @@ class Replayer:
 def body(message: Message) -> dict[str, Any]:
     """What Socket.IO sends: the body of all protocols, and the position to go on from."""
     return {**messages.body(message), "position": message.position}
+
+
+def _reaches_further(position: str, stretch: Stretch) -> bool:
+    """Whether the stream alone cannot tell what followed the position."""
+    begins_later = not stretch.follows(position.encode())
+    return begins_later or position == BEGINNING or stream.is_after(position, stretch.newest)
 
 
 def _shares(replay: Replay, start: str) -> bool:
