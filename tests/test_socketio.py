@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,24 @@ def test_a_stranger_that_asks_too_often_is_cut_off(gateway: GatewayProcess) -> N
         stranger.settimeout(5)  # sooner than who only shows no token
         while stranger.recv(4096):
             pass
+
+
+def test_one_person_may_not_take_all_connections(gateway: GatewayProcess, farm: Farm) -> None:
+    other = operator().ask("seed")
+    with ExitStack() as held:
+        for _ in range(50):
+            held.enter_context(raw_websocket(gateway, token=farm["access_token"]))
+        assert "50 connections" in refusal(gateway, auth={"token": farm["access_token"]})
+        held.enter_context(raw_websocket(gateway, token=other["access_token"]))
+    until(lambda: _is_let_in(gateway, farm))
+
+
+def _is_let_in(gateway: GatewayProcess, farm: Farm) -> bool:
+    try:
+        with connected(gateway, farm["access_token"]):
+            return True
+    except NotConnected:
+        return False
 
 
 def test_a_client_that_leaves_many_megabytes_unread_is_cut_off(gateway: GatewayProcess, farm: Farm) -> None:

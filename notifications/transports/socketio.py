@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 # Clients send room names and tokens, nothing larger.
 MAXIMUM_REQUEST_BYTES = 64 * 1024
 MAXIMUM_ROOMS = 200
+# One gateway's, and one person's at it: a page that connects again and again must not keep everybody else out.
+MAXIMUM_SESSIONS, SESSIONS_PER_PERSON = 10_000, 50
 # Messages, and characters of them, that wait for one client; a healthy one is a few behind. More means that it does not
 # read: it is cut off.
 MAXIMUM_QUEUED, MAXIMUM_QUEUED_CHARACTERS = 5_000, 16_000_000
@@ -164,6 +166,7 @@ class SocketIoTransport:
         finally:
             close_old_connections()
         # No greenlet switch from here to the end: the first message must not come before the connection is confirmed.
+        self._refuse_too_many(who.user_id)
         session = Session(user_id=who.user_id, expires_at=who.expires_at, organizations=who.organizations)
         self.sessions[sid] = session
         session.is_live = position is None
@@ -173,6 +176,12 @@ class SocketIoTransport:
             gevent.spawn(self._tell_position, sid)  # not before the connection is confirmed
         else:
             self._replayer.begin(sid, position)
+
+    def _refuse_too_many(self, user_id: int) -> None:
+        if len(self.sessions) >= MAXIMUM_SESSIONS:
+            raise Refused("This gateway has all the clients that it can serve, try another one.")
+        if sum(session.user_id == user_id for session in self.sessions.values()) >= SESSIONS_PER_PERSON:
+            raise Refused(f"One person can have {SESSIONS_PER_PERSON} connections to a gateway at most.")
 
     def _tell_position(self, sid: str) -> None:
         """A client that is cut off before its first message needs to know where to go on, too."""
