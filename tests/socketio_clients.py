@@ -187,13 +187,15 @@ def events(connection: socket.socket, *, pause_seconds: float = 0.0) -> Iterator
     with connection.makefile("rb") as stream:
         while True:
             header = stream.read(2)
-            if header[:1] in (b"", b"\x88"):  # the end, said or not
+            if len(header) < 2 or header[0] == 0x88:  # the end, said or not
                 return
             first, length = header
             assert first == 0x81, "this is no text frame: the one before it was cut off"
             if length > 125:
                 length = int.from_bytes(stream.read(2 if length == 126 else 8), "big")
             frame = stream.read(length)
+            if len(frame) < length:  # the connection was cut in the middle of it
+                return
             if frame.startswith(b"42"):
                 event, data = json.loads(frame[2:])
                 yield event, data

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aemos.lib import redis
+from deploy import javascript
+from deploy.debian import FetchError
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import JAVASCRIPT, JavaScriptClient, javascript_client, url
 
@@ -88,6 +91,21 @@ def test_a_wrong_token_is_refused_with_the_reason(gateway: GatewayProcess) -> No
         assert "not valid" in client.printed("refused")[0]
     finally:
         client.close()
+
+
+def test_packages_that_cannot_be_fetched_are_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(javascript, "UNPACKED", tmp_path)
+    with monkeypatch.context() as offline:
+        offline.setenv("AEMOS_SERVERS_OFFLINE", "1")
+        offline.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+        with pytest.raises(FetchError, match="AEMOS_SERVERS_OFFLINE"):
+            javascript.modules(JAVASCRIPT)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(FetchError, match="npm is not on this machine"):
+        javascript.modules(JAVASCRIPT)
+    assert not (tmp_path / "javascript").exists()
 
 
 def test_the_lock_names_no_host_and_pins_the_client_that_is_served_to_browsers() -> None:

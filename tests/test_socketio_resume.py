@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from deploy.servers import Server
 from notifications.transports import socketio_replay
 from tests.gateway_process import GatewayProcess, operator, running, until
@@ -168,6 +168,11 @@ def test_a_gap_is_said_and_the_states_are_sent(gateway: GatewayProcess, farm: Fa
         assert (snapshot[0], snapshot[1]["complete"]) == ("snapshot", True)
         (state,) = snapshot[1]["states"]
         assert (state["device"], state["stateName"], state["value"]) == (farm["device"], "power", "on")
+    until(lambda: counted("gap") >= 2 and counted("complete") >= 1)  # to begin at 0-0 is no gap
+
+
+def counted(result: str) -> float:
+    return float(redis.client().hget(keys.METRICS, f"{metrics.SOCKETIO_RESUMES.name}|{result}") or 0)
 
 
 def test_a_client_that_begins_at_the_beginning_is_given_the_states_even_before_anything_was_published(

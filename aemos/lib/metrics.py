@@ -117,6 +117,16 @@ NOTIFICATIONS_SENT = Counter(
     "Messages that a transport was done with, by protocol and state: sent, acknowledged or failed.",
     ["protocol", "state"],
 )
+SOCKETIO_ENDED = Counter(
+    "socketio_sessions_ended_total",
+    "Socket.IO connections that the gateway ended, by reason: token-expired, user-inactive, too-many-events or unread.",
+    ["reason"],
+)
+SOCKETIO_RESUMES = Counter(
+    "socketio_resumes_total",
+    "Socket.IO clients that came back, by result: complete, or gap if too much was missed.",
+    ["result"],
+)
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
     UNRECORDED,
@@ -126,6 +136,8 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
+    SOCKETIO_ENDED,
+    SOCKETIO_RESUMES,
 )
 
 

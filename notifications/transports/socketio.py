@@ -31,6 +31,7 @@ from django.utils import timezone
 from gevent.pywsgi import WSGIServer
 from socketio.exceptions import ConnectionRefusedError as Refused
 
+from aemos.lib import metrics
 from devices.exceptions import BadPayload, Unauthorized
 from notifications import history
 from notifications.messages import Message, Protocol
@@ -265,6 +266,7 @@ class SocketIoTransport:
 
     def _end(self, sid: str, reason: str, sentence: str) -> None:
         if sid in self.sessions:
+            metrics.SOCKETIO_ENDED.labels(reason).inc()
             self._server.emit("session-ended", {"reason": reason, "message": sentence}, to=sid)
             self._server.disconnect(sid)
 
@@ -303,6 +305,7 @@ class SocketIoTransport:
             count, characters = self._engine.load(connection)
             if count > MAXIMUM_QUEUED or characters > MAXIMUM_QUEUED_CHARACTERS:
                 log.warning("Cut off a Socket.IO client that does not read: %d messages waited", count)
+                metrics.SOCKETIO_ENDED.labels("unread").inc()
                 self._engine.cut_off(connection)
 
     def _cut_off_strangers(self, now: float) -> None:

@@ -27,7 +27,7 @@ from django.db import DatabaseError, close_old_connections
 from gevent.event import Event
 from redis.exceptions import RedisError
 
-from aemos.lib import redis
+from aemos.lib import metrics, redis
 from notifications import history, messages, stream
 from notifications.messages import Message
 from notifications.stream import Entry, Stretch
@@ -73,6 +73,7 @@ class Replay:
     states: history.States | None = None
     sent: set[UUID] = field(default_factory=set)
     checked: bool = False
+    has_gap: bool = False
     count: int = 0
 
     @property
@@ -189,6 +190,7 @@ class Replayer:
             if now != live and stream.is_after(now, replay.position):
                 continue
             del self._replays[replay.sid]
+            metrics.SOCKETIO_RESUMES.labels("gap" if replay.has_gap else "complete").inc()
             given = replay.position if stream.is_after(replay.position, now) else now
             if given == now:
                 self._outlet.go_live(replay.sid)
@@ -239,6 +241,7 @@ class Replayer:
             devices=[room.removeprefix(DEVICE) for room in rooms if room.startswith(DEVICE)],
         )
         gap = {"from": replay.position, "to": newest, "oldest": oldest.decode() if oldest else None}
+        replay.has_gap = replay.position != BEGINNING
         replay.position, replay.checked, replay.count, replay.past = newest, True, 0, None
         replay.rows.clear()
         self._outlet.send("gap", gap, [replay.sid])
