@@ -16,6 +16,8 @@ from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import keys, redis
 from notifications.messages import decode
+from notifications.transports.socketio import SocketIoTransport
+from notifications.transports.socketio_sessions import Session
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
 
@@ -299,6 +301,16 @@ def test_a_stranger_that_asks_too_often_is_cut_off(gateway: GatewayProcess) -> N
         stranger.settimeout(5)  # sooner than who only shows no token
         while stranger.recv(4096):
             pass
+
+
+def test_a_connection_that_ended_while_its_token_was_checked_leaves_no_session() -> None:
+    transport = SocketIoTransport(port=0)
+    manager = transport._server.manager
+    sid = manager.pre_connect("connection", "/")
+    transport.sessions[sid] = Session(user_id=1, expires_at=time.time() + 60, organizations={})
+    transport._sweep(time.time(), 0.0)
+    assert not transport.sessions
+    assert list(manager.get_participants("/", None)) == []
 
 
 def test_one_person_may_not_take_all_connections(gateway: GatewayProcess, farm: Farm) -> None:

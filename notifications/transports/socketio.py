@@ -157,7 +157,8 @@ class SocketIoTransport:
     def connect(self, sid: str, environ: Mapping[str, Any], auth: object = None) -> None:
         """Lets a person with a live access token in; the refusal tells the client why."""
         try:
-            position = _position(auth) if isinstance(auth, Mapping) and "position" in auth else None
+            returns = isinstance(auth, Mapping) and auth.get("position") is not None
+            position = _position(auth) if returns else None
             who = person(_token(environ, auth))
         except (Unauthorized, BadPayload) as refusal:
             raise Refused(refusal.detail) from None
@@ -258,6 +259,7 @@ class SocketIoTransport:
         for sid, session in list(self.sessions.items()):
             if session.expires_at <= wall_clock:
                 self._end(sid, "token-expired", "The access token has expired: connect again with a new one.")
+        self._forget_the_gone()
         self._cut_off_the_slow()
         self._cut_off_strangers(now)
         if self.sessions and now - self._rights_at >= RIGHTS_SECONDS:
@@ -299,6 +301,13 @@ class SocketIoTransport:
         for organization in organizations.keys() - session.organizations.keys():
             self._enter(sid, session, ORGANIZATION + organization, organization)
         session.organizations = organizations
+
+    def _forget_the_gone(self) -> None:
+        """The library does not tell of a connection that ended while its token was checked."""
+        for sid in list(self.sessions):
+            if self._server.manager.eio_sid_from_sid(sid, "/") not in self._engine.sockets:
+                self.disconnect(sid)
+                self._server.manager.disconnect(sid, "/", ignore_queue=True)
 
     def _cut_off_the_slow(self) -> None:
         for connection in list(self._engine.sockets):
