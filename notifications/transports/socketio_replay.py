@@ -286,7 +286,8 @@ def _reaches_further(position: str, stretch: Stretch) -> bool:
 
 def _shares(replay: Replay, start: str) -> bool:
     """Whether the replay can be given entries that were read after `start`: it has passed that, without a hole."""
-    return replay.reads_the_stream and not stream.is_after(start, replay.position)
+    is_under_way = replay.checked or replay.position != BEGINNING
+    return replay.reads_the_stream and is_under_way and not stream.is_after(start, replay.position)
 
 
 def _decoded(entry: Entry, position: str) -> Message | None:
