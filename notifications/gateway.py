@@ -242,7 +242,7 @@ class Gateway:
 
     def _decode(self, lane: Lane, entry: Entry) -> Message | None:
         try:
-            return messages.decode(entry.message or b"")
+            return messages.decode(entry.message or b"", position=entry.id.decode())
         except msgspec.MsgspecError as error:
             lane.counts["undecodable"] += 1
             log.error("Skipped the entry %s of the stream, which is no message: %s", entry.id.decode(), error)

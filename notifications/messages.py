@@ -49,7 +49,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     `device_uuid` addresses one device and those who watch it; without it the whole organization is addressed.
     `timestamp` is when it happened, RFC 3339 in UTC. `payload` is what clients receive under "data". `expires_at`, in epoch
-    seconds, is from when on it comes too late: see `has_expired`.
+    seconds, is from when on it comes too late: see `has_expired`. `position` is where it stands in the notification stream;
+    empty until it is published.
     """
 
     id: UUID
@@ -62,6 +63,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     device_uuid: str | None = None
     protocols: tuple[Protocol, ...] = ALL_PROTOCOLS
     expires_at: float | None = None
+    position: str = ""
 
     @property
     def is_urgent(self) -> bool:
@@ -89,9 +91,9 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(data: bytes) -> Message:
-    """The message again; msgspec.DecodeError when the bytes are none."""
-    return _decoder.decode(data)
+def decode(data: bytes, *, position: str = "") -> Message:
+    """The message again, which stands at `position` of the stream; msgspec.DecodeError when the bytes are none."""
+    return msgspec.structs.replace(_decoder.decode(data), position=position)
 
 
 def body(message: Message) -> dict[str, Any]:

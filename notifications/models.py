@@ -32,7 +32,9 @@ class Notification(models.Model):
         ordering = ["-id"]
         # The sweep asks every second for what was written but not published: almost always nothing.
         indexes = [
-            models.Index(fields=["created_at"], condition=models.Q(published_at=None), name="notification_unpublished")
+            models.Index(fields=["created_at"], condition=models.Q(published_at=None), name="notification_unpublished"),
+            # A client that was away for long is replayed to from the table, in the order of publication.
+            models.Index(fields=["published_at", "id"], name="notification_published"),
         ]
 
     def __str__(self) -> str:

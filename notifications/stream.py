@@ -75,7 +75,7 @@ class FanOutCursor:
 
     def open(self) -> None:
         try:
-            newest = _newest_id(self._client)
+            newest = newest_id(self._client)
         except RedisError:
             # Nothing is published while Redis is away, so its clock has passed this when the first entry comes.
             self._position = self._position or b"%d-0" % (self._wall_clock() * 1000)
@@ -102,6 +102,42 @@ class FanOutCursor:
 
     def release(self, entry_ids: Iterable[bytes]) -> None:
         """Nothing to do: the clients of this gateway go with it."""
+
+
+class Stretch(NamedTuple):
+    """Entries that follow one another; `oldest` and `newest` are ids of the whole stream, None and 0-0 without entries."""
+
+    entries: list[Entry]
+    oldest: bytes | None
+    newest: bytes
+
+    def follows(self, position: bytes) -> bool:
+        """Whether nothing between the position and the entries was cut off the stream."""
+        return self.oldest is None or _parts(before(self.oldest)) <= _parts(position)
+
+
+def stretch_after(client: Redis, position: bytes, *, count: int) -> Stretch:
+    """At most `count` entries after the position. The oldest id is looked up last: nothing is cut off in between."""
+    newest = newest_id(client)
+    with client.pipeline(transaction=False) as pipeline:
+        pipeline.xrange(keys.NOTIFICATIONS, min=b"(" + position, count=count)
+        pipeline.xrange(keys.NOTIFICATIONS, count=1)
+        found, first = pipeline.execute()
+    entries = [Entry(entry_id, fields.get(b"m")) for entry_id, fields in found]
+    # What was published between the two questions is in the entries.
+    ids = [newest, *(entry.id for entry in entries[-1:])]
+    return Stretch(entries, first[0][0] if first else None, max(ids, key=_parts))
+
+
+def before(entry_id: bytes) -> bytes:
+    """The greatest id below this one."""
+    milliseconds, sequence = _parts(entry_id)
+    return b"%d-%d" % ((milliseconds, sequence - 1) if sequence else (milliseconds - 1, 2**64 - 1))
+
+
+def is_after(one: str | bytes, other: str | bytes) -> bool:
+    """Compares two ids as the stream does."""
+    return _parts(one) > _parts(other)
 
 
 class GroupCursor:
@@ -220,7 +256,7 @@ def _entries(reply: Any) -> list[Entry]:
     return [Entry(entry_id, fields.get(b"m")) for _, found in reply or () for entry_id, fields in found]
 
 
-def _newest_id(client: Redis) -> bytes:
+def newest_id(client: Redis) -> bytes:
     """The id that the stream gave out last; 0-0 when there is no stream."""
     try:
         information: Any = client.xinfo_stream(keys.NOTIFICATIONS)
@@ -232,6 +268,7 @@ def _newest_id(client: Redis) -> bytes:
     return newest
 
 
-def _parts(entry_id: bytes) -> tuple[int, int]:
-    milliseconds, _, sequence = entry_id.partition(b"-")
+def _parts(entry_id: bytes | str) -> tuple[int, int]:
+    text = entry_id.decode() if isinstance(entry_id, bytes) else entry_id
+    milliseconds, _, sequence = text.partition("-")
     return int(milliseconds), int(sequence or 0)

@@ -178,8 +178,10 @@ def _print(**values: Any) -> None:
 
 def _transport(kind: str, **options: Any) -> Any:
     if kind == "socketio":
+        from notifications.transports import socketio_replay
         from notifications.transports.socketio import SocketIoTransport
 
+        socketio_replay.MAXIMUM_REPLAYED = options.get("replayed", socketio_replay.MAXIMUM_REPLAYED)
         return SocketIoTransport(port=0)
     if kind == "coap":
         from notifications.transports.coap import CoapTransport
@@ -258,6 +260,9 @@ def _run_operator() -> None:
             leave,
             set_state,
             add_membership,
+            add_person,
+            add_devices,
+            set_role,
         )
     }
     for line in sys.stdin:
@@ -312,6 +317,7 @@ def publish(
     event: str = "alert",
     protocols: Sequence[str] = ("socketio", "mqtt", "coap"),
     expires_at: float | None = None,
+    payload: dict[str, Any] | None = None,
 ) -> str:
     """A notification the way an effect makes one: rows, then the stream; its id."""
     from devices.models import Device, Organization
@@ -319,7 +325,14 @@ def publish(
     from notifications.messages import Protocol
 
     over = tuple(Protocol(each) for each in protocols)
-    message = new_message(organization, device=device, event=event, protocols=over, expires_at=expires_at)
+    message = new_message(
+        organization,
+        device=device,
+        event=event,
+        protocols=over,
+        expires_at=expires_at,
+        payload=payload or {"text": "ph is 9"},
+    )
     owner = Organization.objects.get(uuid=organization)
     row = Device.objects.get(uuid=device).pk if device else None
     outbox.publish(outbox.write([(message, owner.pk, row)]))
@@ -434,6 +447,31 @@ def add_membership(*, user: int, organization: str) -> None:
     from devices.models import Membership, Organization
 
     Membership.objects.create(user_id=user, organization=Organization.objects.get(uuid=organization))
+
+
+def add_person(*, organization: str, role: str) -> dict[str, Any]:
+    """Another member of the organization: `user` and `access_token`."""
+    from django.contrib.auth import get_user_model
+
+    user = get_user_model().objects.create_user(f"person-{uuid4().hex[:12]}")
+    add_membership(user=user.pk, organization=organization)
+    set_role(user=user.pk, organization=organization, role=role)
+    return {"user": user.pk, "access_token": access_token(user=user.pk)}
+
+
+def add_devices(*, organization: str, count: int) -> None:
+    """Devices with one state each."""
+    from devices.models import Device, DeviceState, Organization
+
+    owner = Organization.objects.get(uuid=organization)
+    added = Device.objects.bulk_create(Device(organization=owner, name=f"lamp {number}") for number in range(count))
+    DeviceState.objects.bulk_create(DeviceState(device=device, name="power") for device in added)
+
+
+def set_role(*, user: int, organization: str, role: str) -> int:
+    from devices.models import Membership
+
+    return Membership.objects.filter(user_id=user, organization__uuid=organization).update(role=role)
 
 
 def set_state(*, device: str, value: Any) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import queue
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,12 @@ import requests
 import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
-from aemos.lib import redis
+from aemos.lib import keys, redis
+from notifications.messages import decode
+from notifications.transports.socketio import SocketIoTransport
+from notifications.transports.socketio_sessions import Session
 from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
 
 Farm = dict[str, Any]
 
@@ -37,42 +39,6 @@ def farm() -> Farm:
     return found
 
 
-class Client:
-    """The real client, with everything it received in order."""
-
-    def __init__(self) -> None:
-        # Reconnecting would hide that the server has ended the connection.
-        self.io = socketio.Client(reconnection=False)
-        self.received: list[tuple[str, Any]] = []
-        self.io.on("*", lambda event, data: self.received.append((event, data)))
-
-    def ids(self) -> list[str]:
-        return [data["id"] for _, data in self.received if "id" in data]
-
-    def ask(self, event: str, *arguments: object) -> dict[str, Any]:
-        """What the server acknowledges the event with."""
-        answer: dict[str, Any] = self.io.call(event, arguments, timeout=10)
-        return answer
-
-
-@contextmanager
-def connected(gateway: GatewayProcess, token: str, *, transport: str = "websocket", **options: Any) -> Iterator[Client]:
-    client = Client()
-    try:
-        client.io.connect(
-            url(gateway), **{"auth": {"token": token}, "transports": [transport], "wait_timeout": 10, **options}
-        )
-        yield client
-    finally:
-        client.io.disconnect()
-        client.io.shutdown()
-
-
-def url(gateway: GatewayProcess) -> str:
-    host, port = gateway.addresses()["socketio"]
-    return f"http://{host}:{port}"
-
-
 def refusal(gateway: GatewayProcess, **options: Any) -> str:
     """What the server says to a client that it does not let in."""
     client = socketio.Client(reconnection=False)
@@ -87,9 +53,9 @@ def refusal(gateway: GatewayProcess, **options: Any) -> str:
         client.shutdown()
 
 
-def sent_to_all(farm: Farm) -> str:
+def sent_to_all(farm: Farm, **fields: Any) -> str:
     """A message that was published a moment ago."""
-    message: str = operator().ask("publish", organization=farm["organization"], protocols=["socketio"])
+    message: str = operator().ask("publish", organization=farm["organization"], protocols=["socketio"], **fields)
     time.sleep(0.2)
     return message
 
@@ -101,6 +67,13 @@ def published(farm: Farm, *clients: Client, **fields: Any) -> str:
     for client in clients:
         until(lambda client=client: last in client.ids())  # type: ignore[misc]
     return first
+
+
+def position_of(message: str) -> str | None:
+    """Where the stream holds the message."""
+    entries: Any = redis.client().xrevrange(keys.NOTIFICATIONS, count=100)
+    found = (entry_id.decode() for entry_id, fields in entries if str(decode(fields[b"m"]).id) == message)
+    return next(found, None)
 
 
 @pytest.mark.parametrize("auth", [None, {}, {"token": ""}, {"token": {"a": 1}}, "text", ["list"]])
@@ -149,6 +122,7 @@ def test_a_state_change_reaches_the_organizations_people_once(
         event, data = next(each for each in client.received if each[1]["id"] == message)
         assert event == "device-state-change"
         assert data == {
+            "position": position_of(message),
             "id": message,
             "event": "device-state-change",
             "organization": farm["organization"],
@@ -160,11 +134,10 @@ def test_a_state_change_reaches_the_organizations_people_once(
 
 
 def test_messages_come_in_the_order_in_which_they_were_published(gateway: GatewayProcess, farm: Farm) -> None:
-    # Read from the wire, because the Python client runs a thread for each event.
     with raw_websocket(gateway, token=farm["access_token"]) as connection:
         sent = operator().ask("publish_many", organization=farm["organization"], count=200, size=10)
-        events = _events(connection)
-        assert [next(events)["id"] for _ in sent] == sent
+        received = messages(connection)
+        assert [next(received)["id"] for _ in sent] == sent
 
 
 def test_nobody_hears_of_another_organization(gateway: GatewayProcess, farm: Farm) -> None:
@@ -256,12 +229,121 @@ def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
         assert not client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
 
 
+@pytest.mark.parametrize(
+    "named", [None, {}, {"position": None}, {"position": 5}, {"position": "yesterday"}, {"position": "1-2-3"}, "1-2"]
+)
+def test_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm, named: object) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        answer = client.ask("resume", named)
+        assert answer["ok"] is False
+        assert "position" in answer["error"]
+        assert published(farm, client) in client.ids()
+
+
+def test_a_handshake_with_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm) -> None:
+    assert "position" in refusal(gateway, auth={"token": farm["access_token"], "position": "yesterday"})
+
+
+def test_a_message_for_roles_reaches_only_members_with_one_of_them(gateway: GatewayProcess, farm: Farm) -> None:
+    grower = operator().ask("add_person", organization=farm["organization"], role="operator")
+    with (
+        connected(gateway, farm["access_token"]) as viewer,
+        connected(gateway, grower["access_token"]) as told,
+    ):
+        for client in (viewer, told):
+            client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})
+        fields = {"device": farm["device"], "payload": {"text": "ph is 9", "roles": ["operator", "admin"]}}
+        first = published(farm, told, **fields)
+        general = published(farm, viewer, told)
+        assert told.ids().count(first) == 1
+        assert general in viewer.ids()
+        assert first not in viewer.ids()
+
+
+def test_a_change_of_role_changes_what_is_told_within_seconds(gateway: GatewayProcess, farm: Farm) -> None:
+    fields = {"payload": {"roles": ["operator"]}}
+    with connected(gateway, farm["access_token"]) as client:
+        operator().ask("set_role", user=farm["user"], organization=farm["organization"], role="operator")
+        until(lambda: sent_to_all(farm, **fields) in client.ids())
+        operator().ask("set_role", user=farm["user"], organization=farm["organization"], role="viewer")
+        until(lambda: sent_to_all(farm, **fields) not in client.ids())
+
+
+@pytest.mark.parametrize("roles", ["operator", [1], {"operator": True}])
+def test_roles_that_are_no_list_of_names_are_told_to_nobody_and_the_delivery_says_so(
+    gateway: GatewayProcess, farm: Farm, roles: object
+) -> None:
+    with connected(gateway, farm["access_token"]) as client:
+        message = sent_to_all(farm, payload={"roles": roles})
+        published(farm, client)
+        assert message not in client.ids()
+        until(lambda: operator().ask("deliveries", message=message)["socketio"][0] == "failed")
+        assert "payload.roles" in operator().ask("deliveries", message=message)["socketio"][2]
+
+
+def test_a_client_that_asks_too_often_is_told_and_cut_off_while_others_go_on(
+    gateway: GatewayProcess, farm: Farm
+) -> None:
+    with (
+        connected(gateway, farm["access_token"]) as client,
+        raw_websocket(gateway, token=farm["access_token"]) as busy,
+    ):
+        received = events(busy)
+        busy.sendall(text_frame(b'42["subscribe",{"room":"x"}]') * 400)
+        reasons = [data["reason"] for event, data in received if event == "session-ended"]
+        assert reasons == ["too-many-events"]
+        assert published(farm, client) in client.ids()
+
+
+def test_a_stranger_that_asks_too_often_is_cut_off(gateway: GatewayProcess) -> None:
+    with raw_websocket(gateway) as stranger:
+        stranger.sendall(text_frame(b'42["subscribe",{"room":"x"}]') * 400)
+        stranger.settimeout(5)  # sooner than who only shows no token
+        while stranger.recv(4096):
+            pass
+
+
+def test_a_connection_that_ended_while_its_token_was_checked_leaves_no_session() -> None:
+    transport = SocketIoTransport(port=0)
+    manager = transport._server.manager
+    sid = manager.pre_connect("connection", "/")
+    transport.sessions[sid] = Session(user_id=1, expires_at=time.time() + 60, organizations={})
+    transport._sweep(time.time(), 0.0)
+    assert not transport.sessions
+    assert list(manager.get_participants("/", None)) == []
+
+
+def test_one_person_may_not_take_all_connections(gateway: GatewayProcess, farm: Farm) -> None:
+    other = operator().ask("seed")
+    with ExitStack() as held:
+        for _ in range(50):
+            held.enter_context(raw_websocket(gateway, token=farm["access_token"]))
+        assert "50 connections" in refusal(gateway, auth={"token": farm["access_token"]})
+        held.enter_context(raw_websocket(gateway, token=other["access_token"]))
+    until(lambda: _is_let_in(gateway, farm))
+
+
+def _is_let_in(gateway: GatewayProcess, farm: Farm) -> bool:
+    try:
+        with connected(gateway, farm["access_token"]):
+            return True
+    except NotConnected:
+        return False
+
+
+def test_a_client_that_leaves_many_megabytes_unread_is_cut_off(gateway: GatewayProcess, farm: Farm) -> None:
+    with raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096):
+        before = gateway.text.count("Cut off a Socket.IO client")
+        operator().ask("publish_many", organization=farm["organization"], count=100, size=300_000)
+        gateway.wait_for(lambda: gateway.text.count("Cut off a Socket.IO client") > before)
+
+
 def test_a_client_that_does_not_read_holds_up_nobody_and_is_cut_off(gateway: GatewayProcess, farm: Farm) -> None:
     with (
         raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096),
         raw_websocket(gateway, token=farm["access_token"]) as reading,
     ):
-        frames = _events(reading)
+        frames = messages(reading)
         sent = operator().ask("publish_many", organization=farm["organization"], count=9_000, size=1_000)
         assert [next(frames)["id"] for _ in sent] == sent
         gateway.wait_for(lambda: "Cut off a Socket.IO client that does not read" in gateway.text)
@@ -292,7 +374,7 @@ def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> 
 )
 def test_garbage_ends_at_most_its_own_connection(gateway: GatewayProcess, farm: Farm, garbage: bytes) -> None:
     with connected(gateway, farm["access_token"]) as client, raw_websocket(gateway) as stranger:
-        stranger.sendall(_text_frame(garbage) * 3)
+        stranger.sendall(text_frame(garbage) * 3)
         message = published(farm, client)
         assert message in client.ids()
     assert "Traceback" not in gateway.text
@@ -305,7 +387,7 @@ def test_more_than_64_kilobytes_are_not_read(gateway: GatewayProcess, farm: Farm
     assert requests.post(address, data=b"4" * 70_000, timeout=5).status_code == 400
     with raw_websocket(gateway) as stranger:
         stranger.settimeout(10)
-        stranger.sendall(_text_frame(b"4" * 70_000))
+        stranger.sendall(text_frame(b"4" * 70_000))
         while stranger.recv(4096):
             pass
 
@@ -314,8 +396,8 @@ def test_large_messages_arrive_whole_over_a_slow_connection(gateway: GatewayProc
     """Frames that do not fit the send buffer are written on, not cut off."""
     with raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096) as slow:
         sent = operator().ask("publish_many", organization=farm["organization"], count=40, size=200_000)
-        events = _events(slow, pause_seconds=0.005)
-        assert [next(events)["id"] for _ in sent] == sent
+        received = messages(slow, pause_seconds=0.005)
+        assert [next(received)["id"] for _ in sent] == sent
 
 
 def test_without_configured_origins_any_page_may_connect(gateway: GatewayProcess) -> None:
@@ -335,55 +417,3 @@ def opening(gateway: GatewayProcess, *, origin: str | None) -> int:
     headers = {"Origin": origin} if origin else {}
     address = url(gateway) + "/socket.io/?EIO=4&transport=polling"
     return requests.get(address, headers=headers, timeout=5).status_code
-
-
-@contextmanager
-def raw_websocket(gateway: GatewayProcess, *, token: str = "", receive_buffer: int = 0) -> Iterator[socket.socket]:
-    """A WebSocket whose bytes the test writes and reads itself; with a token, one that was let in."""
-    with socket.socket() as connection:
-        if receive_buffer:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(10)
-        connection.connect(gateway.addresses()["socketio"])
-        connection.sendall(
-            b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: gateway\r\nConnection: Upgrade\r\n"
-            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        assert b" 101 " in _until(connection, b"\r\n\r\n")
-        if token:
-            connection.sendall(_text_frame(b'40{"token":"%s"}' % token.encode()))
-            _until(connection, b'40{"sid":"')
-            _until(connection, b"}")
-        yield connection
-
-
-def _until(connection: socket.socket, end: bytes) -> bytes:
-    received = b""
-    while not received.endswith(end):
-        received += connection.recv(1)
-    return received
-
-
-def _text_frame(data: bytes) -> bytes:
-    """RFC 6455 5.2, masked with zeros, which change nothing."""
-    if len(data) < 126:
-        length = bytes([0x80 | len(data)])
-    elif len(data) < 65536:
-        length = b"\xfe" + len(data).to_bytes(2, "big")
-    else:
-        length = b"\xff" + len(data).to_bytes(8, "big")
-    return b"\x81" + length + bytes(4) + data
-
-
-def _events(connection: socket.socket, *, pause_seconds: float = 0.0) -> Iterator[Any]:
-    """The data of each event that comes, frame after frame."""
-    with connection.makefile("rb") as stream:
-        while True:
-            first, length = stream.read(2)
-            assert first == 0x81, "this is no text frame: the one before it was cut off"
-            if length > 125:
-                length = int.from_bytes(stream.read(2 if length == 126 else 8), "big")
-            frame = stream.read(length)
-            if frame.startswith(b"42"):
-                yield json.loads(frame[2:])[1]
-            time.sleep(pause_seconds)

@@ -59,7 +59,9 @@ TIMERS = (
     "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all
 )
 TIMERS_LOOKED_FOR = "aemos:timers-looked-for"  # flag that expires: chains that need a timer were looked for
-TIMERS_STIRRED = "aemos:timers-stirred"  # set: sources that changed without an event of theirs, until the scheduler looks
+TIMERS_STIRRED = (
+    "aemos:timers-stirred"  # set: sources that changed without an event of theirs, until the scheduler looks
+)
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
 BROKER_SYNC_LEADER = "aemos:broker-sync:leader"

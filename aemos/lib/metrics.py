@@ -154,6 +154,16 @@ COAP_REFUSED = Counter(
     "CoAP datagrams refused before they were read as requests, by reason: rate, busy or malformed.",
     ["reason"],
 )
+SOCKETIO_ENDED = Counter(
+    "socketio_sessions_ended_total",
+    "Socket.IO connections that the gateway ended, by reason: token-expired, user-inactive, too-many-events or unread.",
+    ["reason"],
+)
+SOCKETIO_RESUMES = Counter(
+    "socketio_resumes_total",
+    "Socket.IO clients that came back, by result: complete, or gap if too much was missed.",
+    ["result"],
+)
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
     UNRECORDED,
@@ -170,6 +180,8 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     NOTIFICATIONS_SENT,
     LIVE_READINGS,
     COAP_REFUSED,
+    SOCKETIO_ENDED,
+    SOCKETIO_RESUMES,
 )
 
 

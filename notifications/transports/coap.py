@@ -195,12 +195,12 @@ def _ended(watches: Iterable[Watch]) -> list[Watch]:
     return [watch for watch in watches if not _lasts(watch, devices=devices, organizations=organizations)]
 
 
-def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: dict[int, frozenset[str]]) -> bool:
+def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: dict[int, dict[str, str]]) -> bool:
     if ("device", watch.uuid) not in devices:
         return False
     if watch.who is None:
         return catalogue.shared().credential(watch.token) is not None
-    allowed = organizations.get(watch.who.user_id, frozenset())
+    allowed = organizations.get(watch.who.user_id, {})
     return watch.organization in allowed and watch.who.expires_at > time.time()
 
 

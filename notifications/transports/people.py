@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from django.contrib.auth import get_user_model
@@ -16,11 +16,11 @@ from devices.models import Membership
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """`expires_at` of the token in epoch seconds; `organizations` are uuids."""
+    """`expires_at` of the token in epoch seconds; `organizations`: uuid -> the person's role there."""
 
     user_id: int
     expires_at: float
-    organizations: frozenset[str]
+    organizations: Mapping[str, str]
 
 
 def person(token: str) -> Person:
@@ -32,14 +32,14 @@ def person(token: str) -> Person:
         raise Unauthorized("The access token is not valid or has expired.") from None
     except (AuthenticationFailed, InvalidToken):
         raise Unauthorized("The user of the access token does not exist or is not active.") from None
-    return Person(user.pk, float(access["exp"]), organizations_of([user.pk]).get(user.pk, frozenset()))
+    return Person(user.pk, float(access["exp"]), organizations_of([user.pk]).get(user.pk, {}))
 
 
-def organizations_of(user_ids: Collection[int]) -> dict[int, frozenset[str]]:
-    """User id -> uuids of the organizations they belong to, in any role; who is not active is missing. Two queries."""
+def organizations_of(user_ids: Collection[int]) -> dict[int, dict[str, str]]:
+    """User id -> organizations they belong to, uuid -> role; who is not active is missing. Two queries."""
     active = get_user_model().objects.filter(pk__in=user_ids, is_active=True).values_list("pk", flat=True)
-    found: dict[int, set[str]] = {user_id: set() for user_id in active}
+    found: dict[int, dict[str, str]] = {user_id: {} for user_id in active}
     memberships = Membership.objects.filter(user_id__in=list(found))
-    for user_id, organization in memberships.values_list("user_id", "organization__uuid"):
-        found[user_id].add(str(organization))
-    return {user_id: frozenset(organizations) for user_id, organizations in found.items()}
+    for user_id, organization, role in memberships.values_list("user_id", "organization__uuid", "role"):
+        found[user_id][str(organization)] = role
+    return found

@@ -2,13 +2,18 @@
 
 simple-websocket hands a frame to `socket.send` once and ignores how much of it was taken, so a full send buffer cuts
 frames in two; it reads messages of any size; and a closed connection lasts as long as the peer likes. Engine.IO waits
-for ever when it ends the session of a client that does not poll. Socket.IO keeps as many attachments as are announced.
+for ever when it ends the session of a client that does not poll. Socket.IO keeps as many attachments as are announced, and
+handles packets as fast as they come. And what waits for a polling client goes into one answer, which the Python client
+refuses when it holds more than 16 packets; the server refuses as many in a request, which JavaScript sends at will.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from socket import SHUT_RDWR
 from typing import Any
 
@@ -17,14 +22,21 @@ import gevent
 import simple_websocket  # type: ignore[import-untyped]
 import socketio
 from engineio.async_drivers.gevent import WebSocketWSGI
+from engineio.payload import Payload
 from gevent.lock import Semaphore
 from gevent.pywsgi import WSGIHandler
+from gevent.queue import Empty, JoinableQueue
 from socketio.packet import Packet
 from wsproto.utilities import ProtocolError
 
 log = logging.getLogger(__name__)
 # A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
 WRITE_SECONDS = 20.0
+# Packets of one client. The burst lets it join every room it may be in at once.
+PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
+# What clients of python-engineio take in one answer; those of JavaScript take any number.
+PACKETS_PER_ANSWER = 16
+Payload.max_decode_packets = int(PACKETS_AT_ONCE)
 
 
 class WholeWrites:
@@ -108,6 +120,42 @@ class RequestHandler(WSGIHandler):
         self._send_error_response_if_possible(500)  # type: ignore[attr-defined]  # the stubs leave it out
 
 
+class MeasuredQueue(JoinableQueue):  # type: ignore[type-arg]  # its items are packets, and None at the end
+    """A queue of packets that knows how many characters wait in it, and gives out as many at once as an answer may hold.
+
+    The first packet of an answer is waited for, the others are not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.characters = 0
+        self._given = 0
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self._given = 1 if block else self._given + 1
+        if self._given > PACKETS_PER_ANSWER:
+            raise Empty
+        return super().get(block, timeout)
+
+    def clear(self) -> None:
+        while not self.empty():
+            super().get(False)
+
+    def _put(self, item: Any) -> None:
+        self.characters += _length(item)
+        super()._put(item)  # type: ignore[misc]  # the stubs leave it out
+
+    def _get(self) -> Any:
+        item = super()._get()  # type: ignore[misc]
+        self.characters -= _length(item)
+        return item
+
+
+def _length(packet: Any) -> int:
+    data = getattr(packet, "data", None)
+    return len(data) if isinstance(data, (str, bytes)) else 0
+
+
 class Engine(engineio.Server):
     """The connections; `sockets` is a dict by connection id."""
 
@@ -122,9 +170,13 @@ class Engine(engineio.Server):
             if connection is not None:
                 connection.close(wait=False)
 
-    def waiting(self) -> dict[str, int]:
-        """Connection id -> how many packets wait for the client."""
-        return {sid: connection.queue.qsize() for sid, connection in list(self.sockets.items())}
+    def create_queue(self, *_: Any, **__: Any) -> MeasuredQueue:
+        return MeasuredQueue()
+
+    def load(self, sid: str) -> tuple[int, int]:
+        """How many packets, and characters in them, wait for the client; none when it is gone."""
+        connection = self.sockets.get(sid)
+        return (connection.queue.qsize(), connection.queue.characters) if connection is not None else (0, 0)
 
     def cut_off(self, sid: str) -> None:
         """Ends a session and forgets what waits for the client."""
@@ -132,8 +184,7 @@ class Engine(engineio.Server):
         if connection is None:
             return
         connection.close(wait=False, abort=True)
-        while not connection.queue.empty():
-            connection.queue.get_nowait()
+        connection.queue.clear()
         connection.queue.put(None)  # what the writer takes for the end
 
 
@@ -146,10 +197,32 @@ class TextPacket(Packet):
         return 0
 
 
-class Server(socketio.Server):
-    """Socket.IO on gevent over this Engine; `eio` is the Engine. Handlers log their own errors."""
+@dataclass(slots=True)
+class Pace:
+    """How many packets a client may still send: it fills up with time (a token bucket)."""
 
-    def __init__(self, **options: Any) -> None:
+    left: float = PACKETS_AT_ONCE
+    at: float = field(default_factory=time.monotonic)
+
+    def allows(self, now: float) -> bool:
+        self.left = min(PACKETS_AT_ONCE, self.left + (now - self.at) * PACKETS_PER_SECOND)
+        self.at = now
+        if self.left < 1.0:
+            return False
+        self.left -= 1.0
+        return True
+
+
+class Server(socketio.Server):
+    """Socket.IO on gevent over this Engine; `eio` is the Engine. Handlers log their own errors.
+
+    `on_excess` is called with a connection's id when its client has sent faster than it may; from then on the connection is
+    not listened to.
+    """
+
+    def __init__(self, *, on_excess: Callable[[str], None], **options: Any) -> None:
+        self._on_excess = on_excess
+        self._paces: dict[str, Pace] = {}
         super().__init__(
             async_mode="gevent",
             namespaces=["/"],
@@ -160,6 +233,24 @@ class Server(socketio.Server):
             engineio_logger=silent_log(),
             **options,
         )
+
+    def _handle_eio_connect(self, eio_sid: str, environ: dict[str, Any]) -> None:
+        self._paces[eio_sid] = Pace()
+        super()._handle_eio_connect(eio_sid, environ)
+
+    def _handle_eio_message(self, eio_sid: str, data: Any) -> None:
+        pace = self._paces.get(eio_sid)
+        if pace is None:
+            return
+        if pace.allows(time.monotonic()):
+            super()._handle_eio_message(eio_sid, data)
+        else:
+            del self._paces[eio_sid]
+            self._on_excess(eio_sid)
+
+    def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
+        self._paces.pop(eio_sid, None)
+        super()._handle_eio_disconnect(eio_sid, reason)
 
     def _engineio_server_class(self) -> type[Engine]:
         return Engine

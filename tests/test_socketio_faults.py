@@ -1,0 +1,161 @@
+"""Socket.IO connections that are cut at random moments: the client goes on at another gateway, loses nothing, and order holds."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import socketio
+from socketio.exceptions import ConnectionError as NotConnected
+
+from aemos.lib import redis
+from tests.gateway_process import operator, running, until
+from tests.socketio_clients import javascript_client, messages, open_websocket
+from tests.tcp_relay import Relay
+
+pytestmark = pytest.mark.usefixtures("empty_redis")
+CUTS = 20
+Follow = Callable[[list[str], str], Any]
+
+
+@pytest.fixture
+def relays(tmp_path: Path) -> Iterator[list[Relay]]:
+    """Two gateways, each behind a relay."""
+    assert redis.client().ping()
+    with (
+        running(tmp_path / "one", {"kind": "socketio"}) as one,
+        running(tmp_path / "two", {"kind": "socketio"}) as two,
+    ):
+        found = [Relay(each.addresses()["socketio"]) for each in (one, two)]
+        yield found
+        for relay in found:
+            relay.close()
+
+
+class Follower(threading.Thread):
+    """Reads messages from the gateways in turn, from the last position on; `received` holds ids in order of arrival."""
+
+    def __init__(self, urls: list[str], token: str) -> None:
+        super().__init__(daemon=True)
+        self.received: list[str] = []
+        self.connections = 0
+        self._urls = urls
+        self._auth: dict[str, Any] = {"token": token}
+        self._stopping = threading.Event()
+
+    def ids(self) -> list[str]:
+        return list(self.received)
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            address = urlsplit(self._urls[self.connections % len(self._urls)])
+            self.connections += 1
+            try:
+                self._follow((str(address.hostname), address.port or 0))
+            except (OSError, EOFError):
+                time.sleep(0.02)
+
+    def _follow(self, address: tuple[str, int]) -> None:
+        with open_websocket(address, **self._auth) as connection:
+            for event in messages(connection, all_with="position"):
+                self._auth["position"] = event["position"]
+                if "id" in event:
+                    self.received.append(event["id"])
+                if self._stopping.is_set():
+                    return
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+
+@contextmanager
+def bare(urls: list[str], token: str) -> Iterator[Follower]:
+    follower = Follower(urls, token)
+    follower.start()
+    yield follower
+    follower.stop()
+
+
+@contextmanager
+def node(urls: list[str], token: str, transport: str) -> Iterator[Any]:
+    with javascript_client(urls, token, transports=[transport]) as client:
+        yield client
+
+
+CLIENTS: dict[str, Follow] = {
+    "bare WebSocket": bare,
+    "JavaScript, WebSocket": lambda urls, token: node(urls, token, "websocket"),
+    "JavaScript, polling": lambda urls, token: node(urls, token, "polling"),
+}
+
+
+@pytest.mark.parametrize("follow", CLIENTS.values(), ids=CLIENTS)
+def test_a_client_whose_connection_is_cut_at_random_moments_loses_nothing_and_keeps_the_order(
+    relays: list[Relay], follow: Follow
+) -> None:
+    farm, moments = operator().ask("seed"), random.Random(2026)
+    with follow([relay.url for relay in relays], farm["access_token"]) as client:
+        sent = _published_until_received(farm, client)
+        cuts = 0
+        while cuts < CUTS:
+            for _ in range(moments.randrange(1, 8)):
+                sent += operator().ask("publish_many", organization=farm["organization"], count=25, size=2_000)
+            time.sleep(moments.uniform(0.0, 0.2))
+            cuts += sum(relay.cut() for relay in relays) > 0  # not while the client is on its way back
+        until(lambda: sent[-1] in client.ids(), seconds=30)
+    received = client.ids()
+    assert list(dict.fromkeys(received)) == sent
+
+
+def _published_until_received(farm: dict[str, Any], client: Any) -> list[str]:
+    """The first message that a client receives is the start of its story."""
+    while not client.ids():
+        operator().ask("publish_many", organization=farm["organization"], count=1, size=10)
+        time.sleep(0.1)
+    time.sleep(0.5)
+    found: list[str] = client.ids()
+    return found
+
+
+# The library leaves a socket to the garbage collector when it is cut during the handshake.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("transport", ["websocket", "polling"])
+def test_the_python_client_comes_back_by_itself_and_loses_nothing(relays: list[Relay], transport: str) -> None:
+    """It runs a thread for each message, so the order in which handlers run is not the order of arrival."""
+    farm, moments = operator().ask("seed"), random.Random(5)
+    seen: dict[str, str] = {}
+    urls = [relay.url for relay in relays] * 100
+    io = socketio.Client(reconnection_delay=0.05, reconnection_delay_max=0.1)
+    io.on("alert", lambda data: seen.update({data["id"]: data["position"]}))
+    io.on("position", lambda data: seen.update({"": data["position"]}))
+
+    def auth() -> dict[str, str]:
+        newest = max(list(seen.values()), key=lambda position: [int(part) for part in position.split("-")], default="")
+        return {"token": farm["access_token"], **({"position": newest} if newest else {})}
+
+    try:
+        io.connect(urls.pop, auth=auth, transports=[transport], wait_timeout=10)
+        until(lambda: seen)
+        sent: list[str] = []
+        for _ in range(10):
+            sent += operator().ask("publish_many", organization=farm["organization"], count=25, size=2_000)
+            time.sleep(moments.uniform(0.0, 0.3))
+            for relay in relays:
+                relay.cut()
+        until(lambda: set(sent) <= set(seen), seconds=30)
+        assert sorted(sent, key=lambda each: [int(part) for part in seen[each].split("-")]) == sent
+    except NotConnected as error:
+        raise AssertionError(f"the gateway was there, and yet: {error}") from error
+    finally:
+        io.disconnect()
+        io.shutdown()
+        del io
+        gc.collect()
