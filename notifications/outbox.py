@@ -133,7 +133,7 @@ def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol
         updated_at=timezone.now(),
     )
     pending = _pending_protocols(rows, protocols)
-    publish([_message(row, pending.get(row.pk, ())) for row in rows])
+    publish([message_of(row, pending.get(row.pk, ())) for row in rows])
     return len(rows)
 
 
@@ -182,7 +182,8 @@ def send_again(rows: Sequence[Notification]) -> int:
     return publish_late(rows)
 
 
-def _message(row: Notification, protocols: tuple[Protocol, ...]) -> Message:
+def message_of(row: Notification, protocols: tuple[Protocol, ...]) -> Message:
+    """The message that the row was written for; organization and device are best fetched with it."""
     return Message(
         id=UUID(str(row.uuid)),
         effect_key=row.effect_key,
