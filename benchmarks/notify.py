@@ -99,9 +99,20 @@ class Tally:
 
 
 def listen_socketio(connection: Connection, url: str, token: str) -> None:
+    import engineio
     import socketio
 
-    tally, client = Tally(), socketio.Client()
+    class Engine(engineio.Client):
+        """Handles messages one after the other: a thread for each, as it comes, cannot keep up with thousands."""
+
+        def _trigger_event(self, event: str, *args: Any, **options: Any) -> Any:
+            return super()._trigger_event(event, *args, **{**options, "run_async": False})
+
+    class Client(socketio.Client):
+        def _engineio_client_class(self) -> type[Engine]:
+            return Engine
+
+    tally, client = Tally(), Client()
     for event in ("alert", "device-state-change"):
         client.on(event, lambda body: tally.add(body["data"]["number"], body["data"]["sent"]))
     client.connect(url, auth={"token": token}, transports=["websocket"])
