@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
+from devices import commands
 from notifications import outbox
 from rules import backpressure, recovery, replay, retention, schedules
 
@@ -24,6 +25,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     schedules.fire_due,
     recovery.reissue_lost_tickets,
     outbox.sweep,
+    commands.expire_overdue,
     backpressure.keep_watch,
     replay.queue_steps,
     retention.delete_expired,
