@@ -165,7 +165,7 @@ class DeviceState(Identified):
 
     def report(self, value: Any, *, at: datetime) -> bool:
         """Sets what the device says, unless it has said something newer; True when it was set. Saving is the caller's."""
-        if self.reported_at is not None and self.reported_at >= at:
+        if self.reported_at is not None and self.reported_at > at:
             return False
         self.reported_value, self.reported_at = value, at
         self._compare()

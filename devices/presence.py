@@ -26,7 +26,6 @@ def record(said: Mapping[UUID, bool]) -> list[Device]:
     for row in changed:
         row.connected, row.connection_changed_at = said[row.uuid], now
     Device.objects.bulk_update(changed, ["connected", "connection_changed_at"])
-    note_seen([row.uuid for row in found if said[row.uuid]], at=now)
     return changed
 
 

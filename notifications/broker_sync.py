@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -72,12 +73,36 @@ def _always() -> None:
     """Nothing stands in the way of the next batch."""
 
 
-def sync_once(*, timeout_seconds: float = 10.0) -> Changes:
-    """Brings the broker in step over a connection of its own. Raises BrokerError."""
+@contextmanager
+def connected(*, timeout_seconds: float = 10.0) -> Iterator[DynamicSecurity]:
+    """A connection of its own to the broker's accounts. Raises BrokerAway."""
     with DynamicSecurity() as security:
         if not security.ready.wait(timeout_seconds):
             raise BrokerAway(f"the MQTT broker cannot be used within {timeout_seconds:g} s")
+        yield security
+
+
+def sync_once(*, timeout_seconds: float = 10.0) -> Changes:
+    """Brings the broker in step over a connection of its own. Raises BrokerError."""
+    with connected(timeout_seconds=timeout_seconds) as security:
         return verify(security)
+
+
+def difference(security: DynamicSecurity) -> Changes:
+    """What `verify` would do, counted; changes nothing. Raises BrokerError."""
+    clients, roles = security.clients(), security.roles()
+    accounts = set(BrokerAccount.objects.values_list("username", flat=True))
+    live = {
+        prefix: topics.role_name(str(sensor or device))
+        for prefix, sensor, device in DeviceToken.objects.live().values_list("prefix", "sensor__uuid", "device__uuid")
+    }
+    missing = [
+        username
+        for username, role in live.items()
+        if username not in accounts or role not in clients.get(username, ()) or role not in roles
+    ]
+    of_devices = {name for name, held in clients.items() if any(map(topics.is_role_of_an_originator, held))}
+    return Changes(created=len(missing), removed=len((accounts | of_devices) - live.keys()))
 
 
 def verify(security: DynamicSecurity, *, before_batch: Callable[[], None] = _always) -> Changes:

@@ -22,6 +22,7 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.leader import Leader
 from notifications import messages
 from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
@@ -29,7 +30,7 @@ from notifications.stream import Cursor, Entry, FanOutCursor, GroupCursor
 from notifications.transports.base import Transport, TransportError
 
 log = logging.getLogger(__name__)
-# Delivered once among all gateways, kept in the stream until the transport says so.
+# Delivered by one gateway among all, kept in the stream until the transport says so.
 SHARED_PROTOCOLS = frozenset({Protocol.MQTT})
 # A transport that cannot deliver now is asked again after 0.1 s, doubled up to 5 s, times a random 0.5..1.
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
@@ -82,7 +83,7 @@ class Gateway:
         deliveries: Deliveries | None = None,
         companions: Mapping[str, Companion] | None = None,
     ) -> None:
-        self._lanes = [Lane(transport, _cursor(transport.protocol, shared_protocols)) for transport in transports]
+        self._lanes = [Lane(transport, _cursor(transport, shared_protocols)) for transport in transports]
         self._deliveries = deliveries if deliveries is not None else Deliveries()
         self._companions = {"deliveries": self._deliveries.run, **(companions or {})}
         self._stopping = Event()
@@ -258,9 +259,14 @@ class Gateway:
         self._redis_away = False
 
 
-def _cursor(protocol: Protocol, shared_protocols: Collection[Protocol]) -> Cursor:
-    if protocol in shared_protocols:
-        return GroupCursor(redis.blocking_client(), group=keys.NOTIFICATIONS_MQTT_GROUP)
+def _cursor(transport: Transport, shared_protocols: Collection[Protocol]) -> Cursor:
+    if transport.protocol in shared_protocols:
+        return GroupCursor(
+            redis.blocking_client(),
+            group=keys.NOTIFICATIONS_MQTT_GROUP,
+            leader=Leader(keys.MQTT_PUBLISHER_LEADER),
+            on_lead=getattr(transport, "lead", lambda _: None),
+        )
     return FanOutCursor(redis.blocking_client())
 
 

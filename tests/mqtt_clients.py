@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import threading
 import time
@@ -45,7 +46,9 @@ def patient(execute: Callable[..., T], sql: str, params: Any, many: bool, contex
 class Client:
     """A connected paho client. `received` holds (topic, payload); `connected` follows the connection."""
 
-    def __init__(self, broker: Server, username: str | None, password: str | None) -> None:
+    def __init__(
+        self, broker: Server, username: str | None, password: str | None, *, will: tuple[str, str] | None = None
+    ) -> None:
         self.received: list[tuple[str, bytes]] = []
         self.connected = threading.Event()
         self.refusals: list[str] = []
@@ -53,6 +56,8 @@ class Client:
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
         if username:
             self._client.username_pw_set(username, password)
+        if will:
+            self._client.will_set(*will, qos=1)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = lambda *_: self.connected.clear()
         self._client.on_subscribe = lambda _client, _data, mid, reasons, _: self._subscribed.update({mid: reasons})
@@ -86,6 +91,14 @@ class Client:
 
     def payloads(self) -> list[bytes]:
         return [payload for _, payload in self.received]
+
+    def vanish(self) -> None:
+        """As a device whose power is cut: the broker says its last will."""
+        self._client._reconnect_on_failure = False
+        sock = self._client.socket()
+        assert isinstance(sock, socket.socket)
+        sock.shutdown(socket.SHUT_RDWR)
+        self._client.loop_stop()
 
     def close(self) -> None:
         self._client.disconnect()

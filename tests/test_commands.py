@@ -33,6 +33,7 @@ TESTED_IN = {
     "rqworker": "test_commands.py",
     "rungateway": "test_gateway.py",
     "replay_rejected": "test_replay.py",
+    "sync_broker": "test_broker.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
 
