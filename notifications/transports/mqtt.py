@@ -134,11 +134,12 @@ class _Lost:
     """The connection ended: what is in flight has to be published again."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Repeat:
-    """Time to tell the newest states again, and with `commands` those that no device has acknowledged."""
+class _Ready:
+    """There is a connection; only now anything may be published over it."""
 
-    commands: bool
+
+class _Lead:
+    """This gateway begins to deliver."""
 
 
 class Outbound:
@@ -152,8 +153,10 @@ class Outbound:
         self.counts: Counter[str] = Counter()
         self._reports = reports
         self._leads = False
-        self._was_connected = False
-        self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Repeat | None] = queue.Queue()
+        self._is_open = False
+        # How often there was a connection, since the commands under way were told again: once it broke, they may be lost.
+        self._connections = 0
+        self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | None] = queue.Queue()
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
         self._in_flight: dict[int, _Publication] = {}
@@ -208,8 +211,8 @@ class Outbound:
 
     def lead(self, leads: bool) -> None:
         self._leads = leads
-        if leads and self.connected:
-            self._news.put(_Repeat(commands=False))
+        if leads:
+            self._news.put(_Lead())
 
     def _say(self, status: str) -> None:
         """Tells everybody whether this gateway is online; retained, and `offline` is its last will."""
@@ -218,10 +221,8 @@ class Outbound:
         self._news.put(_Publication(_Delivery(uuid4(), 1, _said), address, _gateway_status(status)))
 
     def _on_ready(self) -> None:
+        self._news.put(_Ready())
         self._say("online")
-        if self._leads:
-            self._news.put(_Repeat(commands=self._was_connected))
-        self._was_connected = True
 
     def _on_lost(self) -> None:
         # paho would send it again by itself, commands also after their deadline, and behind what is older.
@@ -253,34 +254,41 @@ class Outbound:
         elif isinstance(news, _Acknowledgement):
             self._acknowledged(news)
         elif isinstance(news, _Lost):
+            self._is_open = False
             self._waiting.extendleft(reversed(self._in_flight.values()))
             self._in_flight.clear()
-        elif isinstance(news, _Repeat):
-            self._repeat(news)
+        elif isinstance(news, _Ready):
+            self._is_open = True
+            self._connections += 1
+        if isinstance(news, _Ready | _Lead) and self._is_open and self._leads:
+            self._repeat()
         while self._refused and self._refused[0][0] <= time.monotonic():
             self._waiting.append(self._refused.popleft()[1])
         in_flight = min(MAXIMUM_IN_FLIGHT, self._connection.receive_maximum)
-        while self.connected and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
+        while self._is_open and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
             self._waiting.popleft()
         if not (self._waiting or self._in_flight or self._refused or self._news.qsize()):
             self._idle.set()
 
-    def _repeat(self, due: _Repeat) -> None:
-        """Read here, when its turn has come: what was published before is in the database, what comes later is newer."""
+    def _repeat(self) -> None:
+        """Tells the newest states again, and after a lost connection first the commands that no device has acknowledged.
+
+        Read here, when its turn has come: what was published before is in the database, what comes later is newer.
+        """
         try:
             self._reports.flush()
             states = repetition.newest_states()
-            commands = repetition.commands_under_way() if due.commands else []
+            commands = repetition.commands_under_way() if self._connections > 1 else []
         except DatabaseError as error:
             self._sparingly.say("repeat", logging.WARNING, "States are not told again: %s", error)
             return
         finally:
             database.close()  # outside a request nobody else would give it back
-        self._waiting = deque(each for each in self._waiting if each.delivery.finish is not _told_again)
-        for message in states:
-            self._waiting.extend(_publications(message, topics.addresses(message)[:1], _told_again))
-        for message in commands:
-            self._waiting.extend(_publications(message, topics.addresses(message)[1:], _told_again))
+        self._connections = 1
+        first = [each for message in commands for each in _again(message, topics.addresses(message)[1:])]
+        others = [each for each in self._waiting if each.delivery.finish is not _told_again]
+        last = [each for message in states for each in _again(message, topics.addresses(message)[:1])]
+        self._waiting = deque([*first, *others, *last])
 
     def _publish(self, publication: _Publication) -> bool:
         """False when paho cannot take it now."""
@@ -333,6 +341,10 @@ class Outbound:
 def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[], None]) -> list[_Publication]:
     delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
     return [_Publication(delivery, address, body) for address in addresses]
+
+
+def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]:
+    return _publications(message, addresses, _told_again)
 
 
 def _said() -> None:
