@@ -49,7 +49,7 @@ class Acknowledgement:
 def queue(row: StateChange) -> None:
     """Makes a new change a command that waits to be sent. Saving is the caller's."""
     row.command_state = State.QUEUED
-    row.deadline = timezone.now() + timedelta(seconds=settings.COMMAND_DEADLINE_SECONDS)
+    row.deadline = timezone.now() + timedelta(seconds=settings.COMMAND_EXPIRY_SECONDS)
 
 
 def note_sent(uuids: Sequence[UUID], *, at: datetime | None = None) -> None:

@@ -139,17 +139,21 @@ class GroupCursor:
                 raise
         self._left_behind_from, self._asked_at = b"0-0", float("-inf")  # another one may lead by now
 
-    def read(self) -> list[Entry]:
+    def read(self, *, wait: bool = True) -> list[Entry]:
         if not self._holds_leadership():
-            gevent.sleep(STAND_BY_SECONDS)
+            gevent.sleep(STAND_BY_SECONDS if wait else 0)
             return []
         if len(self._in_flight) >= MAXIMUM_IN_FLIGHT:
             self._room.clear()
-            self._room.wait(BLOCK_MS / 1000)
+            self._room.wait(BLOCK_MS / 1000 if wait else 0)
             return []
-        entries = self._left_behind() or self._new()
+        entries = self._left_behind() or self._new(wait=wait)
         self._in_flight.update(entry.id for entry in entries)
         return entries
+
+    def owns(self, entry_id: bytes) -> bool:
+        """False once another gateway leads: it delivers what this one had read."""
+        return entry_id in self._in_flight
 
     def release(self, entry_ids: Iterable[bytes]) -> None:
         """They come again before anything new: here, or in the gateway that leads next."""
@@ -203,14 +207,16 @@ class GroupCursor:
         leads = self._leader.leads()
         if leads != self._leads:
             self._leads = leads
+            self._in_flight.clear()
             self._left_behind_from = b"0-0"
             log.info("This gateway %s messages to the group %s", "delivers" if leads else "leaves", self._group)
             self._on_lead(leads)
         return leads
 
-    def _new(self) -> list[Entry]:
+    def _new(self, *, wait: bool) -> list[Entry]:
+        block = BLOCK_MS if wait else None
         reply: Any = self._client.xreadgroup(
-            self._group, self._consumer, {keys.NOTIFICATIONS: ">"}, count=READ_COUNT, block=BLOCK_MS
+            self._group, self._consumer, {keys.NOTIFICATIONS: ">"}, count=READ_COUNT, block=block
         )
         return _entries(reply)
 

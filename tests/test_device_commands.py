@@ -69,7 +69,7 @@ def said(row: StateChange, state: State, *, error: str = "", by: UUID | None = N
 
 
 def test_wish_is_a_command_with_a_deadline_and_its_message_bears_its_id(pump: Device, settings: Any) -> None:
-    settings.COMMAND_DEADLINE_SECONDS = 60
+    settings.COMMAND_EXPIRY_SECONDS = 60
     row = wished(pump)
     assert state_of(row) == State.QUEUED
     assert timedelta(seconds=55) < row.deadline - timezone.now() <= timedelta(seconds=60)  # type: ignore[operator]

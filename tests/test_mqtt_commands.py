@@ -107,7 +107,7 @@ def test_command_that_waited_for_the_broker_until_it_was_too_old_is_not_sent(
     broker: Server, farm_pump: tuple[Device, str], settings: Any
 ) -> None:
     pump, _ = farm_pump
-    settings.COMMAND_DEADLINE_SECONDS = 1
+    settings.COMMAND_EXPIRY_SECONDS = 1
     with running() as transport:
         broker.kill()
         until(lambda: not transport.connected)
