@@ -298,9 +298,7 @@ class Outbound:
             self._reports.expired(publication.delivery.message_id)
             self._done_with(publication)
             return True
-        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        if seconds is not None:
-            properties.MessageExpiryInterval = math.ceil(seconds)
+        properties = _expiry(seconds) if seconds is not None else None
         sent = self._client.publish(
             address.topic, publication.body, qos=address.qos, retain=address.retain, properties=properties
         )
@@ -336,6 +334,13 @@ class Outbound:
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
             log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
+
+
+def _expiry(seconds: float) -> Properties:
+    """How long the broker may keep a message for a device that is away."""
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.MessageExpiryInterval = math.ceil(seconds)
+    return properties
 
 
 def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[], None]) -> list[_Publication]:
