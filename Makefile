@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench-latency lock clean
+.PHONY: help run test check format bench-latency bench-rules lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -16,6 +16,7 @@ help:
 	@echo "make check          format, lint, types, import contracts, settings and migrations"
 	@echo "make format         format the code and mend what the linter can"
 	@echo "make bench-latency  measure the time from reading to notification"
+	@echo "make bench-rules    measure what rules cost on one core, beside a hand-written loop"
 	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
 	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
 
@@ -47,6 +48,9 @@ format: $(VENV)/.dev
 
 bench-latency: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.latency $(ARGS)
+
+bench-rules: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.rules $(ARGS)
 
 # In an environment of its own, so that what was installed by hand is not pinned for everybody.
 lock: $(BIN)/python

@@ -115,4 +115,8 @@ def _relations() -> list[CheckMessage]:
         text = f"DATA_COLLECTION_TIMEOUT ({collection} ms) is not below RULE_CHAIN_TIMEOUT ({chain} ms)."
         hint = "Set DATA_COLLECTION_TIMEOUT lower: a chain must be able to collect its data and still run."
         found.append(Error(text, hint=hint, id="aemos.E006"))
+    if not chain < settings.WORKER_TIMEOUT_MS:
+        text = f"RULE_CHAIN_TIMEOUT ({chain} ms) is not below WORKER_TIMEOUT ({settings.WORKER_TIMEOUT_MS} ms)."
+        hint = "Set RULE_CHAIN_TIMEOUT lower: a chain must be stopped, and named, before its worker is."
+        found.append(Error(text, hint=hint, id="aemos.E006"))
     return found

@@ -27,7 +27,6 @@ from devices.models import (
 )
 from devices.permissions import access_of
 from devices.scoped_admin import FixedParentForm, OrganizationListFilter, RecordAdmin, ScopedAdmin, TabularInline
-from devices.serializers import value_of
 
 
 @admin.register(Organization)
@@ -219,7 +218,7 @@ class ReadingAdmin(RecordAdmin):
         return ("-timestamp",) if "variable__id__exact" in request.GET else ("-id",)
 
     def value(self, row: Reading) -> str:
-        return str(value_of(row))
+        return str(row.value)
 
 
 @admin.register(StateChange)

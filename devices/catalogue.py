@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from django.db import Error as DatabaseError
+from django.db import transaction
 from django.db.models import F, Model
 from django.db.models.signals import post_delete, post_save
 
@@ -23,6 +24,8 @@ from devices.values import value_problem
 
 log = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
+# A change moves a version by one. So many at once say that even what did not change is to be built again.
+BUILD = 2**32
 # Guessed tokens must neither cost a query each nor fill the memory.
 MAXIMUM_UNKNOWN = 10_000
 
@@ -223,6 +226,21 @@ def mark_changed(organization_id: int) -> None:
     """Moves the organization's version in the current transaction; every process notices within about a second."""
     if not CatalogueVersion.objects.filter(pk=organization_id).update(version=F("version") + 1):
         CatalogueVersion.objects.get_or_create(organization_id=organization_id)
+
+
+def rebuild_all() -> int:
+    """Moves the version of every organization so far that nothing is kept that was built from it; gives how many there are."""
+    with transaction.atomic():
+        missing = Organization.objects.exclude(pk__in=CatalogueVersion.objects.values("pk"))
+        CatalogueVersion.objects.bulk_create(
+            [CatalogueVersion(organization=each) for each in missing], ignore_conflicts=True
+        )
+        return CatalogueVersion.objects.update(version=F("version") + BUILD)
+
+
+def is_same_build(one: int | None, other: int | None) -> bool:
+    """Whether, of what was built at one version, that may be kept at the other which itself did not change."""
+    return (one or 0) // BUILD == (other or 0) // BUILD
 
 
 def connect_signals() -> None:

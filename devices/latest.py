@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
+from uuid import UUID
+
+from django.db.models import OuterRef, Subquery
 
 from aemos.lib import keys, redis
+from devices.models import DeviceState, Reading, Variable
+
+# How long a variable without any reading is not looked for again in the database.
+UNKNOWN_SECONDS = 10.0
+MAXIMUM_UNKNOWN = 100_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Latest(NamedTuple):
@@ -45,7 +56,10 @@ def remember(values: Mapping[Key, Latest]) -> None:
 
 
 def recall(wanted: Iterable[Key]) -> dict[Key, Latest]:
-    """The latest values of those that have one, in one round trip. Raises RedisError."""
+    """The latest values of those that have one, in one round trip. Raises RedisError and django.db.Error.
+
+    What Redis does not have, because it was emptied, is looked for in the database: "never seen" must not be said in error.
+    """
     wanted = list(wanted)
     if not wanted:
         return {}
@@ -53,9 +67,61 @@ def recall(wanted: Iterable[Key]) -> dict[Key, Latest]:
         for source_type, uuid, name in wanted:
             pipeline.hget(keys.latest(source_type, uuid), name)
         answers = pipeline.execute()
-    return {key: _parsed(text) for key, text in zip(wanted, answers, strict=True) if text is not None}
+    found = {key: _parsed(text) for key, text in zip(wanted, answers, strict=True) if text is not None}
+    if len(found) < len(wanted):
+        found |= _restored([key for key in wanted if key not in found])
+    return found
 
 
 def _parsed(text: bytes) -> Latest:
     timestamp_us, value = text.split(b" ", 1)
     return Latest(json.loads(value), int(timestamp_us))
+
+
+_unknown: dict[Key, float] = {}
+"""What the database does not have either -> until when it is not asked again, on the monotonic clock."""
+
+
+def _restored(missing: Iterable[Key]) -> dict[Key, Latest]:
+    now = time.monotonic()
+    asked = [key for key in missing if _unknown.get(key, 0.0) < now]
+    if not asked:
+        return {}
+    found = _stored("sensor", asked, _readings) | _stored("device", asked, _states)
+    remember(found)
+    if len(_unknown) > MAXIMUM_UNKNOWN:
+        _unknown.clear()
+    _unknown.update(dict.fromkeys((key for key in asked if key not in found), now + UNKNOWN_SECONDS))
+    return found
+
+
+Load = Callable[[set[str], set[str]], Iterator[tuple[UUID, str, Latest]]]
+
+
+def _stored(source_type: str, asked: Sequence[Key], load: Load) -> dict[Key, Latest]:
+    mine = {key for key in asked if key[0] == source_type}
+    if not mine:
+        return {}
+    rows = load({uuid for _, uuid, _ in mine}, {name for _, _, name in mine})
+    found = {(source_type, str(uuid), name): latest for uuid, name, latest in rows}
+    return {key: found[key] for key in mine & found.keys()}
+
+
+def _readings(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:
+    newest = Reading.objects.filter(variable=OuterRef("pk")).order_by("-timestamp").values("pk")[:1]
+    variables = Variable.objects.filter(sensor__uuid__in=uuids, name__in=names).annotate(newest=Subquery(newest))
+    ids = [pk for pk in variables.values_list("newest", flat=True) if pk is not None]
+    for row in Reading.objects.filter(pk__in=ids).select_related("variable__sensor"):
+        variable = row.variable
+        yield variable.sensor.uuid, variable.name, Latest(row.value, _microseconds(row.timestamp))
+
+
+def _states(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:
+    for row in DeviceState.objects.filter(device__uuid__in=uuids, name__in=names).select_related("device"):
+        value, said_at = row.newest
+        if said_at is not None:
+            yield row.device.uuid, row.name, Latest(value, _microseconds(said_at))
+
+
+def _microseconds(moment: datetime) -> int:
+    return (moment - _EPOCH) // timedelta(microseconds=1)

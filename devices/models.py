@@ -12,7 +12,7 @@ from django.db import models
 from django.utils import timezone
 
 from devices.querysets import DeviceTokenQuerySet
-from devices.values import Datatype, value_problem
+from devices.values import Datatype, measured, value_problem
 
 
 class Identified(models.Model):
@@ -245,6 +245,11 @@ class Reading(models.Model):
         constraints = [
             models.UniqueConstraint(fields=["variable", "timestamp"], name="one_reading_per_variable_and_time")
         ]
+
+    @property
+    def value(self) -> float | str | bool | None:
+        """What was measured, as the datatype of its variable has it."""
+        return measured(self.number, self.text, self.variable.datatype)
 
     def __str__(self) -> str:
         return f"{self.variable_id} {self.timestamp:%Y-%m-%dT%H:%M:%S.%fZ}: {self.number if self.text is None else self.text}"

@@ -51,6 +51,7 @@ RIGHTS: Mapping[str, Rights] = {
     "readings": Rights(),
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
+    "alarms": Rights(change=Role.OPERATOR),
     "notifications": Rights(),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
@@ -152,6 +153,12 @@ _VERBS: Mapping[str, Verb] = {
     "discard": "change",
     "replay": "change",
     "stop": "change",
+    "enable": "change",
+    "disable": "change",
+    "trigger": "change",
+    "duplicate": "change",
+    "acknowledge": "change",
+    "clear": "change",
     "destroy": "delete",
 }
 

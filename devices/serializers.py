@@ -30,7 +30,6 @@ from devices.models import (
     Variable,
 )
 from devices.permissions import access_of
-from devices.values import Datatype
 
 Row = TypeVar("Row", bound=Model)
 AnyJSON = {"description": "a number, a text, true or false, or null", "nullable": True}
@@ -341,13 +340,6 @@ class IssuedTokenSerializer(DeviceTokenSerializer):
         fields = [*DeviceTokenSerializer.Meta.fields, "token"]
 
 
-def value_of(reading: Reading) -> float | str | bool | None:
-    """What was measured, as the variable's datatype has it."""
-    if reading.text is not None or reading.number is None:
-        return reading.text
-    return bool(reading.number) if reading.variable.datatype == Datatype.BOOLEAN else reading.number
-
-
 class ReadingSerializer(serializers.ModelSerializer[Reading]):
     """One measured value."""
 
@@ -362,7 +354,7 @@ class ReadingSerializer(serializers.ModelSerializer[Reading]):
 
     @extend_schema_field(AnyJSON)
     def get_measured(self, row: Reading) -> float | str | bool | None:
-        return value_of(row)
+        return row.value
 
 
 class CommandSerializer(CamelCaseSerializer[StateChange]):

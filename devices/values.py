@@ -31,6 +31,13 @@ def value_problem(value: object, datatype: str) -> str:
     return "holds a NUL character" if "\x00" in value else ""
 
 
+def measured(number: float | None, text: str | None, datatype: str) -> float | str | bool | None:
+    """The value of a reading, which is stored as a number (1 and 0 for true and false) or a text."""
+    if number is None:
+        return text
+    return bool(number) if datatype == Datatype.BOOLEAN else number
+
+
 def _number_problem(value: float) -> str:
     try:
         finite = math.isfinite(float(value))

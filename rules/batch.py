@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
@@ -17,15 +19,20 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
-from rules import effects, events, index, readings, schedules, states
+from rules import effects, events, index, readings, runs, schedules, states, statistics, timers
+from rules.chains import Outcome
 from rules.effects import Performed
 from rules.events import Event
-from rules.exceptions import ChainFailed
+from rules.exceptions import ChainFailed, ErrorCode
 from rules.index import BoundChain
+from rules.memory import Memory
 from rules.readings import Row
-from rules.scope import Reference, Sample, Trigger
+from rules.scope import Reference, Sample, Trigger, Watch
+from rules.timers import Waiting
 
 log = logging.getLogger(__name__)
+# Values asked of Redis in one round trip; between two of them the time is looked at.
+RECALL_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +55,13 @@ class Failure:
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """How the events of a batch ended. Counts are events; `latest` and `performed` are for after the commit."""
+    """How the events of a batch ended. Counts are events; `latest`, `wakes` and `performed` are for after the commit."""
 
     processed: int = 0
     duplicate: int = 0
     failures: list[Failure] = field(default_factory=list)
     latest: dict[latest_values.Key, Latest] = field(default_factory=dict)
+    wakes: dict[Waiting, int] = field(default_factory=dict)
     performed: Performed = field(default_factory=Performed)
 
     def add(self, other: Ended) -> None:
@@ -61,6 +69,7 @@ class Ended:
         self.duplicate += other.duplicate
         self.failures += other.failures
         self.latest |= other.latest
+        self.wakes |= other.wakes
         self.performed += other.performed
 
 
@@ -68,102 +77,157 @@ RecordFailures = Callable[[Sequence[Failure]], None]
 Begin = Callable[[Event], None]
 
 
-def process(batch: Sequence[Event], record_failures: RecordFailures, begin: Begin | None = None) -> Ended:
+def process(
+    batch: Sequence[Event],
+    record_failures: RecordFailures,
+    *,
+    memory: Memory,
+    begin: Begin | None = None,
+    taken_over: bool = False,
+) -> Ended:
     """Stores, decides and acts for a batch, whole or not at all.
 
     `record_failures` is called inside the transaction, so that a dead letter is kept exactly when its batch is; `begin`
-    before each event is decided. Raises what the database raises, and RedisError when latest values cannot be read.
+    before each event is decided. What another worker may have stored but not acknowledged is `taken_over`: conditions over
+    time observe it although its readings are there. Raises what the database raises, and RedisError when latest values
+    cannot be read.
     """
-    run = _Run(batch)
-    run.collect_latest()
-    with transaction.atomic():
+    run = _Run(batch, memory)
+    run.collect()
+    with memory.provisionally(), transaction.atomic():
         for event, names in run.store():
             if begin:
                 begin(event)
-            run.decide(event, names)
+            if names is not None:
+                run.decide(event, names)
+            elif taken_over:
+                run.make_up_for(event)
         run.act()
         record_failures(run.ended.failures)
+    statistics.shared().add(run.chain_runs)
     return run.ended
 
 
 class _Run:
     """The stages of one batch, in the order in which `process` calls them."""
 
-    def __init__(self, batch: Sequence[Event]) -> None:
+    def __init__(self, batch: Sequence[Event], memory: Memory) -> None:
         self.ended = Ended()
+        self.chain_runs = statistics.Runs()
         self._batch = batch
+        self._memory = memory
         self._index = index.shared()
         self._known = catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch})
         self._latest: dict[latest_values.Key, Latest] = {}
+        self._uncollected: frozenset[latest_values.Key] = frozenset()
         self._wishes: list[effects.Wish] = []
         self._failed: set[int] = set()
         self._ran: list[Event] = []
         self._now_us = events.microseconds(timezone.now())
 
-    def collect_latest(self) -> None:
-        """Reads what chains need besides the events themselves, before the transaction: a lock must not wait for Redis."""
-        began = time.perf_counter()
-        wanted: set[latest_values.Key] = set()
+    def collect(self) -> None:
+        """Reads what chains need besides the events themselves, before the transaction: a lock must not wait for Redis.
+
+        What DATA_COLLECTION_TIMEOUT leaves no time for is missed by the chains that need it, and they fail by its name.
+        """
+        began = time.monotonic()
+        references: dict[latest_values.Key, None] = {}
+        watches: dict[str, Watch] = {}
         for event in self._batch:
             for bound in self._chains_of(event, event.values):
-                wanted |= bound.compiled.references
-        self._latest = latest_values.recall(wanted)
-        metrics.COLLECTION_SECONDS.observe(time.perf_counter() - began)
+                references |= dict.fromkeys(bound.compiled.references)
+                watches |= {watch.key: watch for watch in bound.compiled.watches}
+        if watches:
+            self._memory.collect(watches.values(), since_us=min(event.timestamp_us for event in self._batch))
+        wanted = list(references)
+        for start in range(0, len(wanted), RECALL_AT_ONCE):
+            if time.monotonic() - began > settings.DATA_COLLECTION_TIMEOUT_MS / 1_000:
+                self._uncollected = frozenset(wanted[start:])
+                break
+            self._latest |= latest_values.recall(wanted[start : start + RECALL_AT_ONCE])
+        metrics.COLLECTION_SECONDS.observe(time.monotonic() - began)
 
-    def store(self) -> list[tuple[Event, Sequence[str]]]:
-        """Stores readings and device reports; gives what rules have to see: events with the names that are new in them."""
+    def store(self) -> list[tuple[Event, Sequence[str] | None]]:
+        """Stores readings and device reports; gives the events with the names that are new in them, None for a duplicate."""
         over = schedules.already_ran(self._batch)
         rows, keys = self._reading_rows()
         new = readings.store(rows)
         reported = self._apply_reports()
-        fresh: list[tuple[Event, Sequence[str]]] = []
+        stored: list[tuple[Event, Sequence[str] | None]] = []
         for position, event in enumerate(self._batch):
             if position in self._failed:
                 continue
-            if schedules.is_run(event) and position not in over:
-                fresh.append((event, ()))
-                continue
-            self._note_latest(event)
-            names = list(event.values) if event.chains is not None else reported.get(position, [])
-            for name, key in keys.get(position, {}).items():
-                if key in new:
-                    new.discard(key)  # of two events of one batch with the same reading, the second is the duplicate
-                    names.append(name)
-            if names:
-                fresh.append((event, names))
+            names: list[str] | None
+            if runs.is_run(event):
+                names = None if position in over else []
             else:
-                self.ended.duplicate += 1
-        return fresh
+                self._note_latest(event)
+                names = list(event.values) if event.chains is not None else reported.get(position, [])
+                for name, key in keys.get(position, {}).items():
+                    if key in new:
+                        new.discard(
+                            key
+                        )  # of two events of one batch with the same reading, the second is the duplicate
+                        names.append(name)
+                names = names or None
+            self.ended.duplicate += names is None
+            stored.append((event, names))
+        return stored
 
     def decide(self, event: Event, names: Sequence[str]) -> None:
         """Runs the chains of one event. A chain that fails neither stops the others nor undoes the reading."""
-        failures = [failure for bound in self._chains_of(event, names) if (failure := self._run_chain(bound, event))]
+        bound_chains = self._chains_of(event, names)
+        if event.chains is None:
+            self._observe(event, names, bound_chains)
+        failures = [failure for bound in bound_chains if (failure := self._run_chain(bound, event))]
         if failures:
             self.ended.failures += failures
         else:
             self.ended.processed += 1
             self._ran.append(event)
 
+    def make_up_for(self, event: Event) -> None:
+        """The worker that stored the event and had its effects died before it could note this: nothing else is left to do."""
+        names = list(event.values)
+        bound_chains = [
+            bound for bound in self._chains_of(event, names) if bound.compiled.watches or bound.compiled.timers
+        ]
+        self._observe(event, names, bound_chains)
+        for bound in bound_chains:
+            with contextlib.suppress(ChainFailed):  # the first run has dealt with it
+                self._note_wakes(bound, bound.compiled.run(self._trigger(bound, event)))
+
     def act(self) -> None:
         """Does what the chains asked for."""
         self.ended.performed += effects.perform(self._wishes)
         schedules.note_runs(self._ran)
 
-    def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> list[BoundChain]:
-        if schedules.is_run(event):
-            return self._index.for_run(event.originator_uuid, organization_id=event.organization_id)
-        if event.chains is None:
-            return self._index.triggered(
-                (event.source_type, event.originator_uuid), names, organization_id=event.organization_id
-            )
-        return [bound for uuid in event.chains if (bound := self._index.by_uuid(uuid))]
+    def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> Sequence[BoundChain]:
+        if event.source_type == runs.CHAIN:
+            return self._index.named([event.originator_uuid], organization_id=event.organization_id)
+        if event.chains is not None:
+            return self._index.named(event.chains, organization_id=event.organization_id)
+        source = (event.source_type, event.originator_uuid)
+        return self._index.triggered(source, names, organization_id=event.organization_id)
+
+    def _observe(self, event: Event, names: Sequence[str], bound_chains: Sequence[BoundChain]) -> None:
+        """Tells conditions over time of the event, each once, whatever way the chains then take."""
+        source = (event.source_type, event.originator_uuid)
+        watches = {
+            watch.key: watch
+            for bound in bound_chains
+            for watch in bound.compiled.watches
+            if watch.reference[:2] == source and watch.reference.key in names
+        }
+        for watch in watches.values():
+            self._memory.observe(watch, Sample(event.values[watch.reference.key], event.timestamp_us))
 
     def _reading_rows(self) -> tuple[list[Row], dict[int, dict[str, tuple[int, int]]]]:
         """Rows of all telemetry, and per position in the batch: name -> key of its row."""
         rows: list[Row] = []
         keys: dict[int, dict[str, tuple[int, int]]] = {}
         for position, event in enumerate(self._batch):
-            if schedules.is_run(event):
+            if runs.is_run(event):
                 continue
             originator = self._originator(position, event)
             if originator is None or event.source_type != "sensor" or event.chains is not None:
@@ -223,31 +287,54 @@ class _Run:
         return Sample(*found) if found else None
 
     def _run_chain(self, bound: BoundChain, event: Event) -> Failure | None:
-        trigger = Trigger(
+        began = time.perf_counter()
+        try:
+            self._demand_collected(bound)
+            outcome = bound.compiled.run(self._trigger(bound, event))
+            wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
+        except ChainFailed as error:
+            self.chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
+            return _failure(error, bound, event)
+        self.chain_runs.completed(bound, outcome, seconds=time.perf_counter() - began)
+        self._note_wakes(bound, outcome)
+        if event.command_deadline_us and self._now_us > event.command_deadline_us:
+            log.info("%s would have done %d actions for an event that is too old now", bound.name, len(wishes))
+        else:
+            self._wishes += wishes
+        return None
+
+    def _trigger(self, bound: BoundChain, event: Event) -> Trigger:
+        originator = self._known.get((event.source_type, event.originator_uuid))
+        return Trigger(
             event_id=str(event.id),
             source_type=event.source_type,
             uuid=event.originator_uuid,
             values=event.values,
             timestamp_us=event.timestamp_us,
             lookup=self._look_up,
+            memory=self._memory.values,
+            refuses=effects.refuses,
+            originator=originator.name if originator else bound.name,
+            deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         )
-        began = time.perf_counter()
-        try:
-            outcome = bound.compiled.run(trigger)
-            wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
-        except ChainFailed as error:
-            metrics.RULE_EXECUTIONS.labels("failed").inc()
-            trace = traceback.format_exc()
-            return Failure(event=event, error=error.cause, chain=bound, node=error.node, traceback=trace)
-        metrics.RULE_EXECUTIONS.labels("completed").inc()
-        metrics.RULE_SECONDS.observe(time.perf_counter() - began)
-        if wishes:
-            metrics.RULE_ACTIONS.inc(len(wishes))
-        if event.command_deadline_us and self._now_us > event.command_deadline_us:
-            log.info("%s would have switched %d states for an event that is too old now", bound.name, len(wishes))
-        else:
-            self._wishes += wishes
-        return None
+
+    def _demand_collected(self, bound: BoundChain) -> None:
+        missed = bound.compiled.references & self._uncollected if self._uncollected else None
+        if missed:
+            named = ", ".join(sorted(f"{source_type} {uuid} {name}" for source_type, uuid, name in missed)[:10])
+            cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of {named}"
+            raise ChainFailed(bound.uuid, "", cause, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
+
+    def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
+        for source, due_us in outcome.wakes.items():
+            self.ended.wakes[timers.of(bound.compiled, source)] = due_us
+
+
+def _failure(error: ChainFailed, bound: BoundChain, event: Event) -> Failure:
+    text = f"{error.code}: {error.cause}" if error.code else error.cause
+    if error.code:
+        log.warning("rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text)
+    return Failure(event=event, error=text, chain=bound, node=error.node, traceback=traceback.format_exc())
 
 
 def _report(event: Event, state_id: int, name: str, value: object) -> states.Request:

@@ -6,13 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from rules.actions import Command, Effect, compile_action
 from rules.conditions import compile_condition
 from rules.configuration import not_a_name
 from rules.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
-from rules.scope import NEVER_US, Reference, Run, Trigger, Watch
+from rules.scope import Reference, Run, Source, Timer, Trigger, Watch
 from rules.transforms import compile_transform
 
 MAX_STEPS = 1_000
@@ -22,6 +23,8 @@ MAX_REFERENCES = 10_000
 """Variables that may trigger one chain, because every one of them is an entry in the index of every worker."""
 
 SHOWN_NAMES = 10
+
+NO_WAKES: Mapping[Source, int] = MappingProxyType({})
 
 ERROR_KEY = "error"
 """Under which the nodes after a failed one find what went wrong."""
@@ -49,31 +52,35 @@ class ChainSpec:
     uuid: str
     version: int
     nodes: tuple[NodeSpec, ...]
+    is_scheduled: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
 
-    `stopped_at` is the filter that said no and had nowhere to go, or None if the chain ran to an end. `wake_us` is when the
-    outcome may be another one although nothing was reported: microseconds since 1970 (UTC), NEVER_US for not at all.
+    `filters_true` and `filters_false` are how many of the steps were filters that said so; `stopped_at` is the filter that
+    said no and had nowhere to go, or None if the chain ran to an end. `wakes` is when the outcome may be another one although
+    the source says nothing, in microseconds since 1970 (UTC).
     """
 
     effects: tuple[Effect, ...]
     missing: tuple[Reference, ...]
     stopped_at: str | None
     steps: int
-    wake_us: int = NEVER_US
+    filters_true: int = 0
+    filters_false: int = 0
+    wakes: Mapping[Source, int] = NO_WAKES
 
 
 class _Node:
     """A compiled node, linked to those that follow it; `execute` is false only where a filter says no."""
 
-    __slots__ = ("execute", "name", "on_failure", "on_false", "on_true")
+    __slots__ = ("execute", "is_filter", "name", "on_failure", "on_false", "on_true")
 
-    def __init__(self, name: str, execute: Callable[[Run], bool]) -> None:
+    def __init__(self, name: str, execute: Callable[[Run], bool], *, is_filter: bool) -> None:
         self.name = name
         self.execute = execute
+        self.is_filter = is_filter
         self.on_true: _Node | None = None
         self.on_false: _Node | None = None
         self.on_failure: _Node | None = None
@@ -90,21 +97,27 @@ class Chain:
     """A compiled chain; safe to keep and to run any number of times, since a run leaves nothing behind.
 
     `references` trigger the chain and must be known to the lookup: what its filters read and, where a filter reads
-    the result of a transform before it, also what that transform reads. `watches` are what its conditions over time remember,
-    which the caller keeps. `commands` are the devices and states that its actions address; whether they exist in the
-    organization is the caller's to check.
+    the result of a transform before it, also what that transform reads. `watches` are what its conditions over time
+    remember, which the caller keeps; `timers` those that time alone can make true. `commands` are the devices and states
+    that its actions address; whether they exist in the organization is the caller's to check.
     """
 
     spec: ChainSpec
     references: frozenset[Reference]
     watches: tuple[Watch, ...]
+    timers: tuple[Timer, ...]
     commands: tuple[Command, ...]
     _start: _Node = field(repr=False)
+
+    @property
+    def timers_key(self) -> str:
+        """The same as long as what time alone can change is the same."""
+        return ",".join(sorted({timer.key for timer in self.timers}))
 
     def run(self, trigger: Trigger, note: Note | None = None) -> Outcome:
         """Run the chain for one event; raises ChainFailed if a node cannot do its work and names none for that case."""
         run = Run(trigger)
-        steps = 0
+        steps = filters_true = filters_false = 0
         stopped_at: str | None = None
         node: _Node | None = self._start
         while node is not None:
@@ -120,21 +133,24 @@ class Chain:
             if note:
                 note(node.name, run, passed=passed, error=error)
             if passed:
+                filters_true += node.is_filter
                 node = node.on_true
             elif error:
                 run.values[ERROR_KEY] = error.cause
                 node = node.on_failure
-            elif node.on_false is not None:
-                node = node.on_false
             else:
-                stopped_at = node.name
-                break
+                filters_false += 1
+                if node.on_false is None:
+                    stopped_at = node.name
+                node = node.on_false
         return Outcome(
             effects=tuple(run.effects),
-            missing=tuple(dict.fromkeys(run.missing)),
+            missing=tuple(dict.fromkeys(run.missing)) if run.missing else (),
             stopped_at=stopped_at,
             steps=steps,
-            wake_us=run.wake_us,
+            filters_true=filters_true,
+            filters_false=filters_false,
+            wakes=run.wakes or NO_WAKES,
         )
 
     def _late(self, node: _Node) -> ChainFailed:
@@ -145,9 +161,10 @@ class Chain:
 def compile(spec: ChainSpec) -> Chain:
     """Judge and compile a chain; the only judge there is, asked on save and on load.
 
-    A valid chain has at least one filter, names that are unique, links that lead to its own nodes, one node to start
-    from and no cycle. It need not have an action. Raises InvalidChain with every problem of the chain, except that
-    a chain of too many nodes is refused unread.
+    A valid chain has names that are unique, links that lead to its own nodes, one node to start from, no cycle and, unless
+    it runs on a schedule, at least one filter. It need not have an action.
+
+    Raises InvalidChain with every problem of the chain, except that a chain of too many nodes is refused unread.
     """
     if len(spec.nodes) > MAX_STEPS:
         raise InvalidChain([Problem("nodes", len(spec.nodes), f"must not have more than {MAX_STEPS} nodes")])
@@ -158,13 +175,16 @@ def compile(spec: ChainSpec) -> Chain:
     parts = _parts(spec, problems)
     if problems:
         raise InvalidChain(problems)
-    references = _triggers(order, edges, parts)
+    references = _triggers(order, edges, parts, problems)
+    if problems:
+        raise InvalidChain(problems)
     if len(references) > MAX_REFERENCES:
         raise InvalidChain([Problem("nodes", None, f"must not read more than {MAX_REFERENCES} variables")])
     return Chain(
         spec=spec,
         references=references,
         watches=tuple({watch.key: watch for part in parts for watch in part.watches}.values()),
+        timers=tuple(dict.fromkeys(timer for part in parts for timer in part.timers)),
         commands=tuple(command for part in parts for command in part.commands),
         _start=_link(spec.nodes, edges, parts)[start],
     )
@@ -259,13 +279,16 @@ class _Part(NamedTuple):
     execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
     watches: tuple[Watch, ...] = ()
+    timers: tuple[Timer, ...] = ()
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
 
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     condition = compile_condition(node.config, path=path)
-    return _Part(condition.evaluate, references=condition.references, watches=condition.watches)
+    return _Part(
+        condition.evaluate, references=condition.references, watches=condition.watches, timers=condition.timers
+    )
 
 
 def _transform(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
@@ -303,12 +326,12 @@ def _parts(spec: ChainSpec, problems: list[Problem]) -> list[_Part]:
             parts.append(compile_part(node, chain_uuid=spec.uuid, path=f"nodes[{position}].config"))
         except InvalidChain as error:
             problems.extend(error.problems)
-    if all(node.type != "filter" for node in spec.nodes):
+    if not spec.is_scheduled and all(node.type != "filter" for node in spec.nodes):
         problems.append(Problem("nodes", len(spec.nodes), "must have a filter, or nothing can trigger the chain"))
     return parts
 
 
-def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[Reference]:
+def _triggers(order: list[int], edges: Edges, parts: list[_Part], problems: list[Problem]) -> frozenset[Reference]:
     """Gather what the filters read, and behind each derived key what it may be derived from on the way there.
 
     Stops soon after MAX_REFERENCES: derived keys multiply, and a small configuration could fill the memory.
@@ -318,6 +341,7 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[R
     for position in order:
         part = parts[position]
         derived = arriving.pop(position, {})
+        problems += [_made_by_transform(position, watch) for watch in part.watches if watch.reference.key in derived]
         for reference in part.references:
             references.add(reference)
             references.update(reference._replace(key=key) for key in derived.get(reference.key, ()))
@@ -334,8 +358,16 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part]) -> frozenset[R
     return frozenset(references)
 
 
+def _made_by_transform(position: int, watch: Watch) -> Problem:
+    """Conditions over time are told of every reading, whether or not a run comes by the transform."""
+    message = "is made by a transform before it, which a condition over time does not see: ask for the original value"
+    return Problem(f"nodes[{position}].config", watch.reference.key, message)
+
+
 def _link(nodes: tuple[NodeSpec, ...], edges: Edges, parts: list[_Part]) -> list[_Node]:
-    linked = [_Node(node.name, part.execute) for node, part in zip(nodes, parts, strict=True)]
+    linked = [
+        _Node(node.name, part.execute, is_filter=node.type == "filter") for node, part in zip(nodes, parts, strict=True)
+    ]
     for node, links in zip(linked, edges, strict=True):
         node.on_true = linked[links["next"]] if "next" in links else None
         node.on_false = linked[links["onFalse"]] if "onFalse" in links else None

@@ -12,6 +12,12 @@ from rules.exceptions import Problem
 LARGEST = sys.float_info.max
 """The largest double, about 1.8e308; integers go on beyond it, and other JSON readers take those for infinity."""
 
+MAX_TEXT = 1_000
+"""Characters of a configured text; no sensor or device may send a longer one either."""
+
+MAX_LIST = 100
+"""Entries of a configured list."""
+
 Check = Callable[[object], str | None]
 """Says what is wrong with a configured value, or None."""
 
@@ -35,6 +41,42 @@ def not_a_scalar(value: object) -> str | None:
     if isinstance(value, str | bool):
         return None
     return None if not_a_number(value) is None else "must be a finite number, text, true or false"
+
+
+def not_comparable(value: object) -> str | None:
+    """Refuse what no value can equal: what is no scalar, and text that is longer than values can be."""
+    if isinstance(value, str):
+        return None if len(value) <= MAX_TEXT else f"must not be longer than {MAX_TEXT} characters"
+    return not_a_scalar(value)
+
+
+def not_a_text(value: object) -> str | None:
+    """Refuse what is not text of 1 to MAX_TEXT characters."""
+    if not isinstance(value, str) or not value:
+        return "must be non-empty text"
+    return not_comparable(value)
+
+
+def not_a_list(check: Check) -> Check:
+    """Make a check for a list of 1 to MAX_LIST entries that `check` accepts; it names the first entry that is refused."""
+
+    def complaint(value: object) -> str | None:
+        if not isinstance(value, list) or not 1 <= len(value) <= MAX_LIST:
+            return f"must be a list of 1 to {MAX_LIST} entries"
+        for position, entry in enumerate(value):
+            if (problem := check(entry)) is not None:
+                return f"entry {position + 1} {problem}"
+        return None
+
+    return complaint
+
+
+def not_an_item(value: object) -> str | None:
+    """Refuse what can be no item of a comma-separated list: what is no text, is empty, has blanks around it or a comma in it."""
+    if (problem := not_a_text(value)) is not None:
+        return problem
+    text = str(value)
+    return None if text == text.strip() and "," not in text else "must have neither a comma nor blanks around it"
 
 
 def not_a_range(value: object) -> str | None:
@@ -76,11 +118,15 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return self._config is not None and key in self._config
 
-    def only(self, keys: tuple[str, ...]) -> None:
-        """Refuse every other key: a misspelt one that is passed over is a rule that silently does not do its work."""
+    def only(self, keys: tuple[str, ...], *, misplaced: Mapping[str, str] | None = None) -> None:
+        """Refuse every other key: a misspelt one that is passed over is a rule that silently does not do its work.
+
+        `misplaced` says of keys that people put here by mistake what to do instead.
+        """
         for key in self._config or ():
             if key not in keys:
-                self.refuse(key, f"unknown key; known here: {', '.join(keys)}")
+                unknown = f"unknown key; known here: {', '.join(keys)}"
+                self.refuse(key, (misplaced or {}).get(key, unknown))
 
     def get(self, key: str, check: Check) -> Any:
         """Return the value of a required key, or None with a problem noted if it is absent or `check` refuses it."""

@@ -6,13 +6,19 @@ REST and admin both save through `save` and `delete`; all of one chain's changes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
+from typing import TypeVar
 
 from django.db import transaction
+from django.db.models import Model
 
 from devices import catalogue
 from rules import schedules, validation
 from rules.exceptions import InvalidChain, Problem
 from rules.models import RuleChain, RuleNode
+
+MAXIMUM_NAME_LENGTH = 200
+Row = TypeVar("Row", bound=Model)
 
 
 def locked(chain_id: int) -> RuleChain:
@@ -21,14 +27,16 @@ def locked(chain_id: int) -> RuleChain:
 
 
 @transaction.atomic
-def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None) -> None:
+def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, lift: bool = False) -> None:
     """Writes the chain and, if given, these nodes in place of all it had; its version grows by one.
 
-    Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only when it is switched on: one whose
-    sensor was deleted can still be renamed and switched off.
+    Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only where `must_be_judged` says so: one
+    whose sensor was deleted can still be renamed and switched off. A suspension ends with `lift`, and with new nodes: it was the
+    old ones that failed.
     """
     stored = locked(chain.pk) if chain.pk else None
-    judged = nodes if nodes is not None or not _switched_on(chain, stored) else list(chain.nodes.all())
+    chain.suspended_at = stored.suspended_at if stored and nodes is None and not lift else None
+    judged = nodes if nodes is not None or not must_be_judged(chain, stored) else list(chain.nodes.all())
     problems = validation.problems_of(chain, judged) if judged is not None else []
     if not schedules.is_unchanged(chain, stored):
         problems = schedules.problems_of(chain) + problems
@@ -42,6 +50,40 @@ def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None) -> None:
     catalogue.mark_changed(chain.organization_id)
 
 
+def switch(chain: RuleChain, *, enabled: bool) -> None:
+    """Switches the chain on or off. Either ends a suspension, because somebody has looked. Raises InvalidChain."""
+    chain.enabled = enabled
+    save(chain, lift=True)
+
+
+@transaction.atomic
+def duplicate(chain: RuleChain, *, name: str = "") -> RuleChain:
+    """A copy of the chain and its nodes under a new name, switched off. Raises InvalidChain."""
+    nodes = [_copied(node, RuleNode) for node in chain.nodes.all()]
+    copy = _copied(chain, RuleChain)
+    copy.name, copy.enabled = name or _free_name(chain), False
+    copy.next_run_at = copy.last_run_at = None
+    save(copy, nodes)
+    return copy
+
+
+def _copied(row: Row, model: type[Row]) -> Row:
+    """The row without what makes it this one; `save` gives a node its chain."""
+    own = {"id", "uuid", "chain", "created_at", "updated_at"}
+    return model(
+        **{field.name: getattr(row, field.name) for field in model._meta.concrete_fields if field.name not in own}
+    )
+
+
+def _free_name(chain: RuleChain) -> str:
+    """As long as a name may be, and in the organization nobody's yet."""
+    taken = set(RuleChain.objects.filter(organization=chain.organization_id).values_list("name", flat=True))
+    endings = (" (copy)" if number == 1 else f" (copy {number})" for number in count(1))
+    return next(
+        name for ending in endings if (name := chain.name[: MAXIMUM_NAME_LENGTH - len(ending)] + ending) not in taken
+    )
+
+
 @transaction.atomic
 def delete(chain: RuleChain) -> None:
     organization_id = chain.organization_id
@@ -49,8 +91,15 @@ def delete(chain: RuleChain) -> None:
     catalogue.mark_changed(organization_id)
 
 
-def _switched_on(chain: RuleChain, stored: RuleChain | None) -> bool:
-    return stored is not None and chain.enabled and not stored.enabled
+def must_be_judged(chain: RuleChain, stored: RuleChain | None) -> bool:
+    """Whether the nodes that it has must do for something new: it is to run again, or is triggered in another way."""
+    if stored is None or not _runs(chain):
+        return False
+    return not _runs(stored) or chain.execution_type != stored.execution_type
+
+
+def _runs(chain: RuleChain) -> bool:
+    return chain.enabled and chain.suspended_at is None
 
 
 def _replace_nodes(chain: RuleChain, nodes: Sequence[RuleNode]) -> None:
@@ -94,6 +143,7 @@ def _relink(nodes: list[RuleNode], old: str, new: str) -> None:
     for node in nodes:
         node.next = new if node.next == old else node.next
         node.on_false = new if node.on_false == old else node.on_false
+        node.on_failure = new if node.on_failure == old else node.on_failure
 
 
 def _by_name(nodes: list[RuleNode], name: str) -> RuleNode | None:
@@ -102,7 +152,7 @@ def _by_name(nodes: list[RuleNode], name: str) -> RuleNode | None:
 
 def _end_of_main_line(nodes: list[RuleNode]) -> RuleNode:
     """From the node that no other points to along `next`, as far as it leads."""
-    pointed_to = {name for node in nodes for name in (node.next, node.on_false)}
+    pointed_to = {name for node in nodes for name in (node.next, node.on_false, node.on_failure)}
     here = next((node for node in nodes if node.name not in pointed_to), nodes[0])
     seen = {here.name}
     while (following := _by_name(nodes, here.next)) is not None and following.name not in seen:

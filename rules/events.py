@@ -63,7 +63,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that happened, as the journal keeps it. Times are microseconds since 1970, UTC.
 
     `trace` is a W3C traceparent or empty. After `command_deadline_us` the event switches no device any more; 0 is never.
-    `attempt` counts runs that failed before; `chains` then names the chains that are still to run, None meaning all.
+    `attempt` counts runs that failed before. `chains` names the chains that it is for, None meaning all that wait for it: of
+    another attempt those that are still to run, of a timer the one whose time has come.
     """
 
     id: UUID
@@ -288,12 +289,12 @@ class _Group(msgspec.Struct, array_like=True, frozen=True):
     protocol: str
     trace: str
     command_deadline_us: int
+    chains: tuple[str, ...] | None
     items: list[tuple[bytes, int, dict[str, Any]]]
 
 
 class _Retry(msgspec.Struct, array_like=True, frozen=True):
     attempt: int
-    chains: tuple[str, ...] | None
     group: _Group
 
 
@@ -321,12 +322,12 @@ def decode_entry(data: bytes) -> list[Event]:
 
 
 def encode_retry(event: Event) -> bytes:
-    return _encoder.encode(_Retry(event.attempt, event.chains, _group(_header(event), [_item(event)])))
+    return _encoder.encode(_Retry(event.attempt, _group(_header(event), [_item(event)])))
 
 
 def decode_retry(data: bytes) -> Event:
     retry = _retry_decoder.decode(data)
-    return msgspec.structs.replace(_ungrouped(retry.group)[0], attempt=retry.attempt, chains=retry.chains)
+    return msgspec.structs.replace(_ungrouped(retry.group)[0], attempt=retry.attempt)
 
 
 def _group(header: tuple[Any, ...], items: list[tuple[bytes, int, dict[str, Any]]]) -> _Group:
@@ -344,6 +345,7 @@ def _header(event: Event) -> tuple[Any, ...]:
         event.protocol,
         event.trace,
         event.command_deadline_us,
+        event.chains,
     )
 
 
@@ -367,6 +369,7 @@ def _ungrouped(group: _Group) -> list[Event]:
             protocol=group.protocol,
             trace=group.trace,
             command_deadline_us=group.command_deadline_us,
+            chains=group.chains,
         )
         for identifier, timestamp_us, values in group.items
     ]

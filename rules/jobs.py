@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
+from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
 from redis.exceptions import RedisError
 from rq.timeouts import BaseTimeoutException
 
 from aemos.lib import keys, metrics, redis
 from devices import latest
-from rules import batch, dead_letters, effects, events, index, tickets
+from rules import batch, dead_letters, effects, events, index, tickets, timers
 from rules.batch import Begin, Ended, Failure
 from rules.events import Event
-from rules.journal import Entry, Finished, Lease, Slot
+from rules.exceptions import ErrorCode
+from rules.journal import Entry, Finished, Lease, Overtaken, Slot
+from rules.memory import Memory
 
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.2
@@ -46,6 +49,12 @@ def drain(lane: str, partition: int) -> None:
             _work(lease, deadline=time.monotonic() + SLICE_SECONDS)
     except AWAY as error:
         _wait(lease.slot, error)
+    except BaseTimeoutException:
+        metrics.RULE_TIMEOUTS.labels(ErrorCode.WORKER_TIMEOUT.value).inc()
+        log.error(
+            "%s/%d: %s, stopped after %d ms", *_of(lease.slot), ErrorCode.WORKER_TIMEOUT, settings.WORKER_TIMEOUT_MS
+        )
+        raise
     finally:
         _give_back(lease)
     metrics.flush()
@@ -56,7 +65,7 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, _process(work.events, lane=lease.slot.lane))
+        _finish(lease, work, _process(work.events, work, begin=lease.keep))
         if time.monotonic() > deadline:
             return
 
@@ -65,6 +74,9 @@ def _work(lease: Lease, *, deadline: float) -> None:
 class Work:
     """What is processed and acknowledged together: whole entries, and events whose next attempt is due."""
 
+    lane: str
+    memory: Memory = field(default_factory=Memory)
+    taken_over: bool = False
     events: list[Event] = field(default_factory=list)
     entries: list[bytes] = field(default_factory=list)
     retries: list[bytes] = field(default_factory=list)
@@ -76,10 +88,10 @@ class Work:
 
 def _next(lease: Lease) -> Work:
     retries = lease.due(_now_ms(), BATCH_EVENTS)
-    work = Work(events=[events.decode_retry(data) for data in retries], retries=retries)
+    work = Work(lane=lease.slot.lane, events=[events.decode_retry(data) for data in retries], retries=retries)
     while len(work.events) < BATCH_EVENTS and (entries := lease.next(_entries_to_read(work))):
         for entry in entries:
-            _add(work, entry, lane=lease.slot.lane)
+            _add(work, entry)
     return work
 
 
@@ -91,46 +103,50 @@ def _entries_to_read(work: Work) -> int:
     return max(1, min(READ_ENTRIES, (BATCH_EVENTS - len(work.events)) // events_per_entry))
 
 
-def _add(work: Work, entry: Entry, *, lane: str) -> None:
+def _add(work: Work, entry: Entry) -> None:
     """An entry that cannot be read becomes a dead letter as it is, and the slot goes on."""
     work.entries.append(entry.id)
     try:
         work.events += events.decode_entry(entry.data)
     except (msgspec.DecodeError, ValueError) as error:
-        log.error("entry %s of the %s lane cannot be read: %s", entry.id.decode(), lane, error)
-        dead_letters.keep_unreadable(entry, lane=lane, error=f"unreadable journal entry: {error}")
+        log.error("entry %s of the %s lane cannot be read: %s", entry.id.decode(), work.lane, error)
+        dead_letters.keep_unreadable(entry, lane=work.lane, error=f"unreadable journal entry: {error}")
         work.unreadable += entry.count
 
 
-def _process(due: Sequence[Event], *, lane: str, begin: Begin | None = None) -> Ended:
+def _process(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
     """The batch in one transaction, or, when something in it raises, event by event, so that one cannot stop the others."""
     try:
-        return batch.process(due, partial(dead_letters.keep, lane=lane), begin)
+        return _process_together(due, work, begin=begin)
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception:
         if len(due) > 1:
             log.exception("a batch of %d events failed, going on event by event", len(due))
-    return _process_one_by_one(due, lane=lane, begin=begin)
+    return _process_one_by_one(due, work, begin=begin)
 
 
-def _process_one_by_one(due: Sequence[Event], *, lane: str, begin: Begin | None) -> Ended:
+def _process_together(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
+    keep = partial(dead_letters.keep, lane=work.lane)
+    return batch.process(due, keep, memory=work.memory, begin=begin, taken_over=work.taken_over)
+
+
+def _process_one_by_one(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
     ended = Ended()
     for event in due:
-        if begin:
-            begin(event)
-        ended.add(_process_alone(event, lane=lane))
+        ended.add(_process_alone(event, work, begin=begin))
     return ended
 
 
-def _process_alone(event: Event, *, lane: str) -> Ended:
+def _process_alone(event: Event, work: Work, *, begin: Begin) -> Ended:
+    begin(event)
     try:
-        return batch.process([event], partial(dead_letters.keep, lane=lane))
+        return _process_together([event], work, begin=begin)
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception as error:
         log.exception("event %s failed, attempt %d", event.id, event.attempt + 1)
-        return _failed(Failure.of(event, error), lane=lane)
+        return _failed(Failure.of(event, error), lane=work.lane)
 
 
 def _failed(failure: Failure, *, lane: str) -> Ended:
@@ -143,6 +159,7 @@ def _finish(lease: Lease, work: Work, ended: Ended) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
     effects.tell(ended.performed)
     latest.remember(ended.latest)
+    timers.remember(ended.wakes)
     delayed = dead_letters.next_attempts(ended.failures)
     dead = len({failure.event.id for failure in ended.failures}) - len(delayed)
     finished = Finished(
@@ -154,8 +171,18 @@ def _finish(lease: Lease, work: Work, ended: Ended) -> None:
         organizations=_ended_by_organization(work, ended),
         delayed=delayed,
     )
-    if not lease.finish(finished):
+    if not _acknowledge(lease, finished, work.memory):
         log.warning("%s/%d was taken over while a batch ran; its events will be seen as duplicates", *_of(lease.slot))
+
+
+def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
+    """With what conditions over time remember now; False when the lease was lost."""
+    while True:
+        finished.remembered = memory.changes()
+        try:
+            return lease.finish(finished)
+        except Overtaken:
+            memory.catch_up()
 
 
 def _ended_by_organization(work: Work, ended: Ended) -> Counter[int]:
@@ -183,7 +210,7 @@ def _take_over(lease: Lease) -> bool:
     # Dying again without a note means dying before or after the decisions, where only going one by one tells whom it is on.
     process = _process if deliveries <= TOGETHER_DELIVERIES else _process_one_by_one
     try:
-        ended.add(process(due, lane=lease.slot.lane, begin=partial(_begin, lease)))
+        ended.add(process(due, work, begin=partial(_begin, lease)))
     except AWAY:
         lease.unmark()
         raise
@@ -194,11 +221,11 @@ def _take_over(lease: Lease) -> bool:
 
 def _left_behind(lease: Lease) -> tuple[Work, int]:
     """Entries of at most about one batch, and how often the first of them was given to a worker."""
-    work, deliveries = Work(), 0
+    work, deliveries = Work(lane=lease.slot.lane, taken_over=True), 0
     entry = lease.left_behind()
     while entry and len(work.events) < BATCH_EVENTS:
         deliveries = deliveries or lease.deliveries(entry)
-        _add(work, entry, lane=lease.slot.lane)
+        _add(work, entry)
         entry = lease.left_behind(entry.id)
     return work, deliveries
 

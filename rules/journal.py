@@ -6,13 +6,14 @@ exact counts in events, for which always accepted = processed + duplicate + dead
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.conf import settings
 from redis.commands.core import Script
@@ -43,35 +44,49 @@ redis.call('HINCRBY', KEYS[2], 'depth', ARGV[1])
 return redis.call('SET', KEYS[3], '1', 'NX', 'PX', ARGV[3]) and 1 or 0
 """
 
-# What it does: ends entries and due retries, files events that wait for another attempt, and moves the counts; all or
-# nothing, and nothing when the caller has lost the lease meanwhile.
-# KEYS: stream, ledger, lease, delayed, backlog. ARGV: lease token, group, processed, duplicate, dead, number of entry ids,
-# ids..., number of finished retries, their bytes..., number of organizations, pairs of their id and ended events..., then
-# pairs of due time in ms and bytes of events to delay.
-# Returns: 1, or 0 when the lease was lost.
+# What it does: ends entries and due retries, files events that wait for another attempt, moves the counts, and keeps what
+# conditions over time remember; all or nothing, and nothing when the caller has lost the lease meanwhile, or when what is
+# remembered is not what the caller had read: the other lane of the same source was faster.
+# KEYS: stream, ledger, lease, delayed, backlog, then what is remembered... ARGV: lease token, group, processed, duplicate, dead,
+# number of entry ids, ids..., number of finished retries, their bytes..., number of organizations, pairs of their id and ended
+# events..., number of delayed events, pairs of due time in ms and bytes..., then per remembered key what was read ('' for
+# nothing), what is to be kept, and for how many ms.
+# Returns: 1; 0 when the lease was lost; -1 when something else is remembered by now.
 _FINISH = """
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
 local at = 6
-local count = tonumber(ARGV[at])
-for i = at + 1, at + count do
+local function rows(width)
+  local first = at + 1
+  at = at + 1 + tonumber(ARGV[at]) * width
+  return first, at - 1
+end
+local entries, last_entry = rows(1)
+local retries, last_retry = rows(1)
+local organizations, last_organization = rows(2)
+local delayed, last_delayed = rows(2)
+for i = 6, #KEYS do
+  if (redis.call('GET', KEYS[i]) or '') ~= ARGV[at + (i - 6) * 3] then return -1 end
+end
+for i = entries, last_entry do
   redis.call('XACK', KEYS[1], ARGV[2], ARGV[i])
   redis.call('XDEL', KEYS[1], ARGV[i])
 end
-at = at + count + 1
-count = tonumber(ARGV[at])
-for i = at + 1, at + count do redis.call('ZREM', KEYS[4], ARGV[i]) end
-at = at + count + 1
-count = tonumber(ARGV[at]) * 2
-for i = at + 1, at + count, 2 do redis.call('HINCRBY', KEYS[5], ARGV[i], -ARGV[i + 1]) end
-for i = at + count + 1, #ARGV, 2 do redis.call('ZADD', KEYS[4], ARGV[i], ARGV[i + 1]) end
+for i = retries, last_retry do redis.call('ZREM', KEYS[4], ARGV[i]) end
+for i = organizations, last_organization, 2 do redis.call('HINCRBY', KEYS[5], ARGV[i], -ARGV[i + 1]) end
+for i = delayed, last_delayed, 2 do redis.call('ZADD', KEYS[4], ARGV[i], ARGV[i + 1]) end
+for i = 6, #KEYS do
+  local own = at + (i - 6) * 3
+  redis.call('SET', KEYS[i], ARGV[own + 1], 'PX', ARGV[own + 2])
+end
 local ended = 0
 for i, name in ipairs({'processed', 'duplicate', 'dead'}) do
   local number = tonumber(ARGV[i + 2])
   if number > 0 then redis.call('HINCRBY', KEYS[2], name, number) end
   ended = ended + number
 end
--- An empty slot holds nothing of anybody's: whatever was left of an entry that could not be read goes here.
-if redis.call('HINCRBY', KEYS[2], 'depth', -ended) <= 0 then redis.call('DEL', KEYS[5]) end
+-- An empty slot holds nothing of anybody's: whatever was left of an entry that could not be read goes here. Nothing ends in
+-- a batch that is tried again as a whole, and minus 0 is no integer to Redis.
+if ended > 0 and redis.call('HINCRBY', KEYS[2], 'depth', -ended) <= 0 then redis.call('DEL', KEYS[5]) end
 return 1
 """
 
@@ -150,6 +165,20 @@ class Finished:
     dead: int = 0
     organizations: Mapping[int, int] = field(default_factory=dict)
     delayed: list[tuple[int, bytes]] = field(default_factory=list)
+    remembered: list[Remembered] = field(default_factory=list)
+
+
+class Remembered(NamedTuple):
+    """What a condition over time remembers from now on under a key of Redis, and what it was when it was read."""
+
+    key: str
+    was: bytes
+    value: bytes
+    lifetime_ms: int
+
+
+class Overtaken(Exception):
+    """What is remembered is not what was read: the other lane of the same source has added to it. Nothing was finished."""
 
 
 def append(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
@@ -189,6 +218,7 @@ class Lease:
     def __init__(self, slot: Slot, token: str) -> None:
         self.slot = slot
         self._token = token
+        self._renewed_at = time.monotonic()
         self._client = redis.journal_client(slot.partition)
         self._stream = keys.events(slot.lane, slot.partition)
         self._delayed = keys.delayed(slot.lane, slot.partition)
@@ -204,9 +234,15 @@ class Lease:
 
     def renew(self) -> bool:
         """False when the lease was lost."""
+        self._renewed_at = time.monotonic()
         return bool(
             _script(_RENEW)(keys=[self._lease, self._ticket], args=[self._token, LEASE_MS], client=self._client)
         )
+
+    def keep(self, _: Event) -> None:
+        """Renews the lease when a third of its time has gone: called before each event of a batch that may last."""
+        if time.monotonic() - self._renewed_at > LEASE_MS / 3_000:
+            self.renew()
 
     def release(self) -> bool:
         """Gives the slot back; True when it holds entries, for which the caller must queue a ticket."""
@@ -248,13 +284,18 @@ class Lease:
         self._client.delete(self._suspect)
 
     def finish(self, finished: Finished) -> bool:
-        """Ends a batch in one step; False when the lease was lost, in which case nothing changed."""
+        """Ends a batch in one step; False when the lease was lost, in which case nothing changed. Raises Overtaken."""
         args: list[Any] = [self._token, GROUP, finished.processed, finished.duplicate, finished.dead]
         args += [len(finished.entry_ids), *finished.entry_ids, len(finished.retries), *finished.retries]
         args += [len(finished.organizations), *chain.from_iterable(finished.organizations.items())]
-        args += chain.from_iterable(finished.delayed)
+        args += [len(finished.delayed), *chain.from_iterable(finished.delayed)]
+        args += chain.from_iterable(each[1:] for each in finished.remembered)
         names = [self._stream, self._ledger, self._lease, self._delayed, self._backlog]
-        return bool(_script(_FINISH)(keys=names, args=args, client=self._client))
+        names += [each.key for each in finished.remembered]
+        answer = int(_script(_FINISH)(keys=names, args=args, client=self._client))
+        if answer < 0:
+            raise Overtaken
+        return bool(answer)
 
     def _read(self, position: str, count: int) -> list[Entry]:
         try:

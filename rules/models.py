@@ -143,6 +143,8 @@ class Severity(models.TextChoices):
 class Alarm(Identified):
     """Something that needs a person: of one type at one originator there is at most one that is not cleared."""
 
+    originator_name = ""  # no column: rules.alarms.name_originators looks it up
+
     class State(models.TextChoices):
         ACTIVE = "active", "active: nobody has taken it up"
         ACKNOWLEDGED = "acknowledged", "acknowledged: somebody knows"
@@ -159,8 +161,11 @@ class Alarm(Identified):
     node = models.CharField(max_length=100, blank=True)
     raised_at = models.DateTimeField(help_text="When it began, by the event that raised it.")
     last_raised_at = models.DateTimeField(help_text="The last event that would have raised it.")
+    last_event_at = models.DateTimeField(
+        default=timezone.now, help_text="The newest event that raised or cleared it: an older one comes too late."
+    )
     times_raised = models.PositiveIntegerField(
-        default=1, help_text="Raised again while it was not cleared, or soon after."
+        default=1, help_text="Events that would have raised it until it was cleared."
     )
     is_flapping = models.BooleanField(default=False, help_text="It comes and goes too often to be told every time.")
     acknowledged_at = models.DateTimeField(null=True, blank=True)
@@ -176,10 +181,31 @@ class Alarm(Identified):
                 name="one_open_alarm_per_originator_and_type",
             )
         ]
-        ordering = ["-id"]
+        # The scheduler asks every second which have calmed down: almost always none is flapping.
+        indexes = [models.Index(fields=["id"], condition=models.Q(is_flapping=True), name="alarm_flapping")]
+        ordering = ["-raised_at", "-id"]
 
     def __str__(self) -> str:
         return f"{self.type} ({self.severity}, {self.state})"
+
+
+class ActionCooldown(models.Model):
+    """When an action with a cooldown was last done for an originator, written in the transaction that did it."""
+
+    chain = models.ForeignKey(RuleChain, on_delete=models.CASCADE, related_name="cooldowns")
+    node = models.CharField(max_length=100)
+    originator_uuid = models.UUIDField()
+    done_at = models.DateTimeField(null=True, help_text="By the clock of the server, not the time of the event.")
+    suppressed = models.PositiveIntegerField(default=0, help_text="How often it was not done since then.")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["chain", "node", "originator_uuid"], name="one_cooldown_per_originator")
+        ]
+        ordering = ["-id"]
+
+    def __str__(self) -> str:
+        return f"{self.chain}: {self.node}"
 
 
 class Status(models.TextChoices):

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from django.db import connection
 
+from devices.catalogue import Field
+from devices.models import Reading
+from devices.values import measured
 from rules import events
 
 # SQLite takes 32,766 parameters in one statement, and a row has four.
@@ -35,6 +38,13 @@ def store(rows: Sequence[Row]) -> set[tuple[int, int]]:
     # Always in the same order, so that two workers that store the same readings wait for each other instead of deadlocking.
     ordered = sorted(rows, key=lambda row: row[:2])
     return _store_postgresql(ordered) if connection.vendor == "postgresql" else _store_sqlite(ordered)
+
+
+def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, float | str | bool | None]]:
+    """(timestamp in us, value) of the variable's newest readings from then on, at most so many, in ascending order."""
+    rows = Reading.objects.filter(variable_id=field.id, timestamp__gte=events.moment(max(since_us, 0)))
+    newest = rows.order_by("-timestamp").values_list("timestamp", "number", "text")[:maximum]
+    return [(events.microseconds(at), measured(number, text, field.datatype)) for at, number, text in reversed(newest)]
 
 
 _POSTGRESQL = """

@@ -10,7 +10,8 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from aemos.lib import keys, redis
-from rules.models import DeadLetter, RejectedEvent, Replay, Status
+from rules.durations import MAX_DAYS
+from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
 
 CHUNK_ROWS = 1_000
 # The scheduler has other duties every second; what is left goes on at its next tick.
@@ -21,7 +22,8 @@ EVERY_SECONDS = 3_600
 def delete_expired() -> int:
     """Deletes what is too old, at most once an hour from the moment that nothing is left. Raises RedisError.
 
-    A dead letter that nobody has decided about stays: it was accepted, and so it must not vanish.
+    A dead letter that nobody has decided about stays: it was accepted, and so it must not vanish. So does an alarm that is
+    not cleared.
     """
     client = redis.client()
     if client.exists(keys.RETENTION_DONE):
@@ -43,10 +45,13 @@ def _expired() -> list[QuerySet[Any]]:
     now = timezone.now()
     rejected = now - timedelta(days=settings.REJECTED_RETENTION_DAYS)
     dead = now - timedelta(days=settings.DEAD_LETTER_RETENTION_DAYS)
+    alarms = now - timedelta(days=settings.ALARM_RETENTION_DAYS)
     return [
         RejectedEvent.objects.filter(received_at__lt=rejected),
         DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.KEPT),
         Replay.objects.filter(ended_at__lt=dead),
+        Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
+        ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),
     ]
 
 

@@ -19,18 +19,14 @@ from django.db.models import Q
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import metrics, redis
 from devices.exceptions import Overloaded
-from rules import backpressure, events, journal, rejections, tickets
-from rules.events import PRIORITIES, Event, EventType
+from rules import backpressure, events, rejections, runs
+from rules.events import Event, EventType
 from rules.exceptions import Problem
-from rules.journal import Slot
 from rules.models import RuleChain
 
 log = logging.getLogger(__name__)
-SOURCE_TYPE = "chain"
 PROTOCOL = "scheduler"
-PRIORITY = PRIORITIES[EventType.SCHEDULED]
 # Chains that one tick of the scheduler fires at most; ticks follow one another by a second.
 CHAINS_PER_TICK = 2_000
 # A time that is late by more than this was missed: a scheduler that fails over is back in five seconds, a restart in a minute.
@@ -90,9 +86,9 @@ class Firing:
         if not turns:
             return 0
         fired = [turn.event for turn in turns if turn.event]
-        refusal = _refusal() if fired else None
+        refusal = runs.refusal() if fired else None
         if refusal is None:
-            _append(fired)
+            runs.append(fired)
         self._settle(turns, refusal)
         return 0 if refusal else len(fired)
 
@@ -140,8 +136,8 @@ def _event(
     return Event(
         id=identifier,
         type=EventType.SCHEDULED,
-        priority=PRIORITY,
-        source_type=SOURCE_TYPE,
+        priority=runs.PRIORITY,
+        source_type=runs.CHAIN,
         originator_uuid=str(chain.uuid),
         organization_id=chain.organization_id,
         values=dict(values or {}),
@@ -149,34 +145,6 @@ def _event(
         received_us=events.microseconds(timezone.now()),
         protocol=protocol,
     )
-
-
-def _refusal() -> Overloaded | None:
-    """Why the queue takes no urgent event; None when it does."""
-    try:
-        verdict = backpressure.shared().verdict(PRIORITY)
-    except Overloaded as refusal:
-        return refusal
-    return None if verdict.accept else backpressure.shared().refusal(verdict, PRIORITY)
-
-
-def _append(batch: Sequence[Event]) -> None:
-    """Raises RedisError; part of the batch may be in the journal then."""
-    if not batch:
-        return
-    slots: defaultdict[Slot, list[Event]] = defaultdict(list)
-    for event in batch:
-        slots[Slot(event.lane, journal.partition_of(event.originator_uuid))].append(event)
-    needing = journal.append(slots)
-    backpressure.shared().admitted(len(batch))
-    metrics.INGESTED.labels(batch[0].protocol, "accepted").inc(len(batch))
-    metrics.flush()
-    for slot in needing:
-        try:
-            tickets.issue(slot)
-        except RedisError as error:
-            # The events are safe; the scheduler queues lost tickets.
-            log.warning("ticket for %s/%d was not queued: %s", slot.lane, slot.partition, redis.explain(error))
 
 
 def _move(turns: Iterable[_Turn]) -> None:
@@ -194,10 +162,10 @@ def trigger(chain: RuleChain, *, protocol: str) -> Event:
     Raises Overloaded, recorded, when the queue may not have it.
     """
     event = _event(chain, identifier=uuid4(), happened=timezone.now(), protocol=protocol)
-    refusal = _refusal()
+    refusal = runs.refusal()
     if refusal is None:
         try:
-            _append([event])
+            runs.append([event])
         except RedisError as error:
             refusal = backpressure.unavailable(error)
     if refusal:
@@ -205,11 +173,6 @@ def trigger(chain: RuleChain, *, protocol: str) -> Event:
         refusal.recorded = True
         raise refusal
     return event
-
-
-def is_run(event: Event) -> bool:
-    """Whether the event runs one chain, which is its originator, instead of telling what a sensor or device says."""
-    return event.source_type == SOURCE_TYPE
 
 
 def already_ran(batch: Sequence[Event]) -> set[int]:

@@ -29,8 +29,15 @@ class Sample(NamedTuple):
 
 
 Lookup = Callable[[Reference], Sample | None]
-NEVER_US = 2**63
-"""Later than every time."""
+Source = tuple[str, str]
+"""Source type and uuid."""
+
+
+class Timer(NamedTuple):
+    """A condition that may turn true although its source says nothing; `key` is the same as long as the condition is."""
+
+    key: str
+    source: Source
 
 
 class Watch(NamedTuple):
@@ -54,21 +61,22 @@ class Scope:
 
     `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's
     own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` holds, by the
-    key of a watch, what is remembered, this event included. A condition that may turn true without a further event notes
-    with `wake` when that is.
+    key of a watch, what is remembered, this event included. A condition that may turn true without a further event says
+    with `wake` when that is; `wakes` holds the earliest of these times for each source, in microseconds since 1970.
     """
 
-    __slots__ = ("memory", "missing", "now_us", "read", "wake_us")
+    __slots__ = ("memory", "missing", "now_us", "read", "wakes")
 
     def __init__(self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None) -> None:
         self.read = read
         self.now_us = now_us
         self.missing: list[Reference] = []
         self.memory: Mapping[str, Any] = {} if memory is None else memory
-        self.wake_us = NEVER_US
+        self.wakes: dict[Source, int] = {}
 
-    def wake(self, at_us: int) -> None:
-        self.wake_us = min(self.wake_us, at_us)
+    def wake(self, reference: Reference, at_us: int) -> None:
+        source = reference[:2]
+        self.wakes[source] = min(self.wakes.get(source, at_us), at_us)
 
 
 def refuses_nothing(device_uuid: str, state_name: str, value: Value) -> str:
@@ -83,6 +91,7 @@ class Trigger:
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
     what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
     the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
     `deadline` is when the run is stopped, in seconds of `time.monotonic`.
     """
 
@@ -94,6 +103,7 @@ class Trigger:
     lookup: Lookup
     memory: Mapping[str, Any] = field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
+    originator: str = ""
     deadline: float = math.inf
 
 
@@ -110,12 +120,22 @@ class Run(Scope):
 
 
 def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
-    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup."""
+    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup.
+
+    What a device reports and had already it has had since its last change, not since the report.
+    """
     source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
 
     def read(reference: Reference) -> Sample | None:
-        if reference.uuid == uuid and reference.key in values and reference.source_type == source_type:
-            return Sample(values[reference.key], timestamp_us)
-        return lookup(reference)
+        if reference.uuid != uuid or reference.key not in values or reference.source_type != source_type:
+            return lookup(reference)
+        value = values[reference.key]
+        if source_type == "device" and (known := lookup(reference)) is not None and _is_same(known.value, value):
+            return known
+        return Sample(value, timestamp_us)
 
     return read
+
+
+def _is_same(one: Value, other: Value) -> bool:
+    return type(one) is type(other) and one == other

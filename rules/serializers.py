@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 from uuid import UUID
 
 from django.db.models import Model
@@ -20,9 +20,9 @@ from devices.serializers import (
     ValueField,
     organization_field,
 )
-from rules import editing, replay
+from rules import editing, naming, replay, validation, warnings
 from rules.exceptions import InvalidChain, Problem
-from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
+from rules.models import ChainStatistics, DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
 
 MAXIMUM_SMALL_INTEGER = 32_767
 
@@ -48,7 +48,14 @@ class ChainRefused(APIException):
 
     def __init__(self, problems: Iterable[Problem], *, fields: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.detail = {**(fields or {}), "validationErrors": [ProblemSerializer(problem).data for problem in problems]}
+        self.problems = tuple(problems)
+        self.fields = fields or {}
+        self.detail = {**self.fields, "validationErrors": told(self.problems)}
+
+
+def told(problems: Iterable[Problem]) -> list[Any]:
+    """Problems as the API tells them."""
+    return [ProblemSerializer(problem).data for problem in problems]
 
 
 class LinkField(serializers.CharField):
@@ -83,10 +90,13 @@ class NodeSerializer(CamelCaseSerializer[RuleNode]):
     config = ConfigField()
     next = LinkField(help_text="The node that follows; null ends the chain.")
     on_false = LinkField(help_text="Of a filter: the node that follows when it is false.")
+    on_failure = LinkField(
+        help_text="Of others: the node that follows when it fails; without it, the event is tried again."
+    )
 
     class Meta:
         model = RuleNode
-        fields = ["uuid", "name", "type", "config", "next", "on_false"]
+        fields = ["uuid", "name", "type", "config", "next", "on_false", "on_failure"]
         extra_kwargs = {"name": {"trim_whitespace": False}}
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
@@ -102,13 +112,29 @@ class NewNodeSerializer(NodeSerializer):
     )
 
     class Meta(NodeSerializer.Meta):
-        fields = ["name", "type", "config", "next", "on_false", "previous"]
+        fields = ["name", "type", "config", "next", "on_false", "on_failure", "previous"]
 
 
 class EditedNodeSerializer(NodeSerializer):
     """A node of a chain, to be changed; links to it follow its new name."""
 
     uuid = serializers.UUIDField(read_only=True)
+
+
+class StatisticsSerializer(CamelCaseSerializer[ChainStatistics]):
+    """How a chain has fared since it exists. Workers count, and write it down every few seconds."""
+
+    average_seconds = serializers.SerializerMethodField(method_name="get_average_seconds")
+
+    class Meta:
+        model = ChainStatistics
+        fields = [
+            *("executions", "failures", "failures_in_a_row", "average_seconds"),
+            *("last_executed_at", "last_failed_at", "last_error"),
+        ]
+
+    def get_average_seconds(self, row: ChainStatistics) -> float | None:
+        return row.seconds / row.executions if row.executions else None
 
 
 class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
@@ -118,26 +144,29 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
     priority = serializers.IntegerField(default=5, min_value=1, max_value=MAXIMUM_SMALL_INTEGER)
     max_retries = serializers.IntegerField(default=3, min_value=0, max_value=MAXIMUM_SMALL_INTEGER)
     nodes = NodeSerializer(many=True)
+    statistics = serializers.SerializerMethodField()
 
     class Meta:
         model = RuleChain
         fields = [
-            "uuid",
-            "organization",
-            "name",
-            "enabled",
-            "execution_type",
-            "priority",
-            "max_retries",
-            "version",
-            "nodes",
-            "created_at",
-            "updated_at",
+            *("uuid", "organization", "name", "enabled"),
+            *("execution_type", "cron", "timezone", "missed_runs", "next_run_at", "last_run_at"),
+            *("priority", "max_retries", "version", "nodes", "suspended_at", "statistics", "created_at", "updated_at"),
         ]
         immutable = ["organization"]
+        read_only_fields = ["next_run_at", "last_run_at", "suspended_at"]
+
+    # What changes by itself: a body that was read, edited and written back may hold it, and it is passed over.
+    volatile: ClassVar = frozenset({"nextRunAt", "lastRunAt", "suspendedAt", "statistics"})
+
+    @extend_schema_field(StatisticsSerializer)
+    def get_statistics(self, chain: RuleChain) -> Any:
+        return StatisticsSerializer(getattr(chain, "statistics", None) or ChainStatistics()).data
 
     def to_internal_value(self, data: Any) -> Any:
         """Like every serializer's, but what is wrong inside `nodes` is told as `validationErrors`, in paths."""
+        if self.instance is not None and isinstance(data, Mapping):
+            data = {name: value for name, value in data.items() if name not in self.volatile}
         try:
             return super().to_internal_value(data)
         except ValidationError as error:
@@ -146,6 +175,26 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
                 raise
             problems = _problems(detail.pop("nodes"), data["nodes"], "nodes")
             raise ChainRefused(problems, fields=detail) from error
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """What is wrong with the chain's own fields is told together with what is wrong with its nodes."""
+        try:
+            return super().validate(attrs)
+        except ValidationError as error:
+            problems = self._node_problems(attrs)
+            if not problems or not isinstance(error.detail, dict):
+                raise
+            raise ChainRefused(problems, fields=error.detail) from error
+
+    def _node_problems(self, attrs: Any) -> Sequence[Problem]:
+        chain = self.candidate(attrs)
+        assert isinstance(chain, RuleChain)  # noqa: S101  Meta.model
+        if "nodes" not in attrs:
+            return []
+        try:
+            return validation.problems_of(chain, nodes_from(attrs["nodes"], chain))
+        except InvalidChain as error:
+            return error.problems
 
     def candidate(self, attrs: Any) -> Model:
         return super().candidate({name: value for name, value in attrs.items() if name != "nodes"})
@@ -161,8 +210,34 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
             editing.save(chain, nodes)
         except InvalidChain as error:
             raise ChainRefused(error.problems) from error
-        self.instance = RuleChain.objects.select_related("organization").get(pk=chain.pk)
+        self.instance = RuleChain.objects.select_related("organization", "statistics").get(pk=chain.pk)
         return self.instance
+
+
+class RuleChainDetailSerializer(RuleChainSerializer):
+    """A chain with what can be said of it: in words, and what looks wrong although it may be saved."""
+
+    sentence = serializers.SerializerMethodField(help_text="The chain in words, with names instead of uuids.")
+    validation_warnings = serializers.SerializerMethodField(method_name="get_validation_warnings")
+
+    class Meta(RuleChainSerializer.Meta):
+        fields = [*RuleChainSerializer.Meta.fields, "sentence", "validation_warnings"]
+
+    volatile: ClassVar = RuleChainSerializer.volatile | {"sentence", "validationWarnings"}
+
+    def get_sentence(self, chain: RuleChain) -> str:
+        return naming.sentence_of(chain, chain.nodes.all())
+
+    @extend_schema_field(ProblemSerializer(many=True))
+    def get_validation_warnings(self, chain: RuleChain) -> Any:
+        return told(warnings.warnings_of(chain, list(chain.nodes.all())))
+
+
+class ValidationSerializer(serializers.Serializer[Any]):
+    """What is wrong with a chain, and what looks wrong."""
+
+    validationErrors = ProblemSerializer(many=True)  # noqa: N815  the API speaks camelCase
+    validationWarnings = ProblemSerializer(many=True)  # noqa: N815
 
 
 def nodes_from(raw_nodes: list[dict[str, Any]], chain: RuleChain) -> list[RuleNode]:

@@ -20,19 +20,24 @@ from redis.exceptions import RedisError
 
 from aemos.lib import metrics, redis
 from devices import commands, latest
+from devices.catalogue import Field
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
 from notifications import outbox
 from notifications.messages import Message
 from notifications.state_messages import message_of
 from rules import events
+from rules.cooldowns import Permits, Rest, permits_all
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer."""
+    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
+
+    `rest`: how long another wish of the same action is not granted after this one.
+    """
 
     effect_key: str
     state_id: int
@@ -43,6 +48,7 @@ class Request:
     priority: int = 5
     always: bool = False
     newer_only: bool = False
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Change:
     message: Message
 
 
-def apply(requests: Sequence[Request]) -> list[Change]:
+def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[Change]:
     """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`."""
     if not requests:
         return []
@@ -66,11 +72,11 @@ def apply(requests: Sequence[Request]) -> list[Change]:
         state = states.get(request.state_id)
         if state is None or request.effect_key in done:
             continue
-        previous, is_wanted, differed = state.newest[0], _is_wanted(request, state), state.differs
-        if request.source == StateChange.Source.DEVICE and state.report(request.value, at=_not_ahead(request)):
+        previous, is_wanted = state.newest[0], _is_wanted(request, state)
+        if request.source == StateChange.Source.DEVICE:
             heard[state.pk] = state
-            obeyed += [state.command_uuid] if state.command_uuid and differed is not False and not state.differs else []
-        if is_wanted:
+            obeyed += _hear(request, state)
+        if is_wanted and permits(request.rest, request.effect_key):
             done.add(request.effect_key)
             changes.append(_change(request, state, previous))
     StateChange.objects.bulk_create([change.row for change in changes])
@@ -94,6 +100,13 @@ def tell(changes: Sequence[Change]) -> None:
         latest.remember(dict(_latest(change) for change in changes))
     except RedisError as error:
         log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
+
+
+def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]]:
+    """(timestamp in us, value) of the state's newest changes from then on, at most so many, in ascending order."""
+    rows = StateChange.objects.filter(state_id=field.id, timestamp__gte=events.moment(max(since_us, 0)))
+    newest = rows.order_by("-timestamp", "-id").values_list("timestamp", "value")[:maximum]
+    return [(events.microseconds(at), value) for at, value in reversed(newest)]
 
 
 def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) -> StateChange:
@@ -138,6 +151,13 @@ def _is_wanted(request: Request, state: DeviceState) -> bool:
     if request.newer_only and said_at and events.microseconds(said_at) > request.timestamp_us:
         return False
     return request.always or value != request.value
+
+
+def _hear(request: Request, state: DeviceState) -> list[UUID]:
+    """Notes what the device says; gives the command that it has obeyed by now, when it had not said so before."""
+    agreed = state.differs is False
+    state.report(request.value, at=_not_ahead(request))
+    return [state.command_uuid] if state.command_uuid and not agreed and state.differs is False else []
 
 
 def _not_ahead(request: Request) -> datetime:

@@ -75,7 +75,8 @@ def _accepted(receipt: Receipt) -> HttpResponse:
     return _json(body, status=202)
 
 
-def _refused(refusal: Refusal) -> HttpResponse:
+def body_of(refusal: Refusal) -> dict[str, Any]:
+    """What a refused sender is told."""
     body: dict[str, Any] = {"error": refusal.reason, "detail": refusal.detail, "accepted": 0}
     if isinstance(refusal, BadPayload):
         body |= {"index": refusal.index, "field": refusal.field or None}
@@ -87,7 +88,11 @@ def _refused(refusal: Refusal) -> HttpResponse:
             "circuitState": refusal.circuit_state or None,
             "retryAfter": refusal.retry_after,
         }
-    response = _json(body, status=STATUS[type(refusal)])
+    return body
+
+
+def _refused(refusal: Refusal) -> HttpResponse:
+    response = _json(body_of(refusal), status=STATUS[type(refusal)])
     # Refusals are counted and recorded; Django would write a line of log for each 503, thousands a second under overload.
     response._has_been_logged = True  # type: ignore[attr-defined]
     if isinstance(refusal, Overloaded):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 
 import django_rq
+from django.conf import settings
 from rq import Queue
 from rq.serializers import JSONSerializer
 
@@ -14,8 +16,6 @@ from rules.journal import Slot
 from rules.workers import AllowedJob
 
 DRAIN = "rules.jobs.drain"
-# A slice lasts 200 ms; a job that has not come back after this is stuck, and RQ ends it.
-DRAIN_TIMEOUT_SECONDS = 60
 # How late the events of a lane may become, from acceptance to effect.
 BUDGET_SECONDS = {Lane.CRITICAL: 2, Lane.NORMAL: 30, Lane.LOW: 120}
 
@@ -23,7 +23,11 @@ BUDGET_SECONDS = {Lane.CRITICAL: 2, Lane.NORMAL: 30, Lane.LOW: 120}
 def issue(slot: Slot, *, queue: str = "") -> None:
     """Queues a ticket on the lane's queue, or on `queue` for a lane that is late. Raises RedisError."""
     queue_of(queue or slot.lane).enqueue_call(
-        DRAIN, args=(slot.lane, slot.partition), timeout=DRAIN_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=3600
+        DRAIN,
+        args=(slot.lane, slot.partition),
+        timeout=ceil(settings.WORKER_TIMEOUT_MS / 1_000),  # a slice lasts 200 ms: who is not back by then is stuck
+        result_ttl=0,
+        failure_ttl=3600,
     )
 
 

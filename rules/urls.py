@@ -5,11 +5,12 @@ from __future__ import annotations
 from django.urls import path
 from rest_framework.routers import SimpleRouter
 
-from rules import rejected_views, telemetry, views
+from rules import alarm_views, rejected_views, telemetry, views
 
 router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("rule-chains", views.RuleChainViewSet)
 router.register("rule-chains/<uuid:chain_uuid>/nodes", views.RuleNodeViewSet)
+router.register("alarms", alarm_views.AlarmViewSet)
 router.register("rejected-events", rejected_views.RejectedEventViewSet)
 router.register("dead-letters", rejected_views.DeadLetterViewSet)
 router.register("replays", rejected_views.ReplayViewSet)

@@ -34,12 +34,13 @@ def spec_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> ChainSpec:
         )
         for node in nodes
     )
-    return ChainSpec(uuid=str(chain.uuid), version=chain.version, nodes=tuple(specs))
+    is_scheduled = chain.execution_type != RuleChain.ExecutionType.EVENT_TRIGGERED
+    return ChainSpec(uuid=str(chain.uuid), version=chain.version, nodes=tuple(specs), is_scheduled=is_scheduled)
 
 
 def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
     """Every problem of the chain as it would be with these nodes; empty when it may be saved."""
-    found = list(_compile_problems(chain, nodes))
+    found = list(compile_problems(chain, nodes))
     if len(nodes) > chains.MAX_STEPS:
         return found
     if not found:
@@ -48,7 +49,8 @@ def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
     return found + [problem for problem in _stranger_problems(chain, nodes) if problem.path not in told]
 
 
-def _compile_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Sequence[Problem]:
+def compile_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Sequence[Problem]:
+    """Those that keep it from running; the others keep it from being saved."""
     try:
         chains.compile(spec_of(chain, nodes))
     except InvalidChain as error:
@@ -63,7 +65,7 @@ def _text_problems(nodes: Sequence[RuleNode]) -> Iterator[Problem]:
             yield Problem(f"nodes[{position}].config", None, "holds a NUL character")
 
 
-class _Mention(NamedTuple):
+class Mention(NamedTuple):
     """A sensor or device that a filter leaf or an action names: `path` is where that stands, `config` what stands there."""
 
     path: str
@@ -78,12 +80,10 @@ Known = dict[tuple[str, str], dict[str, DeviceState | None]]
 
 
 def _stranger_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
-    mentions = [
-        mention for position, node in enumerate(nodes) for mention in _mentions(node, f"nodes[{position}].config")
-    ]
-    known = _sensors(chain, mentions) | _devices(chain, mentions)
+    found = [mention for position, node in enumerate(nodes) for mention in mentions(node, f"nodes[{position}].config")]
+    known = _sensors(chain, found) | _devices(chain, found)
     derived = _derived(nodes)
-    for mention in mentions:
+    for mention in found:
         fields = known.get((mention.source_type, mention.uuid))
         if fields is None:
             path = f"{mention.path}.{mention.uuid_key}"
@@ -100,22 +100,22 @@ def _derived(nodes: Sequence[RuleNode]) -> list[object]:
     return [config.get("target") for config in transforms if isinstance(config, Mapping)]
 
 
-def _mentions(node: RuleNode, path: str) -> Iterator[_Mention]:
+def mentions(node: RuleNode, path: str) -> Iterator[Mention]:
     """What the node names, as far as it can be read; what cannot be read is for compile to complain of."""
     if node.type == RuleNode.Type.ACTION and isinstance(node.config, Mapping):
         yield from _mention(path, "deviceUuid", "device", node.config)
     elif node.type == RuleNode.Type.FILTER:
-        for where, leaf in _leaves(node.config, path):
+        for where, leaf in leaves(node.config, path):
             yield from _mention(where, "UUID", leaf.get("sourceType"), leaf)
 
 
-def _mention(path: str, uuid_key: str, source_type: object, config: Mapping[str, object]) -> Iterator[_Mention]:
+def _mention(path: str, uuid_key: str, source_type: object, config: Mapping[str, object]) -> Iterator[Mention]:
     uuid = config.get(uuid_key)
     if isinstance(uuid, str) and not_a_uuid(uuid) is None and source_type in SOURCE_TYPES:
-        yield _Mention(path, uuid_key, str(source_type), uuid.lower(), config)
+        yield Mention(path, uuid_key, str(source_type), uuid.lower(), config)
 
 
-def _leaves(config: object, path: str, depth: int = 0) -> Iterator[tuple[str, Mapping[str, object]]]:
+def leaves(config: object, path: str, depth: int = 0) -> Iterator[tuple[str, Mapping[str, object]]]:
     if not isinstance(config, Mapping) or depth > MAX_DEPTH:
         return
     expressions = config.get("expressions")
@@ -123,10 +123,10 @@ def _leaves(config: object, path: str, depth: int = 0) -> Iterator[tuple[str, Ma
         yield path, config
         return
     for index, expression in enumerate(expressions):
-        yield from _leaves(expression, f"{path}.expressions[{index}]", depth + 1)
+        yield from leaves(expression, f"{path}.expressions[{index}]", depth + 1)
 
 
-def _sensors(chain: RuleChain, mentions: Sequence[_Mention]) -> Known:
+def _sensors(chain: RuleChain, mentions: Sequence[Mention]) -> Known:
     found: Known = {}
     for uuids in _batches(mentions, "sensor"):
         rows = Sensor.objects.filter(organization_id=chain.organization_id, uuid__in=uuids).prefetch_related(
@@ -136,7 +136,7 @@ def _sensors(chain: RuleChain, mentions: Sequence[_Mention]) -> Known:
     return found
 
 
-def _devices(chain: RuleChain, mentions: Sequence[_Mention]) -> Known:
+def _devices(chain: RuleChain, mentions: Sequence[Mention]) -> Known:
     found: Known = {}
     for uuids in _batches(mentions, "device"):
         rows = Device.objects.filter(organization_id=chain.organization_id, uuid__in=uuids).prefetch_related("states")
@@ -144,12 +144,12 @@ def _devices(chain: RuleChain, mentions: Sequence[_Mention]) -> Known:
     return found
 
 
-def _batches(mentions: Sequence[_Mention], source_type: str) -> Iterator[list[str]]:
+def _batches(mentions: Sequence[Mention], source_type: str) -> Iterator[list[str]]:
     wanted = sorted({mention.uuid for mention in mentions if mention.source_type == source_type})
     return (wanted[start : start + LOOKUP_BATCH] for start in range(0, len(wanted), LOOKUP_BATCH))
 
 
-def _key_problems(mention: _Mention, fields: Collection[str], derived: Collection[object]) -> Iterator[Problem]:
+def _key_problems(mention: Mention, fields: Collection[str], derived: Collection[object]) -> Iterator[Problem]:
     """A key that the source never sends and no transform makes: the filter could never be true."""
     key = mention.config.get("key")
     if isinstance(key, str) and key and key not in fields and key not in derived:
@@ -157,7 +157,7 @@ def _key_problems(mention: _Mention, fields: Collection[str], derived: Collectio
         yield Problem(f"{mention.path}.key", key, f"is no {kind} of this {mention.source_type}; {_has(fields)}")
 
 
-def _command_problems(mention: _Mention, states: Mapping[str, DeviceState | None]) -> Iterator[Problem]:
+def _command_problems(mention: Mention, states: Mapping[str, DeviceState | None]) -> Iterator[Problem]:
     name, value = mention.config.get("stateName"), mention.config.get("value")
     if not isinstance(name, str) or not name:
         return

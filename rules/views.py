@@ -13,16 +13,20 @@ from django.db import transaction
 from django.db.models import QuerySet
 from django.shortcuts import get_object_or_404
 from drf_spectacular.utils import OpenApiResponse, extend_schema, extend_schema_view
+from redis.exceptions import RedisError
 from rest_framework import status
-from rest_framework.exceptions import NotFound, ValidationError
+from rest_framework.decorators import action
+from rest_framework.exceptions import APIException, NotFound, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.serializers import Serializer
 
+from devices.exceptions import Overloaded
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, by_uuid
-from devices.models import Device, DeviceState
+from devices.models import Device, DeviceState, Organization
 from devices.serializers import in_camel_case
-from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
-from rules import editing, states
+from devices.viewsets import Conflict, EditViewSet, ReadViewSet, ScopedViewSet
+from rules import editing, portable, schedules, states, telemetry, trial, validation, warnings
 from rules.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 from rules.serializers import (
@@ -30,10 +34,23 @@ from rules.serializers import (
     EditedNodeSerializer,
     NewNodeSerializer,
     NodeSerializer,
+    RuleChainDetailSerializer,
     RuleChainSerializer,
     StateCommandSerializer,
     StateInstanceSerializer,
     ValidationErrorsSerializer,
+    ValidationSerializer,
+    told,
+)
+from rules.trial import Given
+from rules.trial_serializers import (
+    CopySerializer,
+    DocumentSerializer,
+    ImportSerializer,
+    TrialReportSerializer,
+    TrialSerializer,
+    TriggeredSerializer,
+    UnsavedTrialSerializer,
 )
 
 REFUSED = OpenApiResponse(ValidationErrorsSerializer, description="Nothing was changed; every problem is listed.")
@@ -48,18 +65,47 @@ class RuleChainFilter(FilterSet):
     )
 
 
+class QueueRefuses(APIException):
+    """The queue takes no event now: the same answer as telemetry gets, with Retry-After."""
+
+    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+
+    def __init__(self, refusal: Overloaded) -> None:
+        super().__init__()
+        self.detail = telemetry.body_of(refusal)
+        self.wait = refusal.retry_after  # REST framework sends it as Retry-After
+
+
+class ValuesUnknown(APIException):
+    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    default_detail = (
+        "The latest values are not known now, Redis cannot be reached; try again, or give them as `latest`."
+    )
+    default_code = "redis-unavailable"
+    wait = 5  # seconds
+
+
+_DETAIL = {200: RuleChainDetailSerializer, 400: REFUSED}
+_REPORT = {200: TrialReportSerializer, 400: REFUSED}
+
+
 @extend_schema_view(
-    create=extend_schema(responses={201: RuleChainSerializer, 400: REFUSED}),
-    update=extend_schema(responses={200: RuleChainSerializer, 400: REFUSED}),
-    partial_update=extend_schema(responses={200: RuleChainSerializer, 400: REFUSED}),
+    retrieve=extend_schema(responses=RuleChainDetailSerializer),
+    create=extend_schema(request=RuleChainSerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED}),
+    update=extend_schema(request=RuleChainSerializer, responses=_DETAIL),
+    partial_update=extend_schema(request=RuleChainSerializer, responses=_DETAIL),
 )
 class RuleChainViewSet(EditViewSet[RuleChain]):
     """Rule chains with their nodes. `nodes` in a PUT or PATCH replaces all nodes at once."""
 
     resource = "rule-chains"
-    queryset = RuleChain.objects.select_related("organization").prefetch_related("nodes")
+    queryset = RuleChain.objects.select_related("organization", "statistics").prefetch_related("nodes")
     serializer_class = RuleChainSerializer
     filterset_class = RuleChainFilter
+
+    def get_serializer_class(self) -> type[RuleChainSerializer]:
+        """Of one chain more is told than in a list."""
+        return RuleChainSerializer if self.action == "list" else RuleChainDetailSerializer
 
     def get_object(self) -> RuleChain:
         """Locked when it is to be changed, so that changes that cross do not undo one another."""
@@ -74,6 +120,133 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
 
     def perform_destroy(self, instance: RuleChain) -> None:
         editing.delete(instance)
+
+    @extend_schema(request=None, responses=_DETAIL)
+    @action(detail=True, methods=["post"])
+    def enable(self, request: Request, **_: Any) -> Response:
+        """Switches the chain on, if it is valid, and lets one run again that was suspended."""
+        return self._switched(enabled=True)
+
+    @extend_schema(request=None, responses=_DETAIL)
+    @action(detail=True, methods=["post"])
+    def disable(self, request: Request, **_: Any) -> Response:
+        """Switches the chain off."""
+        return self._switched(enabled=False)
+
+    @transaction.atomic
+    def _switched(self, *, enabled: bool) -> Response:
+        chain = locked_chain(self.get_object())
+        with refusing():
+            editing.switch(chain, enabled=enabled)
+        return self._detail(chain)
+
+    @extend_schema(request=CopySerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED})
+    @action(detail=True, methods=["post"])
+    def duplicate(self, request: Request, **_: Any) -> Response:
+        """Copies the chain under a new name; the copy is switched off."""
+        chain = self.get_object()
+        wish = _valid(CopySerializer(data=request.data))
+        name = wish.get("name", "")
+        if RuleChain.objects.filter(organization=chain.organization_id, name=name).exists():
+            raise ValidationError({"name": ["There is already a rule chain with this name for this organization."]})
+        with refusing():
+            copy = editing.duplicate(chain, name=name)
+        return self._detail(copy, code=status.HTTP_201_CREATED)
+
+    @extend_schema(responses=ValidationSerializer)
+    @action(detail=True, methods=["get"])
+    def validate(self, request: Request, **_: Any) -> Response:
+        """Judges the chain as it would be judged if it were saved now, and tells what looks wrong besides."""
+        chain = self.get_object()
+        nodes = list(chain.nodes.all())
+        problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
+        answer = {"validationErrors": told(problems), "validationWarnings": told(warnings.warnings_of(chain, nodes))}
+        return Response(answer)
+
+    @extend_schema(responses=DocumentSerializer)
+    @action(detail=True, methods=["get"])
+    def export(self, request: Request, **_: Any) -> Response:
+        """The chain as a document, to keep or to import elsewhere."""
+        return Response(portable.exported(self.get_object()))
+
+    @extend_schema(request=ImportSerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED})
+    @action(detail=False, methods=["post"], url_path="import")
+    def import_chain(self, request: Request, **_: Any) -> Response:
+        """Makes a chain, switched off, from a document. A uuid that the organization does not have is a problem."""
+        wish = _valid(ImportSerializer(data=request.data))
+        organization = self._organization(wish["organization"])
+        self.access.demand("add", self.resource, organization.pk)
+        with refusing():
+            body = portable.chain_of(wish["document"], wish.get("mapping", {}))
+        body |= {"organization": str(organization.uuid), "enabled": False}
+        body |= {"name": wish["name"]} if "name" in wish else {}
+        serializer = self.get_serializer(data=body)
+        try:
+            serializer.is_valid(raise_exception=True)
+            with transaction.atomic():
+                serializer.save()
+        except ChainRefused as error:
+            raise ChainRefused(portable.named(error.problems, wish["document"]), fields=error.fields) from error
+        return Response(serializer.data, status=status.HTTP_201_CREATED)
+
+    @extend_schema(request=TrialSerializer, responses=_REPORT)
+    @action(detail=True, methods=["post"])
+    def execute(self, request: Request, **_: Any) -> Response:
+        """Tries the chain, enabled or not, with the values given. Nothing is done; the answer shows every step."""
+        chain = self.get_object()
+        serializer = TrialSerializer(data=request.data)
+        serializer.is_valid(raise_exception=True)
+        return _tried(chain, list(chain.nodes.all()), serializer.given())
+
+    @extend_schema(operation_id="rule_chains_execute_unsaved", request=UnsavedTrialSerializer, responses=_REPORT)
+    @action(detail=False, methods=["post"], url_path="execute")
+    def execute_unsaved(self, request: Request, **_: Any) -> Response:
+        """Tries a chain that is not saved, as `POST /rule-chains/{uuid}/execute` does one that is."""
+        serializer = UnsavedTrialSerializer(data=request.data)
+        serializer.is_valid(raise_exception=True)
+        chain = RuleChain(organization=self._organization(serializer.validated_data["organization"]))
+        nodes = [RuleNode(**node) for node in serializer.validated_data["nodes"]]
+        problems = validation.problems_of(chain, nodes)
+        if problems:
+            raise ChainRefused(problems)
+        return _tried(chain, nodes, serializer.given())
+
+    @extend_schema(request=None, responses={202: TriggeredSerializer, 409: None, 503: None})
+    @action(detail=True, methods=["post"])
+    def trigger(self, request: Request, **_: Any) -> Response:
+        """Runs the chain now, for real, with what is known. 409 while it is switched off or suspended."""
+        chain = self.get_object()
+        if not chain.enabled or chain.suspended_at:
+            raise Conflict(f"{chain} is {'suspended' if chain.enabled else 'switched off'}; switch it on first.")
+        try:
+            event = schedules.trigger(chain, protocol="http")
+        except Overloaded as refusal:
+            raise QueueRefuses(refusal) from refusal
+        return Response({"eventId": str(event.id)}, status=status.HTTP_202_ACCEPTED)
+
+    def _detail(self, chain: RuleChain, *, code: int = status.HTTP_200_OK) -> Response:
+        return Response(self.get_serializer(self.get_queryset().get(pk=chain.pk)).data, status=code)
+
+    def _organization(self, uuid: UUID) -> Organization:
+        """404 for one that the person does not belong to."""
+        rows = self.access.limit(Organization.objects.all(), "pk", resource="organizations")
+        return get_object_or_404(rows, uuid=uuid)
+
+
+def _valid(serializer: Serializer[Any]) -> dict[str, Any]:
+    serializer.is_valid(raise_exception=True)
+    return dict(serializer.validated_data)
+
+
+def _tried(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> Response:
+    try:
+        return Response(trial.run(chain, nodes, given))
+    except InvalidChain as error:
+        raise ChainRefused(error.problems) from error
+    except DjangoValidationError as error:
+        raise ValidationError(in_camel_case(error)) from error
+    except RedisError as error:
+        raise ValuesUnknown from error
 
 
 def locked_chain(chain: RuleChain) -> RuleChain:

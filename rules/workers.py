@@ -38,3 +38,19 @@ class DrainWorker(SimpleWorker):
 
     # After Redis was away, look again soon: RQ's own pause grows to a minute.
     max_connection_wait_time = 3.0
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Between two jobs, and every few seconds of an idle worker: the counts of the last events do not wait for the next."""
+        super().heartbeat(timeout, pipeline)
+        if pipeline is None:
+            _flush_statistics()
+
+    def teardown(self) -> None:
+        _flush_statistics(force=True)
+        super().teardown()
+
+
+def _flush_statistics(*, force: bool = False) -> None:
+    from rules import statistics  # here, because whoever queues a ticket imports this module and needs no rules
+
+    statistics.shared().flush(force=force)

@@ -10,6 +10,7 @@ from django.contrib.auth.models import User
 
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Role, Sensor, Variable
 from rules import editing
+from rules.actions import ACTIONS
 from rules.models import RuleChain, RuleNode
 
 _numbers = count(1)
@@ -66,10 +67,10 @@ def command(target: Device, value: Any = "on", *, state: str = "power") -> dict[
     return {"type": "device_command", "deviceUuid": str(target.uuid), "stateName": state, "value": value}
 
 
-def node(name: str, config: Mapping[str, Any], *, next: str = "", on_false: str = "") -> RuleNode:
+def node(name: str, config: Mapping[str, Any], *, next: str = "", on_false: str = "", on_failure: str = "") -> RuleNode:
     """An unsaved node; its type follows from its configuration."""
-    kind = "transform" if "operation" in config else "action" if "deviceUuid" in config else "filter"
-    return RuleNode(name=name, type=kind, config=dict(config), next=next, on_false=on_false)
+    kind = "transform" if "operation" in config else "action" if config.get("type") in ACTIONS else "filter"
+    return RuleNode(name=name, type=kind, config=dict(config), next=next, on_false=on_false, on_failure=on_failure)
 
 
 def chain(of: Organization, nodes: Sequence[RuleNode], name: str = "", **fields: Any) -> RuleChain:

@@ -17,7 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from devices import catalogue
+from devices import catalogue, latest
 from devices.models import (
     CatalogueVersion,
     DeviceState,
@@ -30,13 +30,14 @@ from devices.models import (
 )
 from devices.scoped_admin import COUNTED_ROWS, BoundedPaginator, ScopedAdmin
 from notifications.models import Notification
-from rules.models import DeadLetter, RejectedEvent, RuleChain
+from rules import journal
+from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain
 from tests import builders
 from tests.test_api_rights import Farm, make_farm
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 PAGES = [model for model, page in admin.site._registry.items() if isinstance(page, ScopedAdmin)]
-RECORDS = {"reading", "statechange", "notification", "rejectedevent", "deadletter", "replay"}
+RECORDS = {"reading", "statechange", "notification", "rejectedevent", "deadletter", "replay", "alarm", "actioncooldown"}
 
 
 def url(model: Any, page: str, *args: Any) -> str:
@@ -64,7 +65,8 @@ def test_every_table_that_people_use_has_a_page() -> None:
     named = {model.__name__ for model in PAGES}
     assert named == {
         "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
-        "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification",
+        "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification", "Alarm",
+        "ActionCooldown",
     }  # fmt: skip
 
 
@@ -293,14 +295,15 @@ def chain_body(farm: Farm, nodes: list[dict[str, Any]], **values: Any) -> dict[s
     old = list(farm.chain.nodes.all())
     body: dict[str, Any] = {
         "name": "Acid", "organization": farm.organization.pk, "enabled": "on", "execution_type": "event-triggered",
-        "priority": 5, "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
+        "cron": "", "timezone": "UTC", "missed_runs": "once", "priority": 5,
+        "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
     } | values  # fmt: skip
     for index, node in enumerate(nodes):
         known = next((row for row in old if row.name == node.get("was")), None)
         body["nodes-INITIAL_FORMS"] += known is not None
         row = {"id": known.pk, "chain": farm.chain.pk} if known else {}
         config = node["config"] if isinstance(node["config"], str) else json.dumps(node["config"])
-        values_of_form = row | {"next": "", "on_false": ""} | node | {"config": config}
+        values_of_form = row | {"next": "", "on_false": "", "on_failure": ""} | node | {"config": config}
         body |= {f"nodes-{index}-{key}": value for key, value in values_of_form.items()}
     return {key: value for key, value in body.items() if value is not None}
 
@@ -437,6 +440,164 @@ def test_chains_are_switched_where_one_may() -> None:
     client.post(url(RuleChain, "changelist"), {"action": "switch_on", "_selected_action": rows})
     own.chain.refresh_from_db()
     assert (own.chain.enabled, own.chain.version) == (True, 3)
+
+
+def page_of(chain: RuleChain, page: str = "change") -> str:
+    return url(RuleChain, page, chain.pk)
+
+
+def test_a_chain_is_shown_in_words_and_as_a_graph_with_its_schedule_and_how_it_fared() -> None:
+    farm = make_farm()
+    RuleChain.objects.filter(pk=farm.chain.pk).update(name="<Acid>", next_run_at=datetime(2026, 5, 2, 6, tzinfo=UTC))
+    when = datetime(2026, 5, 1, 6, tzinfo=UTC)
+    told = {"executions": 40, "failures": 2, "seconds": 0.1, "last_executed_at": when, "last_failed_at": when}
+    ChainStatistics.objects.create(chain=farm.chain, last_error="no <value>", **told)
+    client = superuser()
+    shown = client.get(page_of(farm.chain)).text
+    assert f"When {farm.sensor} ph is below 5.5, set {farm.device} power to on." in shown
+    assert shown.count('<svg class="chain-graph"') == 1
+    assert "Graph of &lt;Acid&gt;" in shown
+    listed = client.get(url(RuleChain, "changelist")).text
+    for text in ("2026-05-02 06:00", ">40<", ">2<", "2.50 ms", "2026-05-01 06:00: no &lt;value&gt;"):
+        assert text in listed
+    RuleChain.objects.update(suspended_at=when)
+    assert ">suspended<" in client.get(url(RuleChain, "changelist")).text
+
+
+def test_the_list_of_chains_takes_no_query_for_each_of_them() -> None:
+    farm, client = make_farm(), superuser()
+    counts = []
+    for _ in range(2):
+        with CaptureQueriesContext(connection) as queries:
+            assert client.get(url(RuleChain, "changelist")).status_code == 200
+        counts.append(len(queries))
+        for _ in range(10):
+            ChainStatistics.objects.create(chain=builders.switching_chain(farm.sensor, farm.device))
+    assert counts[0] == counts[1]
+
+
+def test_a_broken_chain_is_still_shown() -> None:
+    farm = make_farm()
+    farm.chain.nodes.filter(name="low").update(
+        config={"type": "AND", "expressions": [7, {"operator": [1]}]}, next="low"
+    )
+    client = superuser()
+    assert client.get(page_of(farm.chain)).status_code == 200
+    answer = client.get(page_of(farm.chain, "try"))
+    assert "cannot be tried" in answer.text
+    assert "nodes[0].next" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "complaint"),
+    [
+        ({"cron": "0 6 * * *"}, "cron", "is for scheduled chains"),
+        ({"execution_type": "hybrid"}, "cron", "must have five fields"),
+        ({"execution_type": "hybrid", "cron": "0 6 * * *", "timezone": "Mars"}, "timezone", "must be a time zone"),
+    ],
+)
+def test_what_is_wrong_with_a_schedule_is_told_at_its_field(values: dict[str, Any], field: str, complaint: str) -> None:
+    farm = make_farm()
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, two_nodes(farm), **values))
+    assert complaint in str(answer.context["adminform"].form.errors[field])
+
+
+def test_a_schedule_is_set_on_the_page() -> None:
+    farm = make_farm()
+    values = {"execution_type": "hybrid", "cron": "0 6 * * *", "timezone": "Europe/Berlin", "missed_runs": "skip"}
+    assert superuser().post(url(RuleChain, "add"), chain_body(farm, two_nodes(farm), **values)).status_code == 302
+    chain = RuleChain.objects.get(name="Acid")
+    assert {name: getattr(chain, name) for name in values} == values
+    assert chain.next_run_at is not None
+
+
+def test_a_chain_that_becomes_one_that_nothing_triggers_is_refused_on_the_page() -> None:
+    farm, client = make_farm(), superuser()
+    scheduled = {"execution_type": "schedule-only", "cron": "0 6 * * *"}
+    nodes = [{"was": "switch", "name": "switch", "type": "action", "config": builders.command(farm.device)}]
+    low = {"was": "low", "name": "low", "type": "filter", "config": builders.leaf(farm.sensor), "DELETE": "on"}
+    assert client.post(page_of(farm.chain), chain_body(farm, [low, *nodes], **scheduled)).status_code == 302
+    answer = client.post(page_of(farm.chain), chain_body(farm, nodes))
+    assert "must have a filter, or nothing can trigger the chain" in answer.text
+
+
+def test_warnings_are_shown_after_a_save() -> None:
+    farm = make_farm()
+    nodes = two_nodes(farm)
+    nodes[0]["config"] = {
+        "type": "AND",
+        "expressions": [builders.leaf(farm.sensor), builders.leaf(farm.sensor, value=9)],
+    }
+    nodes[0]["config"]["expressions"][1]["operator"] = ">"
+    answer = superuser().post(url(RuleChain, "add"), chain_body(farm, nodes), follow=True)
+    told = [str(message) for message in answer.context["messages"]]
+    assert any(text.startswith("low: expressions[1] 9 can never be true together") for text in told), told
+
+
+def test_a_chain_is_run_for_real_from_its_page() -> None:
+    farm, client = make_farm(), superuser()
+    answer = client.post(page_of(farm.chain, "run"), follow=True)
+    assert "runs now, as event" in answer.text
+    assert journal.counts().depth["critical"] == 1
+    RuleChain.objects.update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+    assert "Run now" not in client.get(page_of(farm.chain)).text
+    assert "is not switched on" in client.post(page_of(farm.chain, "run"), follow=True).text
+    assert journal.counts().depth["critical"] == 1
+    assert client.get(page_of(farm.chain, "run")).status_code == 405
+
+
+def test_a_chain_is_tried_from_its_page_with_what_is_known() -> None:
+    farm, client = make_farm(), superuser()
+    key = ("sensor", str(farm.sensor.uuid), "ph")
+    latest.remember({key: latest.Latest(5.1, 1_750_000_000_000_000)})
+    page = page_of(farm.chain, "try")
+    shown = client.get(page)
+    assert shown.context["form"]["value0"].value() == 5.1
+    values = {"originator": str(farm.sensor.uuid), "value0": "5.2"}
+    report = client.post(page, values)
+    assert [effect["value"] for effect in report.context["report"]["effects"]] == ["on"]
+    assert f"Set {farm.device} power to on" in report.text
+    assert "The run ends at “low”, which is false." in client.post(page, values | {"value0": "6"}).text
+    by_schedule = client.post(page, {"originator": "", "value0": "5.1"}).context["report"]
+    assert (by_schedule["originator"]["sourceType"], len(by_schedule["effects"])) == ("chain", 1)
+    assert client.post(page, {"originator": "", "value0": ""}).context["report"]["partialData"] is True
+    assert "Enter a number" in client.post(page, values | {"value0": "acid"}).text
+    assert DeviceState.objects.get(device=farm.device).value is None
+
+
+def test_a_chain_is_copied_and_exported_from_its_page_and_from_the_list() -> None:
+    farm, client = make_farm(), superuser()
+    answer = client.post(page_of(farm.chain, "duplicate"))
+    copy = RuleChain.objects.get(name=f"{farm.chain.name} (copy)")
+    assert (answer.headers["Location"], copy.enabled) == (page_of(copy), False)
+    selected = {"action": "duplicate_selected", "_selected_action": [farm.chain.pk]}
+    client.post(url(RuleChain, "changelist"), selected)
+    assert RuleChain.objects.filter(name=f"{farm.chain.name} (copy 2)").exists()
+    exported = client.get(page_of(farm.chain, "export"))
+    assert "attachment" in exported.headers["Content-Disposition"]
+    assert exported.json()["chain"]["name"] == farm.chain.name
+
+
+def test_pages_of_a_chain_take_the_same_rights_as_the_api() -> None:
+    own, other = make_farm(), make_farm()
+    viewer = staff(own.organization, "viewer")
+    for page in ("try", "export"):
+        assert viewer.get(page_of(own.chain, page)).status_code == 200
+        assert viewer.get(page_of(other.chain, page)).status_code == 404
+    for page in ("run", "duplicate"):
+        assert viewer.post(page_of(own.chain, page)).status_code == 403
+        assert staff(own.organization, "operator").post(page_of(other.chain, page)).status_code == 404
+    assert "Run now" not in viewer.get(page_of(own.chain)).text
+    assert RuleChain.objects.count() == 2
+    assert journal.counts().total == 0
+
+
+def test_switching_on_in_the_list_lets_a_suspended_chain_run_again() -> None:
+    farm = make_farm()
+    RuleChain.objects.update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+    superuser().post(url(RuleChain, "changelist"), {"action": "switch_on", "_selected_action": [farm.chain.pk]})
+    farm.chain.refresh_from_db()
+    assert (farm.chain.enabled, farm.chain.suspended_at) == (True, None)
 
 
 @pytest.mark.parametrize("how", ["page", "action"])

@@ -17,7 +17,7 @@ from rest_framework.test import APIClient
 from devices.models import Device, DeviceState, DeviceToken, Organization, Reading, Sensor, StateChange, Variable
 from devices.viewsets import ScopedViewSet
 from notifications.models import Delivery, Notification
-from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
+from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -76,12 +76,17 @@ def names_of(farm: Farm) -> dict[str, Any]:
     replay = Replay.objects.create(kind=Replay.Kind.REJECTED, organization=organization, created_by="x")
     failed = {"event_id": uuid4(), "originator_uuid": farm.sensor.uuid, "lane": "normal", "event": {}, "attempts": 4}
     dead = DeadLetter.objects.create(organization=organization, failure_key=str(uuid4()), error="x", **failed)
+    alarm = Alarm.objects.create(
+        organization=organization, source_type="sensor", originator_uuid=farm.sensor.uuid, type="low", raised_at=WHEN,
+        last_raised_at=WHEN,
+    )  # fmt: skip
+    ActionCooldown.objects.create(chain=farm.chain, node="switch", originator_uuid=farm.sensor.uuid, done_at=WHEN)
     newcomer = builders.user()
     token, _ = DeviceToken.objects.issue(farm.sensor)
     rows: dict[str, Any] = {
         "organization": organization, "sensor": farm.sensor, "variable": variable, "device": farm.device, "state": state,
         "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
-        "replay": replay,
+        "replay": replay, "alarm": alarm,
     }  # fmt: skip
     return {name: str(row.uuid) for name, row in rows.items()} | {
         "dead": str(dead.uuid),
@@ -104,6 +109,7 @@ def filled(template: Any, names: dict[str, Any]) -> Any:
 FILTER = {"sourceType": "sensor", "UUID": "{sensor}", "key": "ph", "operator": ">", "value": 8}
 NODE = {"name": "f", "type": "filter", "config": FILTER}
 CHAIN = {"organization": "{organization}", "name": "c", "nodes": [NODE]}
+DOCUMENT = {"format": "aemos-rule-chain", "version": 1, "chain": {"name": "d", "nodes": [NODE]}}
 COMMAND = {"deviceUuid": "{device}", "stateName": "power", "value": "on"}
 
 # Method, path, body, least role that may, status when it may.
@@ -161,12 +167,25 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("PUT", "rule-chains/{chain}", CHAIN, "operator", 200),
     ("PATCH", "rule-chains/{chain}", {"enabled": False}, "operator", 200),
     ("DELETE", "rule-chains/{chain}", None, "operator", 204),
+    ("POST", "rule-chains/{chain}/enable", None, "operator", 200),
+    ("POST", "rule-chains/{chain}/disable", None, "operator", 200),
+    ("POST", "rule-chains/{chain}/duplicate", {}, "operator", 201),
+    ("GET", "rule-chains/{chain}/validate", None, "viewer", 200),
+    ("GET", "rule-chains/{chain}/export", None, "viewer", 200),
+    ("POST", "rule-chains/import", {"organization": "{organization}", "document": DOCUMENT}, "operator", 201),
+    ("POST", "rule-chains/{chain}/execute", {"values": {"ph": 5}}, "viewer", 200),
+    ("POST", "rule-chains/execute", {"organization": "{organization}", "nodes": [NODE]}, "viewer", 200),
+    ("POST", "rule-chains/{chain}/trigger", None, "operator", 202),
     ("GET", "rule-chains/{chain}/nodes", None, "viewer", 200),
     ("POST", "rule-chains/{chain}/nodes", NODE, "operator", 201),
     ("GET", "rule-chains/{chain}/nodes/{node}", None, "viewer", 200),
     ("PUT", "rule-chains/{chain}/nodes/{node}", NODE | {"next": "switch"}, "operator", 200),
     ("PATCH", "rule-chains/{chain}/nodes/{node}", {"config": FILTER}, "operator", 200),
     ("DELETE", "rule-chains/{chain}/nodes/{action}", None, "operator", 204),
+    ("GET", "alarms", None, "viewer", 200),
+    ("GET", "alarms/{alarm}", None, "viewer", 200),
+    ("POST", "alarms/{alarm}/acknowledge", None, "operator", 200),
+    ("POST", "alarms/{alarm}/clear", None, "operator", 200),
     ("GET", "rejected-events", None, "viewer", 200),
     ("GET", "rejected-events/{rejected}", None, "viewer", 200),
     ("POST", "rejected-events/replay", {"organization": "{organization}"}, "operator", 202),

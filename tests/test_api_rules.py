@@ -14,12 +14,13 @@ from django.db import connection
 from rest_framework.test import APIClient
 
 from aemos.lib import keys, redis
+from deploy.servers import free_port
 from devices.models import CatalogueVersion, Device, DeviceState, Membership, Organization, Sensor, StateChange
 from notifications import messages
 from notifications.models import Notification
-from rules import chains, editing, validation
+from rules import chains, editing, journal, validation
 from rules.exceptions import InvalidChain
-from rules.models import DeadLetter, RejectedEvent, RuleChain, RuleNode
+from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain, RuleNode
 from tests import builders
 
 pytestmark = pytest.mark.django_db
@@ -85,7 +86,9 @@ def test_a_chain_is_created_with_its_nodes(farm: Farm) -> None:
     assert answer.status_code == 201
     created = answer.json()
     chain = RuleChain.objects.get()
-    assert [set(node) for node in created["nodes"]] == [{"uuid", "name", "type", "config", "next", "onFalse"}] * 2
+    assert [set(node) for node in created["nodes"]] == [
+        {"uuid", "name", "type", "config", "next", "onFalse", "onFailure"}
+    ] * 2
     assert [(node["next"], node["onFalse"]) for node in created["nodes"]] == [("switch", None), (None, None)]
     assert created["nodes"][0]["config"] == builders.leaf(farm.sensor)
     assert (created["version"], created["enabled"], created["executionType"]) == (1, True, "event-triggered")
@@ -175,6 +178,164 @@ def test_a_chain_stays_in_its_organization(farm: Farm, chain: RuleChain) -> None
     Membership.objects.create(user=farm.operator, organization=other, role="operator")
     answer = farm.client.patch(url(chain), {"organization": str(other.uuid)})
     assert answer.json() == {"organization": ["This field cannot be changed after creation."]}
+
+
+# What is done with a chain as a whole
+
+
+def test_the_schedule_of_a_chain_is_written_and_read(farm: Farm) -> None:
+    schedule = {"executionType": "hybrid", "cron": "0 6 * * *", "timezone": "Europe/Berlin", "missedRuns": "skip"}
+    created = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), farm.switch(), **schedule)).json()
+    assert {name: created[name] for name in schedule} == schedule
+    assert (created["lastRunAt"], created["suspendedAt"]) == (None, None)
+    assert datetime.fromisoformat(created["nextRunAt"]) > datetime.now(UTC)
+    assert created["sentence"].startswith(
+        "At the times 0 6 * * * (Europe/Berlin), and with every value reported: when "
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"executionType": "hybrid"}, "cron"),
+        ({"executionType": "hybrid", "cron": "0 6 * * * *"}, "cron"),
+        ({"cron": "0 6 * * *"}, "cron"),
+        ({"executionType": "schedule-only", "cron": "0 6 * * *", "timezone": "Mars"}, "timezone"),
+        ({"missedRuns": "never"}, "missedRuns"),
+        ({"nextRunAt": "2026-05-01T06:00:00Z"}, "nextRunAt"),
+        ({"suspendedAt": None}, "suspendedAt"),
+    ],
+)
+def test_a_schedule_that_is_wrong_is_told_by_field(farm: Farm, fields: dict[str, Any], field: str) -> None:
+    answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), farm.switch(), **fields))
+    assert answer.status_code == 400
+    assert list(answer.json()) == [field]
+
+
+def test_a_wrong_schedule_and_wrong_nodes_are_told_together(farm: Farm) -> None:
+    answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), cron="x"))
+    assert answer.json()["cron"]
+    assert paths(answer) == ["nodes[0].next"]
+
+
+def test_what_changes_by_itself_does_not_keep_an_edit_from_being_written_back(farm: Farm, chain: RuleChain) -> None:
+    body = farm.client.get(url(chain)).json()
+    ChainStatistics.objects.create(chain=chain, executions=4, failures=1, seconds=0.5, last_error="no value")
+    RuleChain.objects.filter(pk=chain.pk).update(last_run_at=datetime(2026, 5, 1, tzinfo=UTC))
+    body["priority"] = 1
+    answer = farm.client.put(url(chain), body)
+    assert answer.status_code == 200
+    assert answer.json()["lastRunAt"] == "2026-05-01T00:00:00Z"
+    assert answer.json()["statistics"] == {
+        "executions": 4, "failures": 1, "failuresInARow": 0, "averageSeconds": 0.125, "lastExecutedAt": None,
+        "lastFailedAt": None, "lastError": "no value",
+    }  # fmt: skip
+
+
+def test_a_chain_that_never_ran_has_statistics_of_nothing(farm: Farm, chain: RuleChain) -> None:
+    (row,) = farm.client.get(f"{API}/rule-chains").json()["results"]
+    assert (row["statistics"]["executions"], row["statistics"]["averageSeconds"]) == (0, None)
+    assert not {"sentence", "validationWarnings"} & row.keys()
+
+
+def test_enabling_and_disabling_end_a_suspension_and_tell_the_workers(farm: Farm, chain: RuleChain) -> None:
+    for verb, enabled in (("disable", False), ("enable", True), ("enable", True)):
+        RuleChain.objects.filter(pk=chain.pk).update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+        before = farm.version()
+        answer = farm.client.post(f"{url(chain)}/{verb}")
+        assert answer.status_code == 200
+        assert (answer.json()["enabled"], answer.json()["suspendedAt"]) == (enabled, None)
+        assert farm.version() == before + 1
+    assert answer.json()["version"] == 4
+
+
+def test_a_suspension_outlives_a_new_name_and_ends_with_new_nodes(farm: Farm, chain: RuleChain) -> None:
+    RuleChain.objects.filter(pk=chain.pk).update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+    assert farm.client.patch(url(chain), {"name": "Base"}).json()["suspendedAt"] == "2026-05-01T00:00:00Z"
+    assert farm.client.patch(url(chain), {"nodes": [farm.low(next=None)]}).json()["suspendedAt"] is None
+
+
+def test_a_suspended_chain_that_broke_is_not_enabled(farm: Farm, chain: RuleChain) -> None:
+    RuleChain.objects.filter(pk=chain.pk).update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+    farm.sensor.delete()
+    assert paths(farm.client.post(f"{url(chain)}/enable")) == ["nodes[0].config.UUID"]
+    assert farm.client.post(f"{url(chain)}/disable").status_code == 200
+
+
+def test_a_scheduled_chain_without_a_filter_does_not_become_one_that_nothing_triggers(farm: Farm) -> None:
+    schedule = {"executionType": "schedule-only", "cron": "0 6 * * *"}
+    created = farm.client.post(f"{API}/rule-chains", farm.body(farm.switch(), **schedule))
+    assert created.status_code == 201
+    change = {"executionType": "event-triggered", "cron": ""}
+    assert paths(farm.client.patch(f"{API}/rule-chains/{created.json()['uuid']}", change)) == ["nodes"]
+
+
+def test_a_copy_has_a_name_of_its_own_and_is_switched_off(farm: Farm, chain: RuleChain) -> None:
+    chain.nodes.filter(name="switch").update(on_failure="low")
+    chain.nodes.filter(name="low").update(next="")
+    names = [farm.client.post(f"{url(chain)}/duplicate", {}).json()["name"] for _ in range(2)]
+    assert names == ["Acid (copy)", "Acid (copy 2)"]
+    answer = farm.client.post(f"{url(chain)}/duplicate", {"name": "Base"})
+    assert answer.status_code == 201
+    assert (answer.json()["enabled"], answer.json()["version"]) == (False, 1)
+    copy = RuleChain.objects.get(name="Base")
+    assert links(copy) == links(chain)
+    assert copy.nodes.get(name="switch").on_failure == "low"
+    assert not {node.uuid for node in copy.nodes.all()} & {node.uuid for node in chain.nodes.all()}
+    again = farm.client.post(f"{url(chain)}/duplicate", {"name": "Base"})
+    assert (again.status_code, list(again.json())) == (400, ["name"])
+
+
+def test_a_name_of_full_length_is_shortened_for_its_copy(farm: Farm) -> None:
+    chain = builders.switching_chain(farm.sensor, farm.device, name="a" * 200)
+    name = farm.client.post(f"{url(chain)}/duplicate", {}).json()["name"]
+    assert (len(name), name[-8:]) == (200, "a (copy)")
+
+
+def test_a_chain_is_judged_on_demand(farm: Farm, chain: RuleChain) -> None:
+    answer = farm.client.get(f"{url(chain)}/validate").json()
+    assert answer["validationErrors"] == []
+    assert [warning["path"] for warning in answer["validationWarnings"]] == ["nodes[0].config.key"]
+    chain.nodes.filter(name="switch").update(next="low")
+    answer = farm.client.get(f"{url(chain)}/validate").json()
+    assert [problem["path"] for problem in answer["validationErrors"]] == ["nodes[1].next"]
+    assert answer["validationWarnings"] == []
+
+
+def test_answers_to_a_change_hold_a_sentence_and_warnings(farm: Farm) -> None:
+    created = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), farm.switch())).json()
+    assert created["sentence"] == f"When {farm.sensor} ph is below 5.5, set {farm.device} power to on."
+    (warning,) = created["validationWarnings"]
+    assert (warning["path"], warning["value"]) == ("nodes[0].config.key", "ph")
+    assert "has never reported" in warning["message"]
+
+
+@pytest.mark.usefixtures("empty_redis", "fresh_process")
+def test_triggering_puts_an_urgent_event_of_the_chain_into_the_journal(farm: Farm, chain: RuleChain) -> None:
+    answer = farm.client.post(f"{url(chain)}/trigger")
+    assert answer.status_code == 202
+    assert list(answer.json()) == ["eventId"]
+    assert journal.counts().depth["critical"] == 1
+    farm.client.post(f"{url(chain)}/disable")
+    answer = farm.client.post(f"{url(chain)}/trigger")
+    assert (answer.status_code, answer.json()["detail"]) == (409, "Acid is switched off; switch it on first.")
+    RuleChain.objects.update(enabled=True, suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
+    answer = farm.client.post(f"{url(chain)}/trigger")
+    assert (answer.status_code, answer.json()["detail"]) == (409, "Acid is suspended; switch it on first.")
+    assert journal.counts().depth["critical"] == 1
+
+
+@pytest.mark.usefixtures("empty_redis", "fresh_process")
+def test_a_queue_that_is_away_refuses_a_trigger_as_it_refuses_telemetry(
+    farm: Farm, chain: RuleChain, settings: Any
+) -> None:
+    settings.REDIS_PORT = free_port()
+    redis.forget_connections()
+    answer = farm.client.post(f"{url(chain)}/trigger")
+    assert answer.status_code == 503
+    told = answer.json()
+    assert (told["error"], told["accepted"], told["reason"]) == ("enqueue-error", 0, "enqueue-error")
+    assert answer.headers["Retry-After"] == str(told["retryAfter"])
 
 
 # What is wrong with nodes
@@ -386,7 +547,7 @@ def test_a_new_node_goes_to_the_end_of_the_main_line(farm: Farm, chain: RuleChai
         f"{url(chain)}/nodes", farm.switch(name="then", config=builders.command(farm.device, "off"))
     )
     assert answer.status_code == 201
-    assert answer.json().keys() == {"uuid", "name", "type", "config", "next", "onFalse"}
+    assert answer.json().keys() == {"uuid", "name", "type", "config", "next", "onFalse", "onFailure"}
     assert links(chain) == {"low": ("switch", ""), "switch": ("then", ""), "then": ("", "")}
     chain.refresh_from_db()
     assert chain.version == 2
@@ -509,6 +670,23 @@ def test_changes_of_one_chain_that_cross_all_happen(farm: Farm, chain: RuleChain
 def test_a_cycle_does_not_keep_the_end_of_the_main_line_from_being_found() -> None:
     nodes = [RuleNode(name="a", next="b"), RuleNode(name="b", next="a")]
     assert len(editing.insert(nodes, RuleNode(name="new"), after=None)) == 3
+
+
+def test_a_link_that_is_taken_after_a_failure_follows_its_node(farm: Farm) -> None:
+    nodes = [
+        builders.node("low", builders.leaf(farm.sensor), next="switch"),
+        builders.node("switch", builders.command(farm.device), on_failure="off"),
+        builders.node("off", builders.command(farm.device, "off"), next="end"),
+        builders.node("end", builders.command(farm.device, "off")),
+    ]
+    chain = builders.chain(farm.organization, nodes)
+    assert farm.client.get(url(chain, "switch")).json()["onFailure"] == "off"
+    assert farm.client.patch(url(chain, "off"), {"name": "stop"}).status_code == 200
+    assert chain.nodes.get(name="switch").on_failure == "stop"
+    assert farm.client.delete(url(chain, "stop")).status_code == 204
+    assert chain.nodes.get(name="switch").on_failure == "end"
+    answer = farm.client.patch(url(chain, "low"), {"onFailure": "end"})
+    assert paths(answer) == ["nodes[0].onFailure"]
 
 
 # Switching by hand

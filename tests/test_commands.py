@@ -20,6 +20,7 @@ from deploy.servers import free_port
 from devices.models import Device, DeviceState, Organization, Sensor
 from notifications.models import Notification
 from rules import backpressure, journal, tickets
+from rules.index import RuleIndex
 from rules.journal import Slot
 from rules.models import CircuitTransition, RuleChain
 from tests import builders
@@ -34,6 +35,8 @@ TESTED_IN = {
     "rungateway": "test_gateway.py",
     "replay_rejected": "test_replay.py",
     "sync_broker": "test_broker.py",
+    "rebuild_rule_index": "test_commands.py",
+    "audit_rule_chains": "test_commands.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
 
@@ -144,3 +147,92 @@ def test_one_turn_of_the_scheduler_queues_lost_tickets_and_empties_the_outbox() 
 
     assert tickets.queue_of("normal").count == 1
     assert redis.client().xlen(keys.NOTIFICATIONS) == 1
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_counts_what_runs_and_reaches_every_process() -> None:
+    farm = builders.organization()
+    builders.organization()
+    sensor, pump = builders.sensor(farm), builders.device(farm)
+    builders.switching_chain(sensor, pump)
+    builders.switching_chain(sensor, pump, enabled=False)
+    elsewhere = RuleIndex()
+    elsewhere.refresh()
+    RuleChain.objects.filter(enabled=True).update(name="changed past AEMOS")
+    lines = run("rebuild_rule_index").splitlines()
+    elsewhere.refresh(at_once=True)
+
+    assert lines[0].startswith("1 chains, 2 nodes, 1 references compiled in ")
+    assert lines[1:] == ["All processes build the index of 2 organizations again."]
+    assert [bound.name for bound in elsewhere] == ["changed past AEMOS"]
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_names_every_chain_that_is_not_valid() -> None:
+    farm = builders.organization("Greenhouse")
+    row = builders.switching_chain(builders.sensor(farm), builders.device(farm), name="Broken")
+    row.nodes.filter(name="low").update(config={"UUID": "nonsense"})
+
+    with pytest.raises(CommandError) as raised:
+        run("rebuild_rule_index")
+    text = str(raised.value)
+    assert text.startswith(f"Broken ({row.uuid}) of Greenhouse: nodes[0].config.sourceType: is required")
+    assert "nodes[0].config.UUID: must be a version 4 UUID (found 'nonsense')" in text
+    assert text.endswith("1 chains are not valid and do not run.")
+
+
+@pytest.mark.django_db
+def test_rebuilding_the_rule_index_draws_its_progress_on_a_terminal() -> None:
+    farm = builders.organization()
+    sensor, pump = builders.sensor(farm), builders.device(farm)
+    for _ in range(3):
+        builders.switching_chain(sensor, pump)
+    terminal = StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    call_command("rebuild_rule_index", stdout=terminal)
+
+    assert f"\r[{'#' * 30}] 3 of 3 chains\n3 chains, 6 nodes" in terminal.getvalue()
+
+
+@pytest.mark.django_db
+def test_an_audit_of_sound_chains_ends_well_and_tells_their_warnings() -> None:
+    farm = builders.organization()
+    chain = builders.switching_chain(builders.sensor(farm), builders.device(farm), name="Acid")
+    told = run("audit_rule_chains")
+    assert (
+        f"Acid ({chain.uuid}) of {farm}\n  warning  nodes[0].config.key: is what the sensor has never reported" in told
+    )
+    assert told.endswith("1 chains: 0 with problems, 1 with warnings.\n")
+
+
+@pytest.mark.django_db
+def test_an_audit_names_every_problem_of_every_chain_and_fails() -> None:
+    farm, other = builders.organization(), builders.organization()
+    sensor, device = builders.sensor(farm), builders.device(farm)
+    acid = builders.switching_chain(sensor, device, name="Acid")
+    builders.switching_chain(sensor, device, name="Base", enabled=False)
+    builders.switching_chain(builders.sensor(other), builders.device(other), name="Theirs")
+    sensor.delete()
+    acid.nodes.filter(name="switch").update(next="nowhere")
+    RuleChain.objects.filter(pk=acid.pk).update(cron="x")
+    out = StringIO()
+    with pytest.raises(CommandError, match="2 of 2 chains have problems"):
+        call_command("audit_rule_chains", "--json", "--organization", str(farm.uuid), stdout=out)
+    found = json.loads(out.getvalue())
+    assert (found["chains"], [row["name"] for row in found["findings"]]) == (2, ["Acid", "Base"])
+    assert [row["enabled"] for row in found["findings"]] == [True, False]
+    problems = [[problem["path"] for problem in row["validationErrors"]] for row in found["findings"]]
+    assert problems == [["cron", "nodes[1].next", "nodes[0].config.UUID"], ["nodes[0].config.UUID"]]
+    out = StringIO()
+    with pytest.raises(CommandError, match="2 of 3 chains have problems"):
+        call_command("audit_rule_chains", stdout=out)
+    assert "  problem  nodes[1].next: names no node of this chain (found 'nowhere')" in out.getvalue()
+    assert f"of {farm}, switched off" in out.getvalue()
+    assert "Theirs" in out.getvalue()
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("uuid", ["nonsense", "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"])
+def test_an_audit_of_an_organization_that_does_not_exist_says_so(uuid: str) -> None:
+    with pytest.raises(CommandError, match=f"no organization with the uuid {uuid}"):
+        run("audit_rule_chains", "--organization", uuid)

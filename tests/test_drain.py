@@ -68,6 +68,7 @@ def farm() -> Farm:
 
 
 def drain_all() -> None:
+    catalogue.shared().refresh(at_once=True)
     index.shared().refresh(at_once=True)
     for slot in journal.slots():
         jobs.drain(slot.lane, slot.partition)
@@ -230,6 +231,9 @@ def test_an_attempt_that_succeeds_later_counts_as_processed(farm: Farm) -> None:
     catalogue.mark_changed(farm.organization.pk)
     drain_all()
     assert ledger() == Account(accepted=1, depth=1, waiting=1)
+    assert not redis.client().exists(keys.stalled(*vars_of(farm.slot))), (
+        "an event that waits does not make its slot wait"
+    )
     for pk, name in states_before.items():
         DeviceState.objects.filter(pk=pk).update(name=name)
     catalogue.mark_changed(farm.organization.pk)
@@ -245,11 +249,11 @@ def fail_on(value: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     real = batch.process
 
-    def process(due: list[Event], *rest: Any) -> batch.Ended:
+    def process(due: list[Event], *rest: Any, **options: Any) -> batch.Ended:
         sizes.append(len(due))
         if any(event.values.get("ph") == value for event in due):
             raise ValueError("this one cannot be processed")
-        return real(due, *rest)
+        return real(due, *rest, **options)
 
     monkeypatch.setattr(batch, "process", process)
     return sizes
@@ -342,7 +346,7 @@ def test_a_database_that_is_away_spends_no_attempt_and_loses_nothing(
 ) -> None:
     monkeypatch.setattr(jobs, "STALL_SECONDS", 0)
 
-    def away(*_: object) -> None:
+    def away(*_: object, **__: object) -> None:
         raise OperationalError("the database system is starting up")
 
     farm.post(6.9)

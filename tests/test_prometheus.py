@@ -29,6 +29,7 @@ from monitoring.queue import Health
 from rules import index, jobs, journal, rejections
 from rules.circuit import State
 from rules.circuit_store import force
+from rules.exceptions import ErrorCode
 from tests import builders
 from tests.test_end_to_end import coap_post
 from tests.test_monitoring import redis_away
@@ -42,6 +43,7 @@ LABELS: dict[str, set[str] | None] = {
     "protocol": {"http", "mqtt", "coap", "socketio"},
     "source": {"device", "rule", "person"},
     "state": {"busy", "idle", "suspended", "sent", "acknowledged", "failed"},
+    "error_code": set(ErrorCode),
     "result": None,
     "reason": None,
     "le": None,

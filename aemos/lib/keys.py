@@ -38,6 +38,11 @@ def suspect(lane: str, partition: int) -> str:
     return f"aemos:suspect:{lane}:{{{partition}}}"
 
 
+def remembered(partition: int, watch: str) -> str:
+    """JSON that expires: what a condition over time remembers of a source of this partition."""
+    return f"aemos:remembered:{{{partition}}}:{watch}"
+
+
 def stalled(lane: str, partition: int) -> str:
     """Text that expires: why the partition waits (database away, for example)."""
     return f"aemos:stalled:{lane}:{{{partition}}}"
@@ -50,6 +55,10 @@ def latest(source_type: str, uuid: str) -> str:
 
 NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
 NOTIFICATIONS_MQTT_GROUP = "mqtt"
+TIMERS = (
+    "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all
+)
+TIMERS_LOOKED_FOR = "aemos:timers-looked-for"  # flag that expires: chains that need a timer were looked for
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
 MQTT_REPORTS_LEADER = "aemos:mqtt-reports:leader"

@@ -5,6 +5,7 @@ No label ever carries a device, sensor, user or event. django-prometheus counts 
 
 from __future__ import annotations
 
+import collections
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -41,12 +42,13 @@ class Cell:
 
 
 class Counter:
-    """A counter; `name` ends in _total."""
+    """A counter; `name` ends in _total. With one label, `known` values of it are there before they are counted, as 0."""
 
-    def __init__(self, name: str, documentation: str, labels: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, documentation: str, labels: Sequence[str] = (), *, known: Sequence[str] = ()) -> None:
         self.name = name
         self._documentation = documentation
         self._label_names = tuple(labels)
+        self._none = {(name, value): 0.0 for value in known} if labels else {(name,): 0.0}
         self.labels = cache(self._cell)
 
     def _cell(self, *values: str) -> Cell:
@@ -61,9 +63,7 @@ class Counter:
     def family(self, sums: Mapping[tuple[str, ...], float]) -> Metric:
         """`sums`: name and label values -> number."""
         family = CounterMetricFamily(self.name, self._documentation, labels=self._label_names)
-        if not self._label_names:
-            sums = {(self.name,): 0.0} | dict(sums)
-        for (name, *values), number in sorted(sums.items()):
+        for (name, *values), number in sorted((self._none | dict(sums)).items()):
             if name == self.name and len(values) == len(self._label_names):
                 family.add_metric(values, number)
         return family
@@ -82,6 +82,12 @@ class Histogram:
     def observe(self, seconds: float) -> None:
         TALLY.add(self._fields[bisect_left(self._bounds, seconds)])
         TALLY.add(self._sum, seconds)
+
+    def observe_all(self, seconds: Sequence[float]) -> None:
+        """As `observe` for each of them, at the price of a few."""
+        for position, number in collections.Counter(bisect_left(self._bounds, each) for each in seconds).items():
+            TALLY.add(self._fields[position], number)
+        TALLY.add(self._sum, sum(seconds))
 
     def family(self, sums: Mapping[tuple[str, ...], float]) -> Metric:
         family = HistogramMetricFamily(self.name, self._documentation)
@@ -106,6 +112,27 @@ UNRECORDED = Counter(
 RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by result: completed or failed.", ["result"])
 RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
 RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
+ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that were not done because of their cooldown.")
+ALARM_CHANGES = Counter(
+    "alarm_changes_total",
+    "Changes of alarms that were told: raised, severity-raised, flapping, acknowledged or cleared.",
+    ["change"],
+)
+RULE_FILTERS = Counter(
+    "rule_filter_evaluations_total",
+    "Filter nodes that were evaluated in runs that did not fail, by result: true or false.",
+    ["result"],
+    known=["true", "false"],
+)
+RULE_TIMEOUTS = Counter(
+    "rule_timeout_total",
+    "What took too long and was stopped, by error code.",
+    ["error_code"],
+    known=["DATA_COLLECTION_TIMEOUT", "RULE_CHAIN_TIMEOUT", "WORKER_TIMEOUT", "EXTERNAL_ACTION_TIMEOUT"],
+)
+CHAINS_SUSPENDED = Counter(
+    "rule_chains_suspended_total", "Rule chains that were suspended because they failed too often in a row."
+)
 COLLECTION_SECONDS = Histogram(
     "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
 )
@@ -123,6 +150,11 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_EXECUTIONS,
     RULE_SECONDS,
     RULE_ACTIONS,
+    ACTIONS_SUPPRESSED,
+    ALARM_CHANGES,
+    RULE_FILTERS,
+    RULE_TIMEOUTS,
+    CHAINS_SUSPENDED,
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,

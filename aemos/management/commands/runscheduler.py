@@ -17,26 +17,29 @@ from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from devices import commands
 from notifications import outbox
-from rules import backpressure, recovery, replay, retention, schedules
+from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 DUTIES: tuple[Callable[[], object], ...] = (
     schedules.fire_due,
+    timers.fire_due,
     recovery.reissue_lost_tickets,
     outbox.sweep,
     commands.expire_overdue,
     backpressure.keep_watch,
     replay.queue_steps,
+    alarms.calm_down,
     retention.delete_expired,
 )
 
 
 class Command(BaseCommand):
     help = (
-        "Run rule chains on schedule, queue lost drain tickets again, publish notifications that a crash left in the outbox, "
-        "move the circuit and replays on, delete what is too old. Run two or more: one leads, another takes over within five "
-        "seconds when it dies."
+        "Run rule chains on schedule and when their time has come, queue lost drain tickets again, publish notifications "
+        "that a crash left in the outbox, move the circuit and replays on, tell of alarms that have calmed down, delete what "
+        "is too old. Run two or more: one "
+        "leads, another takes over within five seconds when it dies."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:

@@ -30,7 +30,7 @@ class Command(RqWorkerCommand):
             redis.client().ping()
         except RedisError as error:
             raise CommandError(redis.explain(error)) from error
-        index.shared().refresh()
+        index.load()
         # RQ logs four lines a job; at the usual verbosity only what went wrong is worth a line.
         options["verbosity"] = max(0, options["verbosity"] - 1)
         super().handle(*(args or settings.LANES), **options)

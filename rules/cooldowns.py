@@ -1,0 +1,109 @@
+"""Cooldowns: effects that are about to be done in; whether their action rests, by a row that commits with the effect, out.
+
+What counts is when an action was done by the clock of the server, not the time of its event: a sensor that was without a
+network for hours reports everything at once, and a pump must not start once for each of those reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from django.utils import timezone
+
+from rules.models import ActionCooldown
+
+# An action that was done later than this from now was done by a clock that was wrong: it must not rest until then.
+CLOCK_TOLERANCE = timedelta(minutes=5)
+
+
+class Rest(NamedTuple):
+    """That an action rests once it was done: which one, for whom, and how long in microseconds."""
+
+    chain_id: int
+    node: str
+    originator_uuid: str
+    duration_us: int
+
+
+class Permits(Protocol):
+    """Says of an effect that would change or tell something whether it may; one that may begins its action's rest."""
+
+    def __call__(self, rest: Rest | None, effect_key: str) -> bool: ...
+
+
+def permits_all(rest: Rest | None, effect_key: str) -> bool:
+    """For effects of people and devices, which never rest."""
+    return True
+
+
+_Key = tuple[int, str, UUID]
+
+
+class Cooldowns:
+    """Of the actions of one batch. Their rows are locked until the transaction ends; without any there is no query."""
+
+    def __init__(self, rests: Iterable[Rest | None], *, now: datetime | None = None) -> None:
+        wanted = {_key(rest) for rest in rests if rest}
+        self.suppressed = 0
+        self._now = now or timezone.now()
+        self._rows = _locked(wanted)
+        self._begun_by: dict[_Key, str] = {}
+        self._changed: dict[int, ActionCooldown] = {}
+
+    def permits(self, rest: Rest | None, effect_key: str) -> bool:
+        """See Permits; the effect that began a rest may ask again."""
+        if rest is None:
+            return True
+        key = _key(rest)
+        if self._begun_by.get(key) == effect_key:
+            return True
+        row = self._rows[key]
+        self._changed[row.pk] = row
+        if self._rests(row, rest):
+            row.suppressed += 1
+            self.suppressed += 1
+            return False
+        row.done_at, row.suppressed = self._now, 0
+        self._begun_by[key] = effect_key
+        return True
+
+    def save(self) -> None:
+        """After the effects, in their transaction."""
+        if self._changed:
+            ActionCooldown.objects.bulk_update(self._changed.values(), ["done_at", "suppressed"])
+
+    def _rests(self, row: ActionCooldown, rest: Rest) -> bool:
+        if row.done_at is None:
+            return False
+        elapsed = self._now - row.done_at
+        return -CLOCK_TOLERANCE <= elapsed < timedelta(microseconds=rest.duration_us)
+
+
+def _key(rest: Rest) -> _Key:
+    return rest.chain_id, rest.node, UUID(rest.originator_uuid)
+
+
+def _locked(wanted: set[_Key]) -> dict[_Key, ActionCooldown]:
+    """The rows, in the order of their ids, so that two workers that want the same never deadlock.
+
+    What is not there is inserted before it is locked: a row that does not exist would keep no other worker out.
+    """
+    if not wanted:
+        return {}
+    found = _select(wanted)
+    missing = sorted(wanted - found.keys())
+    if missing:
+        new = [ActionCooldown(chain_id=chain, node=node, originator_uuid=uuid) for chain, node, uuid in missing]
+        ActionCooldown.objects.bulk_create(new, ignore_conflicts=True)
+        found = _select(wanted)
+    return found
+
+
+def _select(wanted: set[_Key]) -> dict[_Key, ActionCooldown]:
+    chains, nodes, originators = (set(parts) for parts in zip(*wanted, strict=True))
+    rows = ActionCooldown.objects.select_for_update().order_by("pk")
+    rows = rows.filter(chain_id__in=chains, node__in=nodes, originator_uuid__in=originators)
+    return {key: row for row in rows if (key := (row.chain_id, row.node, row.originator_uuid)) in wanted}

@@ -1,0 +1,113 @@
+"""`manage.py audit_rule_chains`: every chain judged as if it were saved now; exit status 1 when one has a problem."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import Error as DatabaseError
+from django.db.models import QuerySet
+
+from devices.models import Organization
+from rules import schedules, validation, warnings
+from rules.exceptions import Problem
+from rules.models import RuleChain
+
+CHUNK = 200
+BAR_WIDTH = 30
+DRAW_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A chain with what is wrong with it, and what looks wrong."""
+
+    chain: RuleChain
+    problems: Sequence[Problem]
+    warnings: Sequence[Problem]
+
+
+class Command(BaseCommand):
+    help = (
+        "Judge every rule chain, enabled or not, as saving it would, print its problems and warnings, and exit with 1 if any "
+        "has a problem. A chain that was valid once has one when its sensor, device or state is gone."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--organization", metavar="UUID", help="chains of this organization only")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        self._drawn_at = float("-inf")
+        try:
+            chains = _chains(options["organization"])
+            number = chains.count()
+            findings = [found for found in self._judged(chains, number) if found.problems or found.warnings]
+        except DatabaseError as error:
+            raise CommandError(f"The database cannot be reached: {error}") from error
+        wrong = sum(bool(found.problems) for found in findings)
+        self.stdout.write(_as_json(findings, number) if options["json"] else _as_text(findings, number))
+        if wrong:
+            raise CommandError(f"{wrong:,} of {number:,} chains have problems.")
+
+    def _judged(self, chains: QuerySet[RuleChain], number: int) -> Iterator[Finding]:
+        for done, chain in enumerate(chains.iterator(chunk_size=CHUNK), start=1):
+            nodes = list(chain.nodes.all())
+            problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
+            yield Finding(chain=chain, problems=problems, warnings=warnings.warnings_of(chain, nodes))
+            self._draw(done, of=number)
+
+    def _draw(self, done: int, *, of: int) -> None:
+        """On standard error, so that JSON can be piped."""
+        now = time.monotonic()
+        if not self.stderr.isatty() or (now - self._drawn_at < DRAW_SECONDS and done < of):
+            return
+        self._drawn_at = now
+        full = BAR_WIDTH * done // max(of, done)
+        end = "" if done < of else "\n"
+        self.stderr.write(f"\r[{'#' * full}{'.' * (BAR_WIDTH - full)}] {done:,} of {of:,} chains", ending=end)
+        self.stderr.flush()
+
+
+def _chains(organization: str | None) -> QuerySet[RuleChain]:
+    chains = RuleChain.objects.select_related("organization").prefetch_related("nodes")
+    rows = chains.order_by("organization__name", "name", "pk")
+    if not organization:
+        return rows
+    try:
+        return rows.filter(organization=Organization.objects.get(uuid=organization))
+    except (Organization.DoesNotExist, ValidationError) as error:
+        raise CommandError(f"There is no organization with the uuid {organization}.") from error
+
+
+def _as_text(findings: Sequence[Finding], number: int) -> str:
+    lines = []
+    for found in findings:
+        off = "" if found.chain.enabled else ", switched off"
+        lines.append(f"{found.chain.name} ({found.chain.uuid}) of {found.chain.organization}{off}")
+        lines += [f"  problem  {problem}" for problem in found.problems]
+        lines += [f"  warning  {problem}" for problem in found.warnings]
+    warned = sum(bool(found.warnings) for found in findings)
+    wrong = sum(bool(found.problems) for found in findings)
+    lines.append(f"{number:,} chains: {wrong:,} with problems, {warned:,} with warnings.")
+    return "\n".join(lines)
+
+
+def _as_json(findings: Sequence[Finding], number: int) -> str:
+    rows = [
+        {
+            "uuid": str(found.chain.uuid),
+            "name": found.chain.name,
+            "organization": str(found.chain.organization.uuid),
+            "enabled": found.chain.enabled,
+            "validationErrors": [asdict(problem) for problem in found.problems],
+            "validationWarnings": [asdict(problem) for problem in found.warnings],
+        }
+        for found in findings
+    ]
+    return json.dumps({"chains": number, "findings": rows}, indent=2)

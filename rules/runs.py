@@ -1,0 +1,57 @@
+"""Runs that no sender asks for: events of the scheduler, of timers and of people in, urgent entries of the journal out."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+
+from redis.exceptions import RedisError
+
+from aemos.lib import metrics, redis
+from devices.exceptions import Overloaded
+from rules import backpressure, journal, tickets
+from rules.events import PRIORITIES, Event, EventType
+from rules.journal import Slot
+
+log = logging.getLogger(__name__)
+CHAIN = "chain"
+"""The source type of an event that runs the chain that is its originator."""
+
+TIMER = "timer"
+"""The protocol of an event that time alone brings about: a sensor's or device's, without values."""
+
+PRIORITY = PRIORITIES[EventType.SCHEDULED]
+
+
+def is_run(event: Event) -> bool:
+    """Whether the event runs chains on what is known, instead of telling what a sensor or device says."""
+    return event.source_type == CHAIN or event.protocol == TIMER
+
+
+def refusal() -> Overloaded | None:
+    """Why the queue takes no urgent event; None when it does."""
+    try:
+        verdict = backpressure.shared().verdict(PRIORITY)
+    except Overloaded as refused:
+        return refused
+    return None if verdict.accept else backpressure.shared().refusal(verdict, PRIORITY)
+
+
+def append(batch: Sequence[Event]) -> None:
+    """Raises RedisError; part of the batch may be in the journal then."""
+    if not batch:
+        return
+    slots: defaultdict[Slot, list[Event]] = defaultdict(list)
+    for event in batch:
+        slots[Slot(event.lane, journal.partition_of(event.originator_uuid))].append(event)
+    needing = journal.append(slots)
+    backpressure.shared().admitted(len(batch))
+    metrics.INGESTED.labels(batch[0].protocol, "accepted").inc(len(batch))
+    metrics.flush()
+    for slot in needing:
+        try:
+            tickets.issue(slot)
+        except RedisError as error:
+            # The events are safe; the scheduler queues lost tickets.
+            log.warning("ticket for %s/%d was not queued: %s", slot.lane, slot.partition, redis.explain(error))

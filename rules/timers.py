@@ -1,0 +1,154 @@
+"""Timers: conditions that time alone makes true in, one event per chain and due time in the journal out.
+
+A run says when its outcome may change although a source stays silent; that time stands in a sorted set of Redis until the
+scheduler puts an event of the source, without values, into the journal for this one chain. The event's id follows from chain,
+source and time, so a crash in between brings the same one again, and its effects happen once. A time that is too early costs
+a run that changes nothing; so times are set by every run and taken back by none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+from uuid import UUID, uuid5
+
+from django.utils import timezone
+
+from aemos.lib import keys, redis
+from rules import events, index, journal, runs
+from rules.chains import Chain
+from rules.events import Event, EventType, Lane
+from rules.index import BoundChain
+from rules.scope import Source
+
+log = logging.getLogger(__name__)
+TIMERS_PER_TICK = 2_000
+LOOK_EVERY_SECONDS = 10
+
+# What it does: parks timers whose event is in the journal, unless a run has set them anew meanwhile: they stand at inf, known
+# and with nothing to wait for.
+# KEYS: timers. ARGV: pairs of member and the due time in ms that was fired. Returns: nothing of interest.
+_PARK = """
+for i = 1, #ARGV, 2 do
+  local due = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if due and tonumber(due) == tonumber(ARGV[i + 1]) then redis.call('ZADD', KEYS[1], 'inf', ARGV[i]) end
+end
+"""
+
+
+class Waiting(NamedTuple):
+    """A chain that waits for time to pass over a source. `conditions` tells its conditions over time from those of an edit."""
+
+    chain_uuid: str
+    conditions: str
+    source_type: str
+    uuid: str
+
+    @property
+    def source(self) -> Source:
+        return self.source_type, self.uuid
+
+    def __str__(self) -> str:
+        return "|".join(self)
+
+
+def of(chain: Chain, source: Source) -> Waiting:
+    return Waiting(chain.spec.uuid, chain.timers_key, *source)
+
+
+def remember(wakes: Mapping[Waiting, int]) -> None:
+    """Sets when, in microseconds since 1970, the scheduler has to look at each again. Raises RedisError."""
+    if wakes:
+        # Rounded up, or the run would come a little too early and ask for the same time again.
+        redis.client().zadd(keys.TIMERS, {str(waiting): -(-due_us // 1_000) for waiting, due_us in wakes.items()})
+
+
+def fire_due() -> int:
+    """Puts an event into the journal for every timer that is due; a duty of the scheduler, called every second.
+
+    Gives their number. Raises RedisError or django.db.Error; what was not done then stays due.
+    """
+    look_for_new()
+    rows = redis.client().zrangebyscore(
+        keys.TIMERS, "-inf", int(time.time() * 1_000), start=0, num=TIMERS_PER_TICK, withscores=True
+    )
+    due = {Waiting(*member.decode().split("|")): int(due_ms) for member, due_ms in rows}
+    if not due:
+        return 0
+    index.shared().refresh()
+    gone = [waiting for waiting in due if _chain(waiting) is None]
+    if gone:
+        redis.client().zrem(keys.TIMERS, *map(str, gone))
+    ready = _not_overtaken({waiting: due_ms for waiting, due_ms in due.items() if waiting not in gone})
+    fired = {waiting: _event(waiting, due_ms) for waiting, due_ms in ready.items()}
+    refusal = runs.refusal() if fired else None
+    if refusal:
+        log.warning("%d timers wait: %s", len(fired), refusal.detail)
+        return 0
+    runs.append(list(fired.values()))
+    if fired:
+        parked = [part for waiting in fired for part in (str(waiting), due[waiting])]
+        redis.client().eval(_PARK, 1, keys.TIMERS, *parked)
+    return len(fired)
+
+
+def look_for_new() -> None:
+    """Sets a timer for chains that have none: new ones, changed ones, and all when Redis was emptied."""
+    if not redis.client().set(keys.TIMERS_LOOKED_FOR, "1", nx=True, ex=LOOK_EVERY_SECONDS):
+        return
+    index.shared().refresh()
+    now_ms = int(time.time() * 1_000)
+    wanted = {
+        str(of(bound.compiled, timer.source)): now_ms for bound in index.shared() for timer in bound.compiled.timers
+    }
+    if wanted:
+        redis.client().zadd(keys.TIMERS, wanted, nx=True)
+
+
+def _chain(waiting: Waiting) -> BoundChain | None:
+    """The chain, if it is still there, switched on, and waits for the same."""
+    bound = index.shared().by_uuid(waiting.chain_uuid)
+    return bound if bound and bound.compiled.timers_key == waiting.conditions else None
+
+
+def _not_overtaken(due: Mapping[Waiting, int]) -> dict[Waiting, int]:
+    """Without those whose source has older events in the queue: what it said must not count as silence."""
+    oldest: dict[int, float] = {}
+    found = {}
+    for waiting, due_ms in due.items():
+        partition = journal.partition_of(waiting.uuid)
+        if partition not in oldest:
+            oldest[partition] = _oldest_ms(partition)
+        if oldest[partition] > due_ms:
+            found[waiting] = due_ms
+    return found
+
+
+def _oldest_ms(partition: int) -> float:
+    """When the oldest event of the partition was accepted that is not worked off; infinity when there is none."""
+    client = redis.journal_client(partition)
+    with client.pipeline(transaction=False) as pipeline:
+        for lane in Lane:
+            pipeline.xrange(keys.events(lane, partition), count=1)
+        answers = pipeline.execute()
+    return min((int(rows[0][0].split(b"-")[0]) for rows in answers if rows), default=float("inf"))
+
+
+def _event(waiting: Waiting, due_ms: int) -> Event:
+    bound = _chain(waiting)
+    assert bound is not None  # noqa: S101  fire_due has looked
+    return Event(
+        id=uuid5(UUID(waiting.chain_uuid), f"{waiting}|{due_ms}"),
+        type=EventType.SCHEDULED,
+        priority=runs.PRIORITY,
+        source_type=waiting.source_type,
+        originator_uuid=waiting.uuid,
+        organization_id=bound.organization_id,
+        values={},
+        timestamp_us=due_ms * 1_000,
+        received_us=events.microseconds(timezone.now()),
+        protocol=runs.TIMER,
+        chains=(waiting.chain_uuid,),
+    )

@@ -1,0 +1,234 @@
+"""What conditions over time remember, in Redis and the database for real: crashes, lost memory, edits and two lanes at once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+
+from aemos.lib import redis
+from devices.models import DeviceState, Reading, StateChange
+from rules import batch, editing, effects, events, index, jobs, journal
+from rules.events import Event, EventType
+from rules.journal import Account, Lease, Slot
+from rules.memory import Memory
+from rules.models import DeadLetter
+from tests import builders
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+
+
+class Farm:
+    """A sensor whose pump is on above 6.5 until the value is below 6.2."""
+
+    def __init__(self) -> None:
+        self.organization = builders.organization()
+        self.sensor = builders.sensor(self.organization)
+        self.pump = builders.device(self.organization)
+        band = {**builders.leaf(self.sensor, operator=">", value=6.5), "off": 6.2}
+        nodes = [
+            builders.node("band", band, next="on", on_false="off"),
+            builders.node("on", builders.command(self.pump, "on")),
+            builders.node("off", builders.command(self.pump, "off")),
+        ]
+        self.chain = builders.chain(self.organization, nodes, "band")
+
+    def event(self, second: int, value: float, kind: str = EventType.TELEMETRY_DATA) -> Event:
+        return Event(
+            id=uuid4(),
+            type=kind,
+            priority=events.PRIORITIES[kind],
+            source_type="sensor",
+            originator_uuid=str(self.sensor.uuid),
+            organization_id=self.organization.pk,
+            values={"ph": value},
+            timestamp_us=events.microseconds(NOON + timedelta(seconds=second)),
+            received_us=events.microseconds(NOON),
+            protocol="http",
+        )
+
+    def append(self, *values: tuple[int, float], kind: str = EventType.TELEMETRY_DATA) -> Slot:
+        made = [self.event(second, value, kind) for second, value in values]
+        slot = Slot(made[0].lane, journal.partition_of(str(self.sensor.uuid)))
+        journal.append({slot: made})
+        return slot
+
+    def changes(self) -> list[tuple[int, Any]]:
+        rows = StateChange.objects.order_by("id").values_list("timestamp", "value")
+        return [(int((at - NOON).total_seconds()), value) for at, value in rows]
+
+
+@pytest.fixture
+def farm() -> Farm:
+    return Farm()
+
+
+def drain(slot: Slot) -> None:
+    index.shared().refresh(at_once=True)
+    jobs.drain(slot.lane, slot.partition)
+
+
+def forget_all() -> None:
+    for key in redis.client().scan_iter("aemos:remembered:*"):
+        redis.client().delete(key)
+
+
+def remembered() -> list[bytes]:
+    return [redis.client().get(key) for key in redis.client().scan_iter("aemos:remembered:*")]
+
+
+def test_a_dead_band_goes_on_from_batch_to_batch(farm: Farm) -> None:
+    for value in [(1, 6.6), (2, 6.3), (3, 6.1), (4, 6.3), (5, 6.51), (6, 6.2)]:
+        drain(farm.append(value))
+
+    assert farm.changes() == [(1, "on"), (3, "off"), (5, "on")]
+
+
+def test_a_crash_after_the_commit_loses_nothing_of_what_was_observed(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    slot = farm.append((1, 6.6))
+    with monkeypatch.context() as patched:
+        patched.setattr(Lease, "finish", crash)
+        with pytest.raises(KeyboardInterrupt):
+            drain(slot)
+    assert farm.changes() == [(1, "on")]
+    assert Reading.objects.count() == 1
+    drain(slot)
+    drain(farm.append((2, 6.3)))
+
+    assert farm.changes() == [(1, "on")], "in between it stays on, although its first reading came twice"
+    assert journal.audit(slot) == Account(accepted=2, processed=1, duplicate=1)
+
+
+def test_a_crash_with_a_doubled_reading_behind_new_ones_keeps_their_order(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    drain(farm.append((1, 6.6)))
+    slot = farm.append((2, 6.3), (1, 6.6), (3, 6.1), (4, 6.3))
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "process", crash)
+        with pytest.raises(KeyboardInterrupt):
+            drain(slot)
+    drain(slot)
+
+    assert farm.changes() == [(1, "on"), (3, "off")]
+
+
+def test_what_redis_lost_comes_back_from_the_stored_readings(farm: Farm) -> None:
+    drain(farm.append((1, 6.6), (2, 6.4), (3, 6.3)))
+    forget_all()
+    drain(farm.append((4, 6.3)))
+    assert farm.changes() == [(1, "on")]
+    drain(farm.append((5, 6.1)))
+    forget_all()
+    drain(farm.append((6, 6.3)))
+
+    assert farm.changes() == [(1, "on"), (5, "off")]
+
+
+def test_a_new_chain_knows_what_its_sensor_said_before(farm: Farm) -> None:
+    drain(farm.append((1, 6.0), (60, 6.6), (120, 6.7)))
+    lamp = builders.device(farm.organization)
+    long = {**builders.leaf(farm.sensor, operator=">", value=6.5), "for": "2m"}
+    builders.chain(
+        farm.organization, [builders.node("long", long, next="lamp"), builders.node("lamp", builders.command(lamp))]
+    )
+    drain(farm.append((179, 6.7), (180, 6.7)))
+
+    assert DeviceState.objects.get(device=lamp).value == "on"
+    assert StateChange.objects.get(state__device=lamp).timestamp == NOON + timedelta(seconds=180)
+
+
+def test_an_edit_elsewhere_in_the_chain_forgets_nothing(farm: Farm) -> None:
+    drain(farm.append((1, 6.6)))
+    before = remembered()
+    Reading.objects.all().delete()  # so that it cannot come back from there
+    nodes = list(farm.chain.nodes.all())
+    nodes[1].name = nodes[0].next = "start the pump"
+    editing.save(farm.chain, nodes)
+    drain(farm.append((2, 6.3)))
+
+    assert len(before) == len(remembered()) == 1
+    assert farm.changes() == [(1, "on")]
+
+
+def test_an_edit_of_the_condition_begins_anew_with_the_stored_readings(farm: Farm) -> None:
+    drain(farm.append((1, 6.6)))
+    nodes = list(farm.chain.nodes.all())
+    nodes[0].config["value"] = 6.7
+    editing.save(farm.chain, nodes)
+    drain(farm.append((2, 6.3)))
+
+    assert farm.changes() == [(1, "on"), (2, "off")]
+
+
+def test_an_event_that_raises_has_not_been_observed_by_those_after_it(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = batch._Run.act
+
+    def act(run: Any) -> None:
+        real(run)
+        if any(event.values["ph"] == 6.66 for event in run._batch):
+            raise ValueError("this one cannot be stored")
+
+    monkeypatch.setattr(batch._Run, "act", act)
+    slot = farm.append((1, 6.3), (2, 6.66), (3, 6.3))
+    drain(slot)
+
+    assert farm.changes() == [(1, "off")]
+    assert DeadLetter.objects.count() == 0
+    assert journal.audit(slot).waiting == 1
+
+
+def test_when_the_urgent_lane_of_the_sensor_was_faster_both_are_remembered(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = effects.tell
+
+    def tell(performed: Any) -> None:
+        monkeypatch.setattr(effects, "tell", real)
+        drain(farm.append((2, 6.1), kind=EventType.CRITICAL_ALARM))
+        real(performed)
+
+    monkeypatch.setattr(effects, "tell", tell)
+    normal = farm.append((1, 6.6))
+    drain(normal)
+    drain(farm.append((3, 6.3)))
+
+    assert journal.audit(normal) == Account(accepted=2, processed=2)
+    assert farm.changes() == [(1, "on"), (2, "off")]
+
+
+def test_memory_is_kept_for_twice_what_it_looks_back_and_a_day_at_least(farm: Farm) -> None:
+    drain(farm.append((1, 6.6)))
+    (key,) = redis.client().scan_iter("aemos:remembered:*")
+
+    assert 86_400 < redis.client().ttl(key) <= 15 * 86_400
+
+
+def test_a_chain_without_conditions_over_time_asks_redis_for_no_memory(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = builders.sensor(farm.organization)
+    builders.switching_chain(other, farm.pump)
+    asked: list[object] = []
+    monkeypatch.setattr(Memory, "collect", lambda *_, **__: asked.append(_))
+    event = farm.event(1, 5.0)
+    slot = Slot("normal", journal.partition_of(str(other.uuid)))
+    journal.append({slot: [msgspec.structs.replace(event, originator_uuid=str(other.uuid))]})
+    drain(slot)
+
+    assert farm.changes() == [(1, "on")]
+    assert asked == []

@@ -1,0 +1,293 @@
+"""Timers: a sensor falls silent, or a device stands, and a chain runs although nothing is reported; once, and not too early."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import requests
+
+from aemos.lib import keys, redis
+from aemos.management.commands.runscheduler import DUTIES
+from deploy.local import local_system
+from devices import latest
+from devices.models import DeviceState, StateChange
+from rules import backpressure, editing, events, index, jobs, journal, timers
+from rules.journal import Account
+from rules.models import RuleChain
+from tests import builders
+
+in_process = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+
+
+class Farm:
+    """A sensor whose silence of 10 minutes switches a lamp on."""
+
+    def __init__(self) -> None:
+        self.organization = builders.organization()
+        self.sensor = builders.sensor(self.organization)
+        self.lamp = builders.device(self.organization)
+        self.chain = self.silence_chain("10m")
+
+    def silence_chain(self, duration: str, name: str = "") -> RuleChain:
+        silent = self.leaf(duration)
+        nodes = [builders.node("silent", silent, next="lamp"), builders.node("lamp", builders.command(self.lamp))]
+        return builders.chain(self.organization, nodes, name)
+
+    def leaf(self, duration: str) -> dict[str, Any]:
+        leaf = {**builders.leaf(self.sensor, operator="olderThan"), "duration": duration}
+        del leaf["value"]
+        return leaf
+
+    def said(self, minutes_ago: float, value: float = 6.0) -> None:
+        """As if a worker had processed a reading that old."""
+        at_us = events.microseconds(datetime.now(UTC) - timedelta(minutes=minutes_ago))
+        redis.client().delete(keys.latest("sensor", str(self.sensor.uuid)))
+        latest.remember({("sensor", str(self.sensor.uuid), "ph"): latest.Latest(value, at_us)})
+
+    def switched(self) -> int:
+        return StateChange.objects.filter(state__device=self.lamp).count()
+
+
+@pytest.fixture
+def farm() -> Farm:
+    return Farm()
+
+
+def drain_all() -> None:
+    index.shared().refresh(at_once=True)
+    for slot in journal.slots():
+        jobs.drain(slot.lane, slot.partition)
+
+
+def tick() -> int:
+    """One second of the scheduler and of a worker; gives how many timers fired."""
+    redis.client().delete(keys.TIMERS_LOOKED_FOR)
+    index.shared().refresh(at_once=True)
+    fired = timers.fire_due()
+    drain_all()
+    return fired
+
+
+def due_in_seconds() -> list[float]:
+    rows = redis.client().zrange(keys.TIMERS, 0, -1, withscores=True)
+    return [score / 1_000 - time.time() for _, score in rows]
+
+
+def let_time_pass(minutes: float) -> None:
+    """Everything happened that much earlier."""
+    for member, score in redis.client().zrange(keys.TIMERS, 0, -1, withscores=True):
+        redis.client().zadd(keys.TIMERS, {member: score - minutes * 60_000})
+
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class TestInProcess:
+    pytestmark = in_process
+
+    def test_a_silent_sensor_runs_its_chain_once_and_not_before_its_time(self, farm: Farm) -> None:
+        farm.said(minutes_ago=4)
+        assert tick() == 1, "a new chain is looked at once, to learn when it has to be looked at again"
+        assert farm.switched() == 0
+        (seconds,) = due_in_seconds()
+        assert seconds == pytest.approx(6 * 60, abs=2)
+        assert tick() == 0
+        let_time_pass(6.1)
+        farm.said(minutes_ago=10.2)
+        assert tick() == 1
+        assert farm.switched() == 1
+        change = StateChange.objects.get()
+        assert abs(change.timestamp - (datetime.now(UTC) - timedelta(seconds=6))) < timedelta(seconds=3)
+
+        DeviceState.objects.update(value="off")
+        assert [tick() for _ in range(3)] == [0, 0, 0]
+        assert farm.switched() == 1
+
+    def test_a_sensor_that_has_never_said_anything_is_silent(self, farm: Farm) -> None:
+        assert tick() == 1
+        assert farm.switched() == 1
+        assert tick() == 0
+
+    def test_a_reading_moves_the_timer_on(self, farm: Farm) -> None:
+        tick()
+        farm.said(minutes_ago=9)
+        event = reading(farm)
+        journal.append({journal.Slot("normal", journal.partition_of(str(farm.sensor.uuid))): [event]})
+        drain_all()
+
+        (seconds,) = due_in_seconds()
+        assert seconds == pytest.approx(600, abs=3)
+
+    def test_what_waits_in_the_queue_is_no_silence(self, farm: Farm) -> None:
+        farm.said(minutes_ago=4)
+        tick()
+        slot = journal.Slot("normal", journal.partition_of(str(farm.sensor.uuid)))
+        journal.append({slot: [reading(farm)]})
+        farm.said(minutes_ago=10)
+        member = redis.client().zrange(keys.TIMERS, 0, -1)[0]
+        redis.client().zadd(keys.TIMERS, {member: (time.time() + 0.3) * 1_000})
+        time.sleep(0.31)
+
+        assert timers.fire_due() == 0, "the reading was accepted before the time came"
+        drain_all()
+        assert timers.fire_due() == 0
+        assert farm.switched() == 0
+
+    def test_a_crash_after_the_journal_has_the_event_brings_the_same_event_again(
+        self, farm: Farm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = redis.client().zrange(keys.TIMERS, 0, -1)
+        assert rows == []
+        monkeypatch.setattr(timers, "_PARK", "error('the scheduler dies here')")
+        with pytest.raises(Exception, match="dies here"):
+            tick()
+        monkeypatch.undo()
+        assert timers.fire_due() == 1
+        drain_all()
+
+        assert farm.switched() == 1
+        total = sum((journal.audit(slot) for slot in journal.slots()), Account())
+        assert (total.accepted, total.processed, total.closes) == (2, 2, True)
+
+    def test_an_edit_elsewhere_leaves_the_timer_alone_and_an_edit_of_the_condition_sets_it_anew(
+        self, farm: Farm
+    ) -> None:
+        farm.said(minutes_ago=4)
+        tick()
+        farm.chain.name = "renamed"
+        editing.save(farm.chain)
+        assert tick() == 0
+        nodes = list(farm.chain.nodes.all())
+        nodes[0].config = farm.leaf("5m")
+        editing.save(farm.chain, nodes)
+        assert tick() == 1
+        assert sorted(due_in_seconds())[0] == pytest.approx(60, abs=2)
+        let_time_pass(7)
+        tick()
+
+        assert redis.client().zcard(keys.TIMERS) == 1, "the timer of the old condition is gone"
+
+    def test_a_chain_that_is_off_fires_nothing_and_on_again_looks_at_once(self, farm: Farm) -> None:
+        farm.chain.enabled = False
+        editing.save(farm.chain)
+        assert tick() == 0
+        farm.chain.enabled = True
+        editing.save(farm.chain)
+        assert tick() == 1
+        farm.chain.enabled = False
+        editing.save(farm.chain)
+        let_time_pass(30)
+        redis.client().zadd(keys.TIMERS, {redis.client().zrange(keys.TIMERS, 0, -1)[0]: 1})
+        assert tick() == 0
+        assert redis.client().zcard(keys.TIMERS) == 0
+
+    def test_timers_come_back_when_redis_was_emptied(self, farm: Farm) -> None:
+        farm.said(minutes_ago=4)
+        tick()
+        redis.client().flushdb()
+        farm.said(minutes_ago=4)
+        assert tick() == 1
+        assert due_in_seconds()[0] == pytest.approx(6 * 60, abs=2)
+
+    def test_while_the_queue_takes_nothing_timers_wait(self, farm: Farm) -> None:
+        name = keys.ledger("low", 0)
+        redis.client().hset(name, "depth", 100_000)
+        backpressure.shared.cache_clear()
+        assert tick() == 0
+        redis.client().delete(name)
+        backpressure.shared.cache_clear()
+
+        assert tick() == 1
+
+    def test_a_device_that_stands_long_enough_runs_its_chain_without_a_report(self, farm: Farm) -> None:
+        pump = builders.device(farm.organization)
+        stands = {**builders.leaf(pump, "power", "==", "on"), "for": "5m"}
+        nodes = [
+            builders.node("stands", stands, next="lamp"),
+            builders.node("lamp", builders.command(farm.lamp, "off")),
+        ]
+        chain = builders.chain(farm.organization, nodes, "pump runs too long")
+        farm.chain.enabled = False
+        editing.save(farm.chain)
+        at_us = events.microseconds(datetime.now(UTC) - timedelta(minutes=2))
+        latest.remember({("device", str(pump.uuid), "power"): latest.Latest("on", at_us)})
+        tick()
+        assert farm.switched() == 0
+        let_time_pass(3.01)
+        at_us -= 181_000_000
+        redis.client().delete(keys.latest("device", str(pump.uuid)))
+        latest.remember({("device", str(pump.uuid), "power"): latest.Latest("on", at_us)})
+        tick()
+
+        assert farm.switched() == 1
+        assert StateChange.objects.get(state__device=farm.lamp).actor == f"{chain.name} / lamp"
+
+    def test_the_scheduler_fires_timers(self) -> None:
+        assert timers.fire_due in DUTIES
+
+
+def reading(farm: Farm) -> events.Event:
+    now = events.microseconds(datetime.now(UTC))
+    return events.Event(
+        id=uuid4(),
+        type=events.EventType.TELEMETRY_DATA,
+        priority=5,
+        source_type="sensor",
+        originator_uuid=str(farm.sensor.uuid),
+        organization_id=farm.organization.pk,
+        values={"ph": 6.0},
+        timestamp_us=now,
+        received_us=now,
+        protocol="http",
+    )
+
+
+MAKE_FARM = """
+import json
+from devices.models import Organization
+from tests import builders
+farm = Organization.objects.first()
+sensor, lamp = builders.sensor(farm), builders.device(farm)
+leaf = {**builders.leaf(sensor, operator="olderThan"), "duration": "3s"}
+del leaf["value"]
+nodes = [builders.node("silent", leaf, next="lamp", on_false="dark")]
+nodes += [builders.node("lamp", builders.command(lamp)), builders.node("dark", builders.command(lamp, "off"))]
+builders.chain(farm, nodes, "silence")
+print(json.dumps({"token": builders.token(sensor), "lamp": str(lamp.uuid)}))
+"""
+
+
+def test_a_sensor_that_stops_sending_to_the_running_system_lights_the_lamp(tmp_path: Path) -> None:
+    with local_system(tmp_path, LOG_LEVEL="WARNING") as system:
+        made = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
+        system.start("web", "worker", "scheduler")
+        session = requests.Session()
+        login = session.post(f"{system.web}/api/v1/auth/login", json=system.farm["admin"], timeout=10).json()
+        session.headers["Authorization"] = f"Bearer {login['access']}"
+
+        def lamp() -> list[tuple[str, str]]:
+            found = session.get(
+                f"{system.web}/api/v1/state-changes", params={"device": made["lamp"]}, timeout=10
+            ).json()
+            return [(row["value"], row["source"]) for row in reversed(found["results"])]
+
+        def until(value: str, count: int) -> None:
+            deadline = time.monotonic() + 30
+            while [row for row, _ in lamp()].count(value) < count:
+                assert time.monotonic() < deadline, lamp()
+                time.sleep(0.2)
+
+        until("on", 1)
+        headers = {"Authorization": f"Bearer {made['token']}"}
+        requests.post(f"{system.web}/api/v1/telemetry", json={"values": {"ph": 6}}, headers=headers, timeout=10)
+        until("off", 1)
+        until("on", 2)
+        time.sleep(3)
+
+        assert lamp() == [("on", "rule"), ("off", "rule"), ("on", "rule")]
