@@ -25,7 +25,7 @@ from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from devices import tokens
 from devices.models import CatalogueVersion, DeviceToken
-from notifications import broker, topics
+from notifications import broker, connections, topics
 from notifications.broker import BrokerAway, BrokerError, Command, CommandFailed, DynamicSecurity, Sparingly
 from notifications.models import BrokerAccount
 
@@ -198,6 +198,7 @@ def _remove(security: DynamicSecurity, accounts: Sequence[BrokerAccount]) -> Cha
     others = others.exclude(username__in=[account.username for account in gone])
     unused = originators - set(others.values_list("originator_uuid", flat=True))
     _delete_roles(security, [topics.role_name(str(uuid)) for uuid in unused])
+    connections.end(unused)
     BrokerAccount.objects.filter(username__in=[account.username for account in gone]).delete()
     return Changes(removed=len(gone), failed=len(problems))
 

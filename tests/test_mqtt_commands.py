@@ -14,7 +14,7 @@ from django.utils import timezone
 from deploy.servers import Server
 from devices import commands
 from devices.commands import State
-from devices.models import Device, DeviceState, StateChange
+from devices.models import Device, DeviceState, DeviceToken, StateChange
 from notifications import topics
 from notifications.broker_sync import sync_once
 from notifications.state_messages import message_of
@@ -143,6 +143,20 @@ def test_status_and_last_will_of_a_device_are_noted(broker: Server, farm_pump: t
         until(lambda: Device.objects.get(pk=pump.pk).connected is True)
         speaker.vanish()
         until(lambda: Device.objects.get(pk=pump.pk).connected is False)
+
+
+@needs_broker
+def test_device_whose_token_is_revoked_is_offline(broker: Server, farm_pump: tuple[Device, str]) -> None:
+    pump, token = farm_pump
+    with running():
+        speaker = Client(broker, token.split("_")[1], token, will=(topics.status(str(pump.uuid)), "offline"))
+        assert speaker.connected.wait(5)
+        speaker.publish(topics.status(str(pump.uuid)), "online")
+        until(lambda: Device.objects.get(pk=pump.pk).connected is True)
+        DeviceToken.objects.revoke()
+        sync_once()
+        until(lambda: Device.objects.get(pk=pump.pk).connected is False)
+        speaker.close()
 
 
 @needs_broker

@@ -9,13 +9,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import msgspec
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError
 from django.utils import timezone
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -23,9 +23,7 @@ from aemos.lib import keys
 from devices import commands, presence
 from devices.commands import Acknowledgement
 from devices.exceptions import BadPayload
-from devices.models import Device
-from notifications import outbox, topics
-from notifications.messages import DEVICE_STATUS, Message, Protocol
+from notifications import connections, topics
 from notifications.transports.base import Receipt
 from notifications.transports.mqtt_inbound import Arrival, Channel
 
@@ -170,22 +168,12 @@ class Reports:
         for report in taken:
             report.written = True
         try:
-            self._tell(_statuses(taken))
+            connections.tell(_statuses(taken))
             presence.note_seen({each.device_uuid for each in taken if each.is_alive}, at=timezone.now())
             _refuse(taken, commands.acknowledge([each.acknowledgement for each in taken if each.acknowledgement]))
         except Exception as error:  # noqa: BLE001  whatever it is, each message hears of it and comes again
             for report in taken:
                 report.error = error
-
-    def _tell(self, said: Mapping[UUID, bool]) -> None:
-        if not said:
-            return
-        with transaction.atomic():
-            changed = presence.record(said)
-            outgoing = outbox.write([(_message(row), row.organization_id, row.pk) for row in changed])
-        outbox.publish(outgoing)
-        for row in changed:
-            log.info("%s is %s", row, "online" if row.connected else "offline")
 
 
 def _statuses(reports: Sequence[Report]) -> dict[UUID, bool]:
@@ -196,23 +184,6 @@ def _refuse(reports: Sequence[Report], foreign: Sequence[Acknowledgement]) -> No
     for report in reports:
         if report.acknowledgement in foreign:
             report.error = BadPayload("id: there is no such command of this device", field="id")
-
-
-def _message(device: Device) -> Message:
-    """For people only: over MQTT every device of the farm would hear of every other one, all at once after an outage."""
-    since = device.connection_changed_at
-    assert since is not None  # noqa: S101  presence has just set it
-    return Message(
-        id=uuid4(),
-        effect_key=f"status:{device.uuid}:{since.isoformat()}",
-        organization_uuid=str(device.organization.uuid),
-        device_uuid=str(device.uuid),
-        event=DEVICE_STATUS,
-        priority=5,
-        timestamp=since.isoformat(),
-        payload={"deviceName": device.name, "status": "online" if device.connected else "offline"},
-        protocols=(Protocol.SOCKETIO,),
-    )
 
 
 def _online(payload: bytes) -> bool:
