@@ -9,15 +9,18 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import OperationalError
 from django.utils import timezone
 
 from deploy.servers import Server
 from devices import commands
 from devices.commands import State
 from devices.models import Device, DeviceState, DeviceToken, StateChange
-from notifications import topics
+from notifications import repetition, topics
 from notifications.broker_sync import sync_once
+from notifications.messages import Message
 from notifications.state_messages import message_of
+from notifications.transports import mqtt
 from notifications.transports.mqtt import MqttTransport
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, until
@@ -225,3 +228,25 @@ def test_gateway_that_takes_over_tells_states_again_but_commands_nothing(
             transport.lead(True)
             until(lambda: listener.received)
         assert [topic for topic, _ in listener.received] == [topics.state(str(pump.uuid))]
+
+
+@needs_broker
+def test_what_has_to_be_told_again_waits_for_a_database_that_is_away(
+    broker: Server, farm_pump: tuple[Device, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pump, _ = farm_pump
+    newest_states, failures = repetition.newest_states, [OperationalError("the server is gone")]
+
+    def away_once() -> list[Message]:
+        if failures:
+            raise failures.pop()
+        return newest_states()
+
+    monkeypatch.setattr(repetition, "newest_states", away_once)
+    monkeypatch.setattr(mqtt, "REPEAT_AGAIN_SECONDS", 0.2)
+    row = wished(pump)
+    with running() as transport, operator(broker) as listener:
+        assert listener.subscribe(topics.state(str(pump.uuid)))
+        transport.lead(True)
+        until(lambda: listener.received)
+    assert json.loads(listener.payloads()[0])["id"] == str(row.uuid)

@@ -44,6 +44,8 @@ MAXIMUM_WAITING = 1_000
 WAIT_FOR_ROOM_SECONDS = 5.0
 # A publication that the broker refused is tried again: its reasons, such as a quota, pass.
 REFUSED_AGAIN_SECONDS = 5.0
+# What has to be told again is asked for again when the database was away.
+REPEAT_AGAIN_SECONDS = 2.0
 TICK_SECONDS = 1.0
 
 _encode = msgspec.json.Encoder().encode
@@ -156,6 +158,7 @@ class Outbound:
         self._is_open = False
         # How often there was a connection, since the commands under way were told again: once it broke, they may be lost.
         self._connections = 0
+        self._repeat_at = float("inf")
         self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | None] = queue.Queue()
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
@@ -260,7 +263,9 @@ class Outbound:
         elif isinstance(news, _Ready):
             self._is_open = True
             self._connections += 1
-        if isinstance(news, _Ready | _Lead) and self._is_open and self._leads:
+        if isinstance(news, _Ready | _Lead):
+            self._repeat_at = time.monotonic()
+        if self._is_open and self._leads and self._repeat_at <= time.monotonic():
             self._repeat()
         while self._refused and self._refused[0][0] <= time.monotonic():
             self._waiting.append(self._refused.popleft()[1])
@@ -280,11 +285,12 @@ class Outbound:
             states = repetition.newest_states()
             commands = repetition.commands_under_way() if self._connections > 1 else []
         except DatabaseError as error:
-            self._sparingly.say("repeat", logging.WARNING, "States are not told again: %s", error)
+            self._sparingly.say("repeat", logging.WARNING, "States wait to be told again: %s", error)
+            self._repeat_at = time.monotonic() + REPEAT_AGAIN_SECONDS
             return
         finally:
             database.close()  # outside a request nobody else would give it back
-        self._connections = 1
+        self._connections, self._repeat_at = 1, float("inf")
         first = [each for message in commands for each in _again(message, topics.addresses(message)[1:])]
         others = [each for each in self._waiting if each.delivery.finish is not _told_again]
         last = [each for message in states for each in _again(message, topics.addresses(message)[:1])]
