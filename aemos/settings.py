@@ -105,6 +105,8 @@ SOCKETIO_ORIGINS = _env.words("SOCKETIO_ORIGINS")
 GATEWAY_NAME = _env.text("GATEWAY_NAME", f"{socket.gethostname()}-{SOCKETIO_PORT}")
 COAP_HOST = _env.text("COAP_HOST", "127.0.0.1")
 COAP_PORT = _env.integer("COAP_PORT", 5683, maximum=65535)
+COAP_MAX_AGE = _env.integer("COAP_MAX_AGE", 60, minimum=10, maximum=86_400)
+COAP_REQUESTS_PER_SECOND = _env.integer("COAP_REQUESTS_PER_SECOND", 200, minimum=1, maximum=100_000)
 
 # Events
 EVENT_PARTITIONS = _env.integer("EVENT_PARTITIONS", 8, minimum=1, maximum=1024)
@@ -117,6 +119,10 @@ RULE_CHAIN_TIMEOUT_MS = _env.integer("RULE_CHAIN_TIMEOUT", 30_000, minimum=1)
 WORKER_TIMEOUT_MS = _env.integer("WORKER_TIMEOUT", 60_000, minimum=1_000)
 RULE_CHAIN_SUSPEND_AFTER = _env.integer("RULE_CHAIN_SUSPEND_AFTER", 10)
 NOTIFICATION_STREAM_LENGTH = _env.integer("NOTIFICATION_STREAM_LENGTH", 100_000, minimum=1_000)
+NOTIFICATION_MAX_ATTEMPTS = _env.integer("NOTIFICATION_MAX_ATTEMPTS", 5, minimum=1, maximum=100)
+NOTIFICATION_EXPIRY_SECONDS = _env.integer("NOTIFICATION_EXPIRY_SECONDS", 86_400, minimum=10)
+COMMAND_EXPIRY_SECONDS = _env.integer("COMMAND_EXPIRY_SECONDS", 300, minimum=10)
+NOTIFICATION_RETENTION_DAYS = _env.integer("NOTIFICATION_RETENTION_DAYS", 30, minimum=1)
 REPLAY_MAX_COMMAND_AGE = _env.integer("REPLAY_MAX_COMMAND_AGE", 300)
 REJECTED_RETENTION_DAYS = _env.integer("REJECTED_RETENTION_DAYS", 30, minimum=1)
 DEAD_LETTER_RETENTION_DAYS = _env.integer("DEAD_LETTER_RETENTION_DAYS", 90, minimum=1)
@@ -211,6 +217,7 @@ SPECTACULAR_SETTINGS = {
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "REDOC_DIST": "SIDECAR",
     "SCHEMA_PATH_PREFIX": "/api/v1",
+    "ENUM_NAME_OVERRIDES": {"ProtocolEnum": "notifications.models.PROTOCOL_CHOICES"},
     "POSTPROCESSING_HOOKS": ["drf_spectacular.hooks.postprocess_schema_enums", "aemos.schema.add_telemetry"],
 }
 

@@ -78,6 +78,9 @@ class LocalSystem:
             check=check,
         )
 
+    def pid(self, name: str) -> int:
+        return self._running[name].pid
+
     def log(self, name: str) -> str:
         return tail(self._log(name), lines=1_000)
 

@@ -29,6 +29,9 @@ class Latest(NamedTuple):
 
 Key = tuple[str, str, str]  # source type, uuid, name of the variable or state
 
+_unknown: dict[Key, float] = {}
+"""What the database does not have either -> until when it is not asked again, on the monotonic clock."""
+
 # What it does: sets each field unless it already holds something newer; a field's text is "<timestamp in us> <JSON>".
 # KEYS: hash of one source. ARGV: triples of field, timestamp in us, text. Returns: nothing of interest.
 _SET_IF_NEWER = """
@@ -45,6 +48,7 @@ def remember(values: Mapping[Key, Latest]) -> None:
     """Raises RedisError."""
     by_source: dict[tuple[str, str], list[Any]] = {}
     for (source_type, uuid, name), latest in values.items():
+        _unknown.pop((source_type, uuid, name), None)
         text = f"{latest.timestamp_us} {json.dumps(latest.value)}"
         by_source.setdefault((source_type, uuid), []).extend((name, latest.timestamp_us, text))
     if not by_source:
@@ -76,10 +80,6 @@ def recall(wanted: Iterable[Key]) -> dict[Key, Latest]:
 def _parsed(text: bytes) -> Latest:
     timestamp_us, value = text.split(b" ", 1)
     return Latest(json.loads(value), int(timestamp_us))
-
-
-_unknown: dict[Key, float] = {}
-"""What the database does not have either -> until when it is not asked again, on the monotonic clock."""
 
 
 def _restored(missing: Iterable[Key]) -> dict[Key, Latest]:

@@ -52,7 +52,7 @@ RIGHTS: Mapping[str, Rights] = {
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
     "alarms": Rights(change=Role.OPERATOR),
-    "notifications": Rights(),
+    "notifications": Rights(add=Role.OPERATOR, change=Role.OPERATOR),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
     "replays": Rights(change=Role.OPERATOR),

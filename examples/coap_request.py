@@ -29,7 +29,7 @@ def main() -> None:
 
 async def _talk(authority: str, sensor: dict[str, str], device: dict[str, str], body: bytes) -> None:
     context = await aiocoap.Context.create_client_context()
-    post = aiocoap.Message(code=aiocoap.POST, payload=body)
+    post = aiocoap.Message(code=aiocoap.POST, payload=body, content_format=50)
     post.set_request_uri(f"coap://{authority}/devices/{sensor['uuid']}/datastream?token={sensor['token']}")
     get = aiocoap.Message(code=aiocoap.GET)
     get.set_request_uri(f"coap://{authority}/devices/{device['uuid']}/state?token={device['token']}")

@@ -1,6 +1,6 @@
 """How far deliveries have come: outcomes of the transports in, Delivery rows updated in bulk out.
 
-Outcomes wait in a bounded buffer and are written about five times a second, one statement for all that are alike; while
+Outcomes wait in a bounded buffer and are written about twice a second, one statement for all that are alike; while
 the database is away they wait, and what the buffer cannot hold is counted and logged. A state never goes backwards,
 whichever gateway writes last.
 """
@@ -23,15 +23,16 @@ from notifications.messages import Protocol
 from notifications.models import Delivery
 
 log = logging.getLogger(__name__)
-FLUSH_SECONDS = 0.2
+FLUSH_SECONDS = 0.5
 MAXIMUM_WAITING = 50_000
 # Names in one statement: below the 999 parameters that the oldest SQLite takes.
 STATEMENT_ROWS = 500
 RETRY_SECONDS = 1.0
 
 State = Delivery.State
-# From left to right only. Failed is left of sent: one gateway's failure says nothing about another one's clients.
-_ORDER = (State.PENDING, State.FAILED, State.SENT, State.ACKNOWLEDGED)
+# From left to right only. Failed is left of sent: one gateway's failure says nothing about another one's clients. So is
+# expired: the state of a device that was away for long is still sent to it in the end.
+_ORDER = (State.PENDING, State.EXPIRED, State.FAILED, State.SENT, State.ACKNOWLEDGED)
 
 
 @dataclass(frozen=True, slots=True)

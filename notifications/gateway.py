@@ -1,7 +1,7 @@
 """The gateway: entries of the notification stream in, messages in the hands of every transport and their deliveries out.
 
 Each transport is served by a greenlet of its own that reads the stream at its own pace, so that one protocol's failure
-or slowness never delays another.
+or slowness never delays another. It reads ahead of what it delivers, so that an urgent message goes out at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 
 import gevent
 import msgspec
+from django.conf import settings
 from django.db import DatabaseError
 from gevent.event import Event
 from redis.exceptions import RedisError
@@ -24,18 +25,27 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from notifications import messages
+from notifications.backlog import Backlog, Item
 from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
-from notifications.stream import Cursor, Entry, FanOutCursor, GroupCursor
+from notifications.stream import READ_COUNT, Cursor, Entry, FanOutCursor, GroupCursor
 from notifications.transports.base import Transport, TransportError
 
 log = logging.getLogger(__name__)
 # Delivered by one gateway among all, kept in the stream until the transport says so.
 SHARED_PROTOCOLS = frozenset({Protocol.MQTT})
+# Its clients resume at a position of the stream.
+IN_ORDER = frozenset({Protocol.SOCKETIO})
 # A transport that cannot deliver now is asked again after 0.1 s, doubled up to 5 s, times a random 0.5..1.
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.1, 5.0
-# For fan-out and for errors nobody foresaw. A shared protocol waits for its broker as long as it takes.
-MAXIMUM_ATTEMPTS = 5
+# Read but not delivered, for each transport; what is over it waits in the stream and cannot overtake.
+MAXIMUM_AHEAD = 10_000
+MAXIMUM_AHEAD_BYTES = 16 * 1024 * 1024
+# How often the stream is looked at while there is something to deliver; at once when the last look did not bring all.
+LOOK_SECONDS = 0.05
+# Then the others have their turn: acknowledgements of the broker, clients, the other transports. A pause of no time at all
+# would let transports take turns with each other alone, and the sockets would wait.
+SLICE_SECONDS, PAUSE_SECONDS = 0.003, 0.001
 # Redis is asked again at most this long after it came back.
 LONGEST_RECONNECT_SECONDS = 2.0
 RESTART_SECONDS = 1.0
@@ -54,11 +64,19 @@ class StartError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One transport, its position in the stream, and counts of what became of the entries."""
+    """One transport, its position in the stream, what was read and is not delivered, and counts of what became of it.
+
+    `current` is under way. It and the backlog outlive the greenlet that delivers them.
+    """
 
     transport: Transport
     cursor: Cursor
+    backlog: Backlog
+    current: Item | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    is_open: bool = True
+    failures: int = 0
+    look_at: float = 0.0
 
     @property
     def protocol(self) -> Protocol:
@@ -72,7 +90,7 @@ class Lane:
 class Gateway:
     """Serves its transports from `start` to `stop`; `companions` are loops that run and are watched beside them.
 
-    `counts` of each protocol: delivered, retried, failed, undecodable, restarted.
+    `counts` of each protocol: delivered, retried, failed, expired, undecodable, restarted.
     """
 
     def __init__(
@@ -83,9 +101,17 @@ class Gateway:
         deliveries: Deliveries | None = None,
         companions: Mapping[str, Companion] | None = None,
     ) -> None:
-        self._lanes = [Lane(transport, _cursor(transport, shared_protocols)) for transport in transports]
+        self._lanes = [
+            Lane(
+                transport,
+                _cursor(transport, shared_protocols),
+                Backlog(in_order=transport.protocol in IN_ORDER),
+            )
+            for transport in transports
+        ]
         self._deliveries = deliveries if deliveries is not None else Deliveries()
         self._companions = {"deliveries": self._deliveries.run, **(companions or {})}
+        self._maximum_attempts = settings.NOTIFICATION_MAX_ATTEMPTS
         self._stopping = Event()
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._redis_away = False
@@ -139,20 +165,50 @@ class Gateway:
                 self._stopping.wait(RESTART_SECONDS)
 
     def _serve(self, lane: Lane, stopping: Event) -> None:
-        is_open, failures = True, 0
-        while not stopping.is_set():
-            try:
-                if not is_open:
-                    lane.cursor.open()
-                entries = lane.cursor.read()
-            except RedisError as error:
-                is_open, failures = False, failures + 1
-                self._say_redis_is_away(error)
-                stopping.wait(_backoff_seconds(failures, longest=LONGEST_RECONNECT_SECONDS))
-                continue
-            is_open, failures = True, 0
-            self._say_redis_is_back()
-            self._deliver_all(lane, entries)
+        try:
+            while not stopping.is_set():
+                self._read(lane)
+                until = time.monotonic() + SLICE_SECONDS
+                while (lane.backlog or lane.current) and time.monotonic() < until and not stopping.is_set():
+                    self._deliver_next(lane)
+                gevent.sleep(PAUSE_SECONDS)
+        finally:
+            if stopping.is_set():
+                lane.cursor.release(lane.backlog.entry_ids())
+
+    def _read(self, lane: Lane) -> None:
+        """Takes what is new into the backlog; waits for it only when there is nothing else to do."""
+        idle = not lane.backlog and lane.current is None
+        if not idle and not _may_read_ahead(lane):
+            return
+        try:
+            if not lane.is_open:
+                lane.cursor.open()
+            entries = lane.cursor.read(wait=idle)
+        except RedisError as error:
+            self._redis_failed(lane, error, idle=idle)
+            return
+        lane.is_open, lane.failures = True, 0
+        lane.look_at = time.monotonic() + (LOOK_SECONDS if len(entries) < READ_COUNT else 0.0)
+        self._say_redis_is_back()
+        for entry in entries:
+            self._keep(lane, entry)
+
+    def _redis_failed(self, lane: Lane, error: RedisError, *, idle: bool) -> None:
+        """What was read before goes out meanwhile."""
+        lane.is_open, lane.failures = False, lane.failures + 1
+        self._say_redis_is_away(error)
+        pause = _backoff_seconds(lane.failures, longest=LONGEST_RECONNECT_SECONDS)
+        lane.look_at = time.monotonic() + pause
+        if idle:
+            self._stopping.wait(pause)
+
+    def _keep(self, lane: Lane, entry: Entry) -> None:
+        message = self._decode(lane, entry)
+        if message is None or lane.protocol not in message.protocols:
+            lane.cursor.done(entry.id)
+        else:
+            lane.backlog.add(Item(entry.id, message, len(entry.message or b"")))
 
     def _open(self, lane: Lane) -> None:
         try:
@@ -160,29 +216,30 @@ class Gateway:
         except RedisError as error:
             self._say_redis_is_away(error)
 
-    def _deliver_all(self, lane: Lane, entries: Sequence[Entry]) -> None:
-        remaining = deque(entries)
-        try:
-            while remaining and not self._stopping.is_set():
-                self._deliver(lane, remaining[0])
-                remaining.popleft()
-        finally:
-            lane.cursor.release(entry.id for entry in remaining)
-
-    def _deliver(self, lane: Lane, entry: Entry) -> None:
-        message = self._decode(lane, entry)
-        if message is None or lane.protocol not in message.protocols:
-            lane.cursor.done(entry.id)
-            return
-        attempt = 0
-        while not self._attempt(lane, entry, message, attempt := attempt + 1):
+    def _deliver_next(self, lane: Lane) -> None:
+        if lane.current is None:
+            lane.current = lane.backlog.take()
+            if not lane.cursor.owns(lane.current.entry_id):
+                lane.current = None
+                return
+        item, attempt = lane.current, 0
+        while not (self._expire(lane, item, attempt) or self._attempt(lane, item, attempt := attempt + 1)):
             lane.counts["retried"] += 1
             self._stopping.wait(_backoff_seconds(attempt, longest=LONGEST_BACKOFF_SECONDS))
             if self._stopping.is_set():
-                lane.cursor.release([entry.id])
+                lane.cursor.release([item.entry_id])
                 return
+        lane.current = None
         if not lane.is_shared:
-            lane.cursor.done(entry.id)
+            lane.cursor.done(item.entry_id)
+
+    def _expire(self, lane: Lane, item: Item, attempts: int) -> bool:
+        """True when it is too late: then the message is put aside instead of sent."""
+        if not messages.has_expired(item.message, time.time()):
+            return False
+        log.info("%s did not send message %s: it has expired", lane.protocol, item.message.id)
+        self._put_aside(lane, item, Outcome(State.EXPIRED, attempts, "it could not be sent in time"))
+        return True
 
     def _decode(self, lane: Lane, entry: Entry) -> Message | None:
         try:
@@ -192,33 +249,37 @@ class Gateway:
             log.error("Skipped the entry %s of the stream, which is no message: %s", entry.id.decode(), error)
             return None
 
-    def _attempt(self, lane: Lane, entry: Entry, message: Message, attempt: int) -> bool:
+    def _attempt(self, lane: Lane, item: Item, attempt: int) -> bool:
         """True when there is nothing to try again: the transport has the message, or never will have it."""
         try:
-            lane.transport.deliver(message, partial(self._delivered, lane, entry.id, attempt))
+            lane.transport.deliver(item.message, partial(self._delivered, lane, item.entry_id, attempt))
         except TransportError as error:
-            return self._failed(
-                lane, entry, message, Outcome(State.PENDING, attempt, str(error)), final=error.permanent
-            )
+            return self._failed(lane, item, Outcome(State.PENDING, attempt, str(error)), final=error.permanent)
         except Exception as error:
             # Per item: a message that a transport chokes on must not stop those behind it.
-            log.exception("%s could not deliver message %s, attempt %d", lane.protocol, message.id, attempt)
-            outcome = Outcome(State.PENDING, attempt, repr(error))
-            return self._failed(lane, entry, message, outcome, final=attempt >= MAXIMUM_ATTEMPTS)
+            log.exception("%s could not deliver message %s, attempt %d", lane.protocol, item.message.id, attempt)
+            final = attempt >= self._maximum_attempts
+            return self._failed(lane, item, Outcome(State.PENDING, attempt, repr(error)), final=final)
         return True
 
-    def _failed(self, lane: Lane, entry: Entry, message: Message, outcome: Outcome, *, final: bool) -> bool:
-        final = final or (not lane.is_shared and outcome.attempts >= MAXIMUM_ATTEMPTS)
-        if outcome.attempts == 1 and not final:
-            log.warning("%s cannot deliver message %s now: %s", lane.protocol, message.id, outcome.error)
+    def _failed(self, lane: Lane, item: Item, outcome: Outcome, *, final: bool) -> bool:
+        """A shared protocol waits for its broker until the message expires; the others give it up after some attempts."""
+        final = final or (not lane.is_shared and outcome.attempts >= self._maximum_attempts)
         if final:
-            log.error("%s gave message %s up: %s", lane.protocol, message.id, outcome.error)
-            lane.counts["failed"] += 1
-            metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, State.FAILED.value).inc()
-            outcome = Outcome(State.FAILED, outcome.attempts, outcome.error)
-            lane.cursor.done(entry.id)
-        self._deliveries.record(message.id, lane.protocol, outcome)
-        return final
+            log.error("%s gave message %s up: %s", lane.protocol, item.message.id, outcome.error)
+            self._put_aside(lane, item, Outcome(State.FAILED, outcome.attempts, outcome.error))
+            return True
+        if outcome.attempts == 1:
+            log.warning("%s cannot deliver message %s now: %s", lane.protocol, item.message.id, outcome.error)
+        self._deliveries.record(item.message.id, lane.protocol, outcome)
+        return False
+
+    def _put_aside(self, lane: Lane, item: Item, outcome: Outcome) -> None:
+        """The dead letter is the delivery's row: the admin shows it and can send it again."""
+        lane.counts[outcome.state.value] += 1
+        metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, outcome.state.value).inc()
+        self._deliveries.record(item.message.id, lane.protocol, outcome)
+        lane.cursor.done(item.entry_id)
 
     def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message) -> None:
         lane.counts["delivered"] += 1
@@ -268,6 +329,12 @@ def _cursor(transport: Transport, shared_protocols: Collection[Protocol]) -> Cur
             on_lead=getattr(transport, "lead", lambda _: None),
         )
     return FanOutCursor(redis.blocking_client())
+
+
+def _may_read_ahead(lane: Lane) -> bool:
+    maximum = READ_COUNT if lane.protocol in IN_ORDER else MAXIMUM_AHEAD
+    has_room = len(lane.backlog) < maximum and lane.backlog.bytes < MAXIMUM_AHEAD_BYTES
+    return has_room and time.monotonic() >= lane.look_at
 
 
 def _backoff_seconds(attempt: int, *, longest: float) -> float:

@@ -21,6 +21,12 @@ DEVICE_STATE_CHANGE = "device-state-change"
 DEVICE_STATUS = "device-status"
 ALERT = "alert"
 NOTIFICATION = "notification"
+EVENTS = (DEVICE_STATE_CHANGE, ALERT, NOTIFICATION)
+
+# How urgent a message about something of that severity is: 1 is the most urgent, 10 the least.
+PRIORITY_BY_SEVERITY = {"info": 7, "warning": 4, "critical": 1}
+# What is at most this number overtakes everything that is not, as an event of the critical lane does.
+LEAST_URGENT = 2
 
 # How urgent a message about something of that severity is: 1 is the most urgent, 10 the least.
 PRIORITY_BY_SEVERITY = {"info": 7, "warning": 4, "critical": 1}
@@ -43,7 +49,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One thing to tell. `effect_key` is unique: the same effect is told once, however often its event is processed.
 
     `device_uuid` addresses one device and those who watch it; without it the whole organization is addressed.
-    `timestamp` is when it happened, RFC 3339 in UTC. `payload` is what clients receive under "data".
+    `timestamp` is when it happened, RFC 3339 in UTC. `payload` is what clients receive under "data". `expires_at`, in epoch
+    seconds, is from when on it comes too late: see `has_expired`.
     """
 
     id: UUID
@@ -55,6 +62,24 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     timestamp: str
     device_uuid: str | None = None
     protocols: tuple[Protocol, ...] = ALL_PROTOCOLS
+    expires_at: float | None = None
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.priority <= LEAST_URGENT
+
+    @property
+    def addressee(self) -> str:
+        """Messages with the same addressee keep their order, whatever their priorities."""
+        return self.device_uuid or self.organization_uuid
+
+
+def has_expired(message: Message, now: float) -> bool:
+    """Whether it must not be sent any more. A device's state is never too old to be told, because devices and observers
+    converge on it; what expires of it is the command, and that is for the transport to leave out."""
+    if message.event == DEVICE_STATE_CHANGE or message.expires_at is None:
+        return False
+    return now >= message.expires_at
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from uuid import uuid4
+
 from rest_framework import serializers
+from rest_framework.exceptions import ValidationError
 
 from devices.models import Device, Organization
-from devices.serializers import CamelCaseSerializer, ScopedField
-from notifications.models import Delivery, Notification
+from devices.serializers import CamelCaseMixin, CamelCaseSerializer, ScopedField, organization_field
+from notifications.messages import PRIORITY_BY_SEVERITY, Protocol, protocols_for
+from notifications.models import PROTOCOL_CHOICES, Delivery, Notification
 
 
 class DeliverySerializer(CamelCaseSerializer[Delivery]):
@@ -37,5 +42,39 @@ class NotificationSerializer(CamelCaseSerializer[Notification]):
             "timestamp",
             "created_at",
             "published_at",
+            "expires_at",
             "deliveries",
         ]
+
+
+class NewNotificationSerializer(CamelCaseMixin):
+    """What a person wants to tell. Without `device` it is for the whole organization."""
+
+    organization = organization_field()
+    device = ScopedField[Device](queryset=Device.objects.all(), required=False, allow_null=True, default=None)
+    title = serializers.CharField(max_length=200)
+    message = serializers.CharField(max_length=2_000, required=False, allow_blank=True, default="")
+    severity = serializers.ChoiceField(choices=list(PRIORITY_BY_SEVERITY), default="info")
+    type = serializers.CharField(
+        max_length=50,
+        required=False,
+        default="multi-protocol",
+        help_text="socket, mqtt, coap or multi-protocol; any other goes out on all three. `protocols` is asked first.",
+    )
+    protocols = serializers.ListField(
+        child=serializers.ChoiceField(choices=PROTOCOL_CHOICES),
+        required=False,
+        allow_empty=False,
+        max_length=10,
+    )
+    event_id = serializers.UUIDField(
+        required=False, help_text="Your own; sending the same again tells nobody twice.", default=uuid4
+    )
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        device: Device | None = attrs["device"]
+        if device is not None and device.organization_id != attrs["organization"].pk:
+            raise ValidationError({"device": ["It belongs to another organization."]})
+        named = attrs.pop("protocols", None)
+        inferred = protocols_for(attrs.pop("type"))
+        return {**attrs, "protocols": [Protocol(name) for name in named] if named else list(inferred)}

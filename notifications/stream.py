@@ -24,7 +24,7 @@ from aemos.lib import keys
 from aemos.lib.leader import Leader
 
 log = logging.getLogger(__name__)
-READ_COUNT = 100
+READ_COUNT = 500
 # How long a read waits for news; a gateway that is to stop notices within this time.
 BLOCK_MS = 1_000
 # A stream that lost its newest entries, or is a new one behind a clock that is late, is read again from this far back.
@@ -34,8 +34,9 @@ REWIND_MS = 60_000
 GROUP_BEGINS_MS = 600_000
 ASK_TO_LEAD_SECONDS = 1.0
 STAND_BY_SECONDS = 0.25
-# Entries handed to the transport and not yet done; more are not read meanwhile, they wait in the stream.
-MAXIMUM_IN_FLIGHT = 1_000
+# Entries read and not yet done; more are not read meanwhile, they wait in the stream. So many, because an urgent one can
+# overtake only what was read.
+MAXIMUM_IN_FLIGHT = 10_000
 # Acknowledgements that come in this time share one round trip.
 GATHER_SECONDS = 0.02
 
@@ -51,8 +52,11 @@ class Cursor(Protocol):
     def open(self) -> None:
         """Finds the position at the start, and again after every RedisError."""
 
-    def read(self) -> list[Entry]:
-        """The next entries; empty after about a second without any."""
+    def read(self, *, wait: bool = True) -> list[Entry]:
+        """The next entries. Without any it is empty, after about a second or, if it is not to wait, at once."""
+
+    def owns(self, entry_id: bytes) -> bool:
+        """Whether an entry that was read is still this reader's to deliver."""
 
     def done(self, entry_id: bytes) -> None:
         """The entry needs nothing more. Never waits."""
@@ -81,18 +85,23 @@ class FanOutCursor:
         elif _parts(newest) < _parts(self._position):
             self._position = b"%d-0" % max(_parts(self._position)[0] - REWIND_MS, 0)
 
-    def read(self) -> list[Entry]:
+    def read(self, *, wait: bool = True) -> list[Entry]:
         reply: Any = self._client.xread(
-            {keys.NOTIFICATIONS: self._position or b"0-0"}, count=READ_COUNT, block=BLOCK_MS
+            {keys.NOTIFICATIONS: self._position or b"0-0"}, count=READ_COUNT, block=BLOCK_MS if wait else None
         )
-        return _entries(reply)
+        entries = _entries(reply)
+        if entries:
+            self._position = entries[-1].id
+        return entries
+
+    def owns(self, entry_id: bytes) -> bool:
+        return True
 
     def done(self, entry_id: bytes) -> None:
-        # Only here, not in `read`: a greenlet that dies in between is restarted and must not skip what it had read.
-        self._position = entry_id
+        """Nothing to do: what was read is kept by the reader until it is delivered."""
 
     def release(self, entry_ids: Iterable[bytes]) -> None:
-        """Nothing to do: the position stands before them."""
+        """Nothing to do: the clients of this gateway go with it."""
 
 
 class GroupCursor:

@@ -149,7 +149,7 @@ class RuleChainAdmin(ScopedAdmin):
         (formset,) = formsets
         formset.save(commit=False)  # fills in what the admin's log tells of
         nodes = [node_form.instance for node_form in formset.kept_forms()] if formset.must_be_judged() else None
-        editing.save(form.instance, nodes)
+        editing.save(form.instance, nodes, by=request.user.get_username())
         for warning in warnings.warnings_of(form.instance, list(form.instance.nodes.all())):
             messages.warning(request, f"{_placed(warning, nodes or [])} {warning.message}")
 
@@ -217,7 +217,7 @@ class RuleChainAdmin(ScopedAdmin):
     def _switch(self, request: HttpRequest, queryset: QuerySet[RuleChain], *, enabled: bool) -> None:
         for chain in self._changeable(request, queryset):
             try:
-                editing.switch(chain, enabled=enabled)
+                editing.switch(chain, enabled=enabled, by=request.user.get_username())
             except InvalidChain as error:
                 messages.error(request, f"{chain} stays off: {error}")
             else:

@@ -19,6 +19,8 @@ from devices import latest as latest_values
 from devices.catalogue import Originator
 from devices.latest import Latest
 from devices.models import StateChange
+from notifications import telemetry
+from notifications.telemetry import Reading
 from rules import effects, events, index, readings, runs, schedules, states, statistics, timers
 from rules.chains import Outcome
 from rules.effects import Performed
@@ -55,7 +57,7 @@ class Failure:
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """How the events of a batch ended. Counts are events; `latest`, `wakes` and `performed` are for after the commit."""
+    """How the events of a batch ended. Counts are events; all that is not a count or a failure is for after the commit."""
 
     processed: int = 0
     duplicate: int = 0
@@ -63,6 +65,7 @@ class Ended:
     latest: dict[latest_values.Key, Latest] = field(default_factory=dict)
     wakes: dict[Waiting, int] = field(default_factory=dict)
     performed: Performed = field(default_factory=Performed)
+    watched: list[Reading] = field(default_factory=list)
 
     def add(self, other: Ended) -> None:
         self.processed += other.processed
@@ -71,6 +74,7 @@ class Ended:
         self.latest |= other.latest
         self.wakes |= other.wakes
         self.performed += other.performed
+        self.watched += other.watched
 
 
 RecordFailures = Callable[[Sequence[Failure]], None]
@@ -116,6 +120,7 @@ class _Run:
         self.chain_runs = statistics.Runs()
         self._batch = batch
         self._memory = memory
+        self._wanted = telemetry.shared().ids()  # before the transaction: a lock must not wait for Redis
         self._index = index.shared()
         self._known = catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch})
         self._latest: dict[latest_values.Key, Latest] = {}
@@ -152,6 +157,7 @@ class _Run:
         over = schedules.already_ran(self._batch)
         rows, keys = self._reading_rows()
         new = readings.store(rows)
+        self.ended.watched += telemetry.choose(rows, new, wanted=self._wanted)
         reported = self._apply_reports()
         stored: list[tuple[Event, Sequence[str] | None]] = []
         for position, event in enumerate(self._batch):
@@ -289,7 +295,7 @@ class _Run:
     def _run_chain(self, bound: BoundChain, event: Event) -> Failure | None:
         began = time.perf_counter()
         try:
-            self._demand_collected(bound)
+            self._demand_collected(bound, event)
             outcome = bound.compiled.run(self._trigger(bound, event))
             wishes = [effects.wish(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
@@ -318,12 +324,18 @@ class _Run:
             deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         )
 
-    def _demand_collected(self, bound: BoundChain) -> None:
-        missed = bound.compiled.references & self._uncollected if self._uncollected else None
+    def _demand_collected(self, bound: BoundChain, event: Event) -> None:
+        if not self._uncollected:
+            return
+        missed = [
+            f"{source_type} {uuid} {name}"
+            for source_type, uuid, name in bound.compiled.references & self._uncollected
+            if uuid != event.originator_uuid or name not in event.values
+        ]
         if missed:
-            named = ", ".join(sorted(f"{source_type} {uuid} {name}" for source_type, uuid, name in missed)[:10])
-            cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of {named}"
-            raise ChainFailed(bound.uuid, "", cause, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
+            cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of "
+            named = ", ".join(sorted(missed)[:10])
+            raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
     def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
         for source, due_us in outcome.wakes.items():

@@ -13,7 +13,7 @@ from django.db import transaction
 from django.db.models import Model
 
 from devices import catalogue
-from rules import schedules, validation
+from rules import schedules, suspension, validation
 from rules.exceptions import InvalidChain, Problem
 from rules.models import RuleChain, RuleNode
 
@@ -27,12 +27,12 @@ def locked(chain_id: int) -> RuleChain:
 
 
 @transaction.atomic
-def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, lift: bool = False) -> None:
+def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, by: str = "an edit", lift: bool = False) -> None:
     """Writes the chain and, if given, these nodes in place of all it had; its version grows by one.
 
     Raises InvalidChain and changes nothing. A chain that keeps its nodes is judged only where `must_be_judged` says so: one
-    whose sensor was deleted can still be renamed and switched off. A suspension ends with `lift`, and with new nodes: it was the
-    old ones that failed.
+    whose sensor was deleted can still be renamed and switched off. A suspension ends with `lift`, and with new nodes, because
+    it was the old ones that failed; `by` says who ended it.
     """
     stored = locked(chain.pk) if chain.pk else None
     chain.suspended_at = stored.suspended_at if stored and nodes is None and not lift else None
@@ -47,13 +47,15 @@ def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, lift: boo
     chain.save()
     if nodes is not None:
         _replace_nodes(chain, nodes)
+    if stored and stored.suspended_at and not chain.suspended_at:
+        suspension.lift(chain, by)
     catalogue.mark_changed(chain.organization_id)
 
 
-def switch(chain: RuleChain, *, enabled: bool) -> None:
+def switch(chain: RuleChain, *, enabled: bool, by: str) -> None:
     """Switches the chain on or off. Either ends a suspension, because somebody has looked. Raises InvalidChain."""
     chain.enabled = enabled
-    save(chain, lift=True)
+    save(chain, by=by, lift=True)
 
 
 @transaction.atomic

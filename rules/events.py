@@ -14,6 +14,7 @@ from uuid import UUID
 
 import msgspec
 
+from aemos.lib import cbor
 from devices.exceptions import BadPayload, Forbidden, TooLarge
 
 MAXIMUM_BYTES = 1_048_576
@@ -121,13 +122,15 @@ _MSGSPEC_PLACE = re.compile(r" - at `\$(?:\.events\[(\d+)\])?\.?(.*)`$")
 def decode(
     payload: bytes, originator: Originator, *, highest_priority: int, now: datetime, protocol: str
 ) -> list[Event]:
-    """The events of one request: `{"values": ...}` or `{"events": [...]}`, at most 1,000 and 1 MB.
+    """The events of one request: `{"values": ...}` or `{"events": [...]}`, at most 1,000 and 1 MB, in JSON or CBOR.
 
     Raises BadPayload (naming item and field), Forbidden (another's uuid, a type more urgent than the token may claim) or
     TooLarge; then nothing of the request counts as an event.
     """
     if len(payload) > MAXIMUM_BYTES:
         raise TooLarge(f"the request has {len(payload)} bytes, at most {MAXIMUM_BYTES} are allowed")
+    if cbor.begins_map(payload):
+        payload = _json_of(payload)
     is_batch = _BATCH_START.match(payload) is not None
     items = _items(payload, is_batch=is_batch)
     if len(items) > MAXIMUM_EVENTS:
@@ -136,6 +139,14 @@ def decode(
         raise BadPayload("events is empty", field="events")
     reader = _Reader(originator, highest_priority, now, protocol)
     return [reader.event(item, index if is_batch else None) for index, item in enumerate(items)]
+
+
+def _json_of(payload: bytes) -> bytes:
+    """What came as CBOR, as JSON: one reader judges both. A tagged time becomes its text."""
+    try:
+        return json.dumps(cbor.loads(payload), default=datetime.isoformat).encode()
+    except ValueError as error:
+        raise BadPayload(f"the request is not valid CBOR: {error}") from None
 
 
 def _items(payload: bytes, *, is_batch: bool) -> list[_Item]:

@@ -19,6 +19,7 @@ from rq.timeouts import BaseTimeoutException
 
 from aemos.lib import keys, metrics, redis
 from devices import latest
+from notifications import telemetry
 from rules import batch, dead_letters, effects, events, index, tickets, timers
 from rules.batch import Begin, Ended, Failure
 from rules.events import Event
@@ -160,6 +161,7 @@ def _finish(lease: Lease, work: Work, ended: Ended) -> None:
     effects.tell(ended.performed)
     latest.remember(ended.latest)
     timers.remember(ended.wakes)
+    telemetry.tell(ended.watched)
     delayed = dead_letters.next_attempts(ended.failures)
     dead = len({failure.event.id for failure in ended.failures}) - len(delayed)
     finished = Finished(

@@ -1,4 +1,4 @@
-"""Retention of what is kept for people: rows that are too old in, nothing of them out, in chunks so small that nobody waits."""
+"""Retention of what is kept for people: rows that are too old in, nothing of them out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from django.conf import settings
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from aemos.lib import keys, redis
+from aemos.lib import keys
+from aemos.lib.retention import delete_in_chunks
 from rules.durations import MAX_DAYS
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
-
-CHUNK_ROWS = 1_000
-# The scheduler has other duties every second; what is left goes on at its next tick.
-CHUNKS_PER_TURN = 5
-EVERY_SECONDS = 3_600
 
 
 def delete_expired() -> int:
@@ -25,20 +21,7 @@ def delete_expired() -> int:
     A dead letter that nobody has decided about stays: it was accepted, and so it must not vanish. So does an alarm that is
     not cleared.
     """
-    client = redis.client()
-    if client.exists(keys.RETENTION_DONE):
-        return 0
-    deleted = 0
-    for rows in _expired():
-        for _ in range(CHUNKS_PER_TURN):
-            found = _delete_some(rows)
-            deleted += found
-            if found < CHUNK_ROWS:
-                break
-        else:
-            return deleted
-    client.set(keys.RETENTION_DONE, "1", ex=EVERY_SECONDS)
-    return deleted
+    return delete_in_chunks(_expired(), done_key=keys.RETENTION_DONE)
 
 
 def _expired() -> list[QuerySet[Any]]:
@@ -53,10 +36,3 @@ def _expired() -> list[QuerySet[Any]]:
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
         ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),
     ]
-
-
-def _delete_some(rows: QuerySet[Any]) -> int:
-    ids = list(rows.order_by("id").values_list("id", flat=True)[:CHUNK_ROWS])
-    if ids:
-        rows.model._default_manager.filter(id__in=ids).delete()
-    return len(ids)

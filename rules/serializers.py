@@ -207,7 +207,7 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
         assert isinstance(chain, RuleChain)  # noqa: S101  Meta.model
         try:
             nodes = None if raw_nodes is None else nodes_from(raw_nodes, chain)
-            editing.save(chain, nodes)
+            editing.save(chain, nodes, by=self.context["request"].user.get_username())
         except InvalidChain as error:
             raise ChainRefused(error.problems) from error
         self.instance = RuleChain.objects.select_related("organization", "statistics").get(pk=chain.pk)

@@ -26,7 +26,7 @@ from devices.models import DeviceState, StateChange
 from notifications import outbox
 from notifications.messages import Message
 from notifications.state_messages import message_of
-from rules import events
+from rules import events, timers
 from rules.cooldowns import Permits, Rest, permits_all
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def tell(changes: Sequence[Change]) -> None:
         log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
     try:
         latest.remember(dict(_latest(change) for change in changes))
+        timers.stir({("device", str(change.row.state.device.uuid)) for change in changes})
     except RedisError as error:
         log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
 

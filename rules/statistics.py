@@ -23,7 +23,7 @@ from django.utils import timezone
 from aemos.lib import metrics
 from rules import suspension
 from rules.chains import Outcome
-from rules.exceptions import ChainFailed
+from rules.exceptions import ChainFailed, ErrorCode
 from rules.index import BoundChain
 from rules.models import ChainStatistics
 
@@ -76,7 +76,8 @@ class Runs:
     def failed(self, bound: BoundChain, error: ChainFailed, *, seconds: float, is_retry: bool) -> None:
         count = self._count(bound, seconds)
         count.failures += 1
-        count.failures_in_a_row += not is_retry
+        # When Redis is slow, every chain fails: switching them all off would turn a bad minute into a dry greenhouse.
+        count.failures_in_a_row += not is_retry and error.code != ErrorCode.DATA_COLLECTION_TIMEOUT
         count.last_error = f"{error.node}: {error.cause}".replace("\0", "")[:LAST_ERROR_CHARACTERS]
         if error.code:
             self._timeouts[error.code] += 1

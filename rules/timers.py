@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 from uuid import UUID, uuid5
 
@@ -71,6 +71,7 @@ def fire_due() -> int:
     Gives their number. Raises RedisError or django.db.Error; what was not done then stays due.
     """
     look_for_new()
+    _look_at_stirred()
     rows = redis.client().zrangebyscore(
         keys.TIMERS, "-inf", int(time.time() * 1_000), start=0, num=TIMERS_PER_TICK, withscores=True
     )
@@ -105,6 +106,33 @@ def look_for_new() -> None:
     }
     if wanted:
         redis.client().zadd(keys.TIMERS, wanted, nx=True)
+
+
+def stir(sources: Collection[Source]) -> None:
+    """Has chains looked at that wait for time to pass over these sources: a rule or a person has switched them, which is no
+    event that would run the chains. Raises RedisError.
+    """
+    if sources:
+        redis.client().sadd(keys.TIMERS_STIRRED, *("|".join(source) for source in sources))
+
+
+def _look_at_stirred() -> None:
+    members = redis.client().smembers(keys.TIMERS_STIRRED)
+    if not members:
+        return
+    stirred = {tuple(member.decode().split("|")) for member in members}
+    index.shared().refresh()
+    now_ms = int(time.time() * 1_000)
+    wanted = {
+        str(of(bound.compiled, timer.source)): now_ms
+        for bound in index.shared()
+        for timer in bound.compiled.timers
+        if timer.source in stirred
+    }
+    if wanted:
+        redis.client().zadd(keys.TIMERS, wanted)
+    # What is stirred in between is told by then, too: the runs come later than this.
+    redis.client().srem(keys.TIMERS_STIRRED, *members)
 
 
 def _chain(waiting: Waiting) -> BoundChain | None:

@@ -137,7 +137,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     def _switched(self, *, enabled: bool) -> Response:
         chain = locked_chain(self.get_object())
         with refusing():
-            editing.switch(chain, enabled=enabled)
+            editing.switch(chain, enabled=enabled, by=_name(self.request))
         return self._detail(chain)
 
     @extend_schema(request=CopySerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED})
@@ -233,6 +233,10 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         return get_object_or_404(rows, uuid=uuid)
 
 
+def _name(request: Request) -> str:
+    return cast("AbstractBaseUser", request.user).get_username()
+
+
 def _valid(serializer: Serializer[Any]) -> dict[str, Any]:
     serializer.is_valid(raise_exception=True)
     return dict(serializer.validated_data)
@@ -298,7 +302,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
         previous = values.pop("previous", None)
         new = RuleNode(chain=chain, **values)
         with refusing():
-            editing.save(chain, editing.insert(list(chain.nodes.all()), new, after=previous))
+            editing.save(chain, editing.insert(list(chain.nodes.all()), new, after=previous), by=_name(request))
         return Response(self.get_serializer(new).data, status=status.HTTP_201_CREATED)
 
     @transaction.atomic
@@ -313,7 +317,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
         for name, value in serializer.validated_data.items():
             setattr(node, name, value)
         with refusing():
-            editing.save(chain, nodes)
+            editing.save(chain, nodes, by=_name(request))
         return Response(self.get_serializer(node).data)
 
     def partial_update(self, request: Request, **kwargs: Any) -> Response:
@@ -324,7 +328,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
         chain = self._chain(to_change=True)
         nodes = list(chain.nodes.all())
         with refusing():
-            editing.save(chain, editing.remove(nodes, self._node(nodes)))
+            editing.save(chain, editing.remove(nodes, self._node(nodes)), by=_name(request))
         return Response(status=status.HTTP_204_NO_CONTENT)
 
     def _chain(self, *, to_change: bool = False) -> RuleChain:

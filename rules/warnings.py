@@ -5,12 +5,13 @@ A warning refuses nothing. Contradictions follow from the conditions alone (rule
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from operator import or_
 from typing import NamedTuple
 
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Exists, OuterRef, Q, QuerySet
 
 from devices.models import DeviceState, Reading, Variable
 from devices.values import Datatype
@@ -26,11 +27,15 @@ MAXIMUM_OTHERS = 100
 """Other chains that a chain is compared with."""
 
 SHOWN_OPPONENTS = 5
+CHUNK = 200
 _NUMERIC = (">", ">=", "<", "<=", "between")
 
 
-def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
-    """Everything that looks wrong; nothing of a chain that cannot be compiled, whose problems come first."""
+def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: Rivals | None = None) -> list[Problem]:
+    """Everything that looks wrong; nothing of a chain that cannot be compiled, whose problems come first.
+
+    `rivals` gives what other chains do to the same states, so that whoever looks at all chains need not ask for each.
+    """
     spec = validation.spec_of(chain, nodes)
     try:
         chains.compile(spec)
@@ -42,7 +47,7 @@ def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
         *flow.never_reached(),
         *_unheard(chain, nodes),
         *_undone_on_the_way(flow),
-        *_opposed(chain, flow),
+        *_opposed(chain, flow, rivals or partial(_rivals_of, chain)),
     ]
 
 
@@ -60,6 +65,27 @@ class Drive(NamedTuple):
     def opposes(self, other: Drive) -> bool:
         same = (self.device_uuid, self.state_name) == (other.device_uuid, other.state_name)
         return same and self.value != other.value and bool(regions.meet(self.region, other.region))
+
+
+Rivals = Callable[[Sequence[Drive]], Iterable[Drive]]
+"""What other running chains of the organization do to the states that are driven here."""
+
+
+class Everyone:
+    """What all running chains of an organization do to states, read at once."""
+
+    def __init__(self, organization_id: int) -> None:
+        self._drives: defaultdict[tuple[str, str], list[Drive]] = defaultdict(list)
+        rows = _running(organization_id).prefetch_related("nodes")
+        for chain in rows.iterator(chunk_size=CHUNK):
+            for drive in _drives_of(chain):
+                self._drives[drive.device_uuid, drive.state_name].append(drive)
+
+    def __call__(self, drives: Sequence[Drive]) -> Iterable[Drive]:
+        found: list[Drive] = []
+        for state in {(drive.device_uuid, drive.state_name) for drive in drives}:
+            found += [other for other in self._drives[state] if other.chain != drives[0].chain][:MAXIMUM_OTHERS]
+        return found
 
 
 class _Flow:
@@ -240,12 +266,10 @@ def _undone_on_the_way(flow: _Flow) -> Iterator[Problem]:
                 yield Problem(f"nodes[{first.place}].config.value", first.value, text)
 
 
-def _opposed(chain: RuleChain, flow: _Flow) -> Iterator[Problem]:
+def _opposed(chain: RuleChain, flow: _Flow, rivals: Rivals) -> Iterator[Problem]:
     """Enabled chains that may drive the same state to another value at the same time."""
-    mine = [drive for drive in flow.drives() if drive.region] if chain.enabled else []
-    if not mine:
-        return
-    others = [drive for other in _others(chain, mine) for drive in _drives_of(other)]
+    mine = [drive for drive in flow.drives(chain.name) if drive.region] if chain.enabled else []
+    others = list(rivals(mine)) if mine else []
     for drive in mine:
         opponents = [other for other in others if drive.opposes(other)]
         if not opponents:
@@ -256,16 +280,20 @@ def _opposed(chain: RuleChain, flow: _Flow) -> Iterator[Problem]:
         yield Problem(f"nodes[{drive.place}].config.value", drive.value, text)
 
 
-def _others(chain: RuleChain, drives: Iterable[Drive]) -> Iterable[RuleChain]:
+def _rivals_of(chain: RuleChain, drives: Sequence[Drive]) -> Iterator[Drive]:
+    """Asked of the database for one chain."""
     devices = sorted({drive.device_uuid for drive in drives})
-    if not devices:
-        return []
     # People may write a uuid in upper case.
     named = reduce(or_, (Q(config__deviceUuid__iexact=uuid) for uuid in devices[:MAXIMUM_OTHERS]))
-    rows = RuleNode.objects.filter(named, type=RuleNode.Type.ACTION, chain__organization_id=chain.organization_id)
-    running = rows.filter(chain__enabled=True, chain__suspended_at=None).exclude(chain__uuid=chain.uuid)
-    ids = running.order_by().values_list("chain_id", flat=True).distinct()[:MAXIMUM_OTHERS]
-    return RuleChain.objects.filter(pk__in=list(ids)).prefetch_related("nodes")
+    others = _running(chain.organization_id).exclude(uuid=chain.uuid)
+    rows = RuleNode.objects.filter(named, type=RuleNode.Type.ACTION, chain__in=others).order_by()
+    ids = list(rows.values_list("chain_id", flat=True).distinct()[:MAXIMUM_OTHERS])
+    for other in RuleChain.objects.filter(pk__in=ids).prefetch_related("nodes"):
+        yield from _drives_of(other)
+
+
+def _running(organization_id: int) -> QuerySet[RuleChain]:
+    return RuleChain.objects.filter(organization_id=organization_id, enabled=True, suspended_at=None)
 
 
 def _drives_of(chain: RuleChain) -> list[Drive]:

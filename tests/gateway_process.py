@@ -158,9 +158,11 @@ def _run_gateway(spec: list[dict[str, Any]]) -> None:
     from gevent.event import Event
 
     from notifications.gateway import Gateway
+    from notifications.live import LiveReadings
 
     transports = [_transport(**each) for each in spec]
-    gateway = Gateway(transports)
+    companions = {each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "tell_watchers")}
+    gateway = Gateway(transports, companions=companions)
     stop = Event()
     gevent.signal_handler(signal.SIGTERM, stop.set)
     gateway.start()
@@ -232,8 +234,8 @@ def _memory_transport(
 
 
 def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
-    """Refuses who has no credential, and takes everything else."""
-    from devices.exceptions import Unauthorized
+    """Refuses who has no credential or another's, and takes everything else."""
+    from devices.exceptions import Forbidden, Unauthorized
     from notifications.transports.base import Receipt
 
     class Taken:
@@ -242,7 +244,9 @@ def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None 
 
     if credential is None:
         raise Unauthorized("Send a live token.")
-    _print(ingested=[payload.decode(), credential.originator.uuid, protocol, uuid])
+    if uuid is not None and uuid != credential.originator.uuid:
+        raise Forbidden("The token belongs to another.")
+    _print(ingested=[payload.decode(errors="backslashreplace"), credential.originator.uuid, protocol, uuid])
     return Taken()
 
 
@@ -257,6 +261,10 @@ def _run_operator() -> None:
             access_token,
             publish,
             publish_many,
+            write,
+            sweep,
+            switch_and_die,
+            measure,
             deliveries,
             revoke,
             deactivate,
@@ -318,19 +326,71 @@ def publish(
     device: str | None = None,
     event: str = "alert",
     protocols: Sequence[str] = ("socketio", "mqtt", "coap"),
+    expires_at: float | None = None,
 ) -> str:
     """A notification the way an effect makes one: rows, then the stream; its id."""
     from devices.models import Device, Organization
     from notifications import outbox
     from notifications.messages import Protocol
 
-    message = new_message(
-        organization, device=device, event=event, protocols=tuple(Protocol(each) for each in protocols)
-    )
+    over = tuple(Protocol(each) for each in protocols)
+    message = new_message(organization, device=device, event=event, protocols=over, expires_at=expires_at)
     owner = Organization.objects.get(uuid=organization)
     row = Device.objects.get(uuid=device).pk if device else None
     outbox.publish(outbox.write([(message, owner.pk, row)]))
     return str(message.id)
+
+
+def write(*, organization: str, device: str | None = None, event: str = "alert", **fields: Any) -> str:
+    """Rows of a notification that nobody has published yet; its id."""
+    from devices.models import Device, Organization
+    from notifications import outbox
+
+    message = new_message(organization, device=device, event=event, **fields)
+    owner = Organization.objects.get(uuid=organization)
+    outbox.write([(message, owner.pk, Device.objects.get(uuid=device).pk if device else None)])
+    return str(message.id)
+
+
+def sweep(*, seconds: float = 3_600) -> int:
+    """What the scheduler does for the outbox so many seconds from now; how many it published."""
+    from datetime import timedelta
+
+    from django.utils import timezone
+
+    from notifications import outbox
+
+    return outbox.sweep(timezone.now() + timedelta(seconds=seconds))
+
+
+def switch_and_die(*, device: str) -> int:
+    """Another process makes the change of a person and is killed after its commit, before it publishes; its exit status."""
+    code = (
+        "import os, signal, django; django.setup()\n"
+        "from unittest import mock\n"
+        "from django.contrib.auth.models import User\n"
+        "from devices.models import DeviceState\n"
+        "from notifications import outbox\n"
+        "from rules import states\n"
+        "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"state = DeviceState.objects.get(device__uuid={device!r}, name='power')\n"
+        "with mock.patch.object(outbox, 'append_to_stream', die):\n"
+        "    states.change_by_person(state, 'on', user=User.objects.first())\n"
+    )
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "aemos.settings"}
+    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=False).returncode
+
+
+def measure(*, variable: str, values: Sequence[float]) -> int:
+    """Live readings of a variable, a microsecond apart, as a worker tells them; how many somebody watches."""
+    from devices.models import Variable
+    from notifications import telemetry
+
+    key = Variable.objects.get(uuid=variable).pk
+    rows = [(key, 1_767_323_045_000_000 + number, value, None) for number, value in enumerate(values)]
+    chosen = telemetry.choose(rows, {row[:2] for row in rows}, wanted=telemetry.Wanted().ids())
+    telemetry.tell(chosen)
+    return len(chosen)
 
 
 def publish_many(*, organization: str, count: int, size: int) -> list[str]:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from django.contrib import admin
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.contrib.auth.models import Permission, User
 from django.db import connection
 from django.test import Client
@@ -17,6 +18,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
+from aemos.lib import keys, redis
 from devices import catalogue, latest
 from devices.models import (
     CatalogueVersion,
@@ -29,7 +31,7 @@ from devices.models import (
     Variable,
 )
 from devices.scoped_admin import COUNTED_ROWS, BoundedPaginator, ScopedAdmin
-from notifications.models import Notification
+from notifications.models import Delivery, Notification
 from rules import journal
 from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain
 from tests import builders
@@ -631,6 +633,36 @@ def test_a_notification_shows_its_deliveries() -> None:
     farm = make_farm()
     row = Notification.objects.get()
     assert "pending" in staff(farm.organization, "viewer").get(url(Notification, "change", row.pk)).text
+
+
+def test_notifications_are_listed_with_each_delivery_and_found_by_what_went_wrong() -> None:
+    farm, client = make_farm(), superuser()
+    row = Notification.objects.get()
+    Delivery.objects.update_or_create(
+        notification=row, protocol="mqtt", defaults={"state": "failed", "last_error": "no"}
+    )
+    page = client.get(url(Notification, "changelist"))
+    assert "failed" in page.text
+    for query, found in (("failed", 1), ("failed.mqtt", 1), ("failed.coap", 0), ("expired", 0)):
+        listed = client.get(url(Notification, "changelist"), {"delivery": query})
+        assert len(listed.context["cl"].result_list) == found
+    listed = client.get(url(Notification, "changelist"), {"event": row.event})
+    assert [each.pk for each in listed.context["cl"].result_list] == [row.pk]
+    assert farm.organization == row.organization
+
+
+def test_operators_send_notifications_again_and_viewers_do_not() -> None:
+    farm = make_farm()
+    row = Notification.objects.get()
+    row.deliveries.update(state="failed")
+    wish = {"action": "resend", ACTION_CHECKBOX_NAME: [row.pk]}
+    staff(farm.organization, "viewer").post(url(Notification, "changelist"), wish)
+    assert set(row.deliveries.values_list("state", flat=True)) == {"failed"}
+    assert redis.client().xlen(keys.NOTIFICATIONS) == 0
+    answer = staff(farm.organization, "operator").post(url(Notification, "changelist"), wish, follow=True)
+    assert "1 sent again." in answer.text
+    assert set(row.deliveries.values_list("state", flat=True)) == {"pending"}
+    assert redis.client().xlen(keys.NOTIFICATIONS) == 1
 
 
 def test_deleting_a_sensor_asks_without_loading_its_readings() -> None:

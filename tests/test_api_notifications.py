@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.contrib.auth.models import User
 from rest_framework.test import APIClient
 
-from devices.models import Device, Organization
+from aemos.lib import keys, redis
+from devices.models import Device, Membership, Organization, Role
+from notifications import messages
+from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
 from tests import builders
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 URL = "/api/v1/notifications"
 WRITTEN = datetime(2026, 5, 1, 6, tzinfo=UTC)
 
@@ -69,6 +74,7 @@ def test_a_notification_shows_how_far_each_protocol_has_come(farm: Organization,
         "timestamp": "2026-05-01T05:00:00Z",
         "createdAt": "2026-05-01T06:00:00Z",
         "publishedAt": None,
+        "expiresAt": None,
     }
 
 
@@ -110,3 +116,125 @@ def test_a_page_of_notifications_takes_five_queries(
         told(farm, builders.device(farm), minute=minute)
     with django_assert_max_num_queries(5):
         viewer.get(URL)
+
+
+@pytest.fixture
+def operator(farm: Organization) -> Any:
+    client = APIClient()
+    client.force_authenticate(builders.member(farm, Role.OPERATOR, username="olga"))
+    return client
+
+
+def published() -> list[Message]:
+    return [messages.decode(fields[b"m"]) for _, fields in redis.client().xrange(keys.NOTIFICATIONS)]
+
+
+def test_an_operator_tells_an_organization_something_by_hand(farm: Organization, operator: Any) -> None:
+    body = {"organization": str(farm.uuid), "title": "Harvest", "message": "At noon.", "severity": "warning"}
+    answer = operator.post(URL, body)
+    assert answer.status_code == 201
+    (message,) = published()
+    assert str(message.id) == answer.json()["uuid"]
+    assert (message.event, message.priority, message.device_uuid) == ("notification", 4, None)
+    assert message.payload == {
+        "title": "Harvest", "message": "At noon.", "severity": "warning", "source": "person", "actor": "olga"
+    }  # fmt: skip
+    assert [one["protocol"] for one in answer.json()["deliveries"]] == ["socketio", "mqtt", "coap"]
+    assert answer.json()["publishedAt"] is not None
+    assert message.expires_at == pytest.approx(time.time() + 86_400, abs=60)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"type": "socket"}, ["socketio"]),
+        ({"type": "mqtt"}, ["mqtt"]),
+        ({"type": "coap"}, ["coap"]),
+        ({"type": "multi-protocol"}, ["socketio", "mqtt", "coap"]),
+        ({"type": "pigeon"}, ["socketio", "mqtt", "coap"]),
+        ({}, ["socketio", "mqtt", "coap"]),
+        ({"type": "coap", "protocols": ["mqtt", "socketio", "mqtt"]}, ["mqtt", "socketio"]),
+    ],
+)
+def test_the_type_says_which_protocols_unless_they_are_named(
+    farm: Organization, operator: Any, chosen: dict[str, Any], expected: list[str]
+) -> None:
+    answer = operator.post(URL, {"organization": str(farm.uuid), "title": "x", **chosen})
+    assert answer.status_code == 201, answer.json()
+    assert [one["protocol"] for one in answer.json()["deliveries"]] == expected
+    assert [list(map(str, message.protocols)) for message in published()] == [expected]
+
+
+def test_the_same_event_id_tells_nobody_twice_and_is_of_one_organization(farm: Organization, operator: Any) -> None:
+    other = builders.organization()
+    Membership.objects.create(user=User.objects.get(username="olga"), organization=other, role=Role.OPERATOR)
+    body = {"title": "x", "eventId": str(uuid4())}
+    first, again = (operator.post(URL, {"organization": str(farm.uuid), **body}).json()["uuid"] for _ in range(2))
+    foreign = operator.post(URL, {"organization": str(other.uuid), **body}).json()["uuid"]
+    assert first == again != foreign
+    assert [str(message.id) for message in published()] == [first, foreign]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"title": ""}, "title"),
+        ({"severity": "awful"}, "severity"),
+        ({"protocols": ["smoke"]}, "protocols"),
+        ({"protocols": []}, "protocols"),
+        ({"device": str(uuid4())}, "device"),
+        ({"organization": str(uuid4())}, "organization"),
+        ({"payload": {}}, "payload"),
+        ({"eventId": "1"}, "eventId"),
+    ],
+)
+def test_a_notification_that_cannot_be_told_names_the_field(
+    farm: Organization, operator: Any, wrong: dict[str, Any], field: str
+) -> None:
+    answer = operator.post(URL, {"organization": str(farm.uuid), "title": "x", **wrong})
+    assert answer.status_code == 400
+    assert field in answer.json()
+    assert Notification.objects.count() == 0
+
+
+def test_a_device_of_another_organization_cannot_be_named_even_by_who_may_see_both(
+    operator: Any, farm: Organization
+) -> None:
+    other = builders.organization()
+    Membership.objects.create(user=User.objects.get(username="olga"), organization=other, role=Role.OPERATOR)
+    body = {"organization": str(farm.uuid), "title": "x", "device": str(builders.device(other).uuid)}
+    assert operator.post(URL, body).json() == {"device": ["It belongs to another organization."]}
+
+
+def test_an_operator_elsewhere_who_only_views_here_may_not_tell_here(farm: Organization, operator: Any) -> None:
+    other = builders.organization()
+    Membership.objects.create(user=User.objects.get(username="olga"), organization=other, role=Role.VIEWER)
+    assert operator.post(URL, {"organization": str(other.uuid), "title": "x"}).status_code == 403
+    assert published() == []
+
+
+def test_notifications_are_found_by_kind_and_by_what_became_of_them(farm: Organization, viewer: Any) -> None:
+    fine, failed = told(farm), told(farm, event="notification", minute=1)
+    failed.deliveries.filter(protocol="mqtt").update(state="failed")
+
+    def found(**query: Any) -> list[str]:
+        return [row["uuid"] for row in viewer.get(URL, query).json()["results"]]
+
+    assert found(kind="notification") == [str(failed.uuid)]
+    assert found(state="failed") == found(state="failed", protocol="mqtt") == [str(failed.uuid)]
+    assert found(state="failed", protocol="coap") == []
+    assert found(state="pending") == [str(failed.uuid), str(fine.uuid)]
+    assert found(until="2026-05-01T06:00:30Z") == [str(fine.uuid)]
+    assert viewer.get(URL, {"state": "lost"}).json().keys() == {"state"}
+
+
+def test_resending_tells_it_again_on_all_its_protocols_with_a_new_deadline(farm: Organization, operator: Any) -> None:
+    row = told(farm)
+    row.deliveries.filter(protocol="mqtt").update(state="failed", attempts=5, last_error="never")
+    answer = operator.post(f"{URL}/{row.uuid}/resend")
+    assert answer.status_code == 200
+    states = {(one["state"], one["attempts"], one["lastError"]) for one in answer.json()["deliveries"]}
+    assert states == {("pending", 0, "")}
+    (message,) = published()
+    assert (message.id, set(message.protocols)) == (row.uuid, set(Protocol))
+    assert message.expires_at == pytest.approx(time.time() + 86_400, abs=60)

@@ -199,6 +199,8 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("POST", "replays/{replay}/stop", None, "operator", 200),
     ("GET", "notifications", None, "viewer", 200),
     ("GET", "notifications/{notification}", None, "viewer", 200),
+    ("POST", "notifications", {"organization": "{organization}", "title": "Harvest at noon"}, "operator", 201),
+    ("POST", "notifications/{notification}/resend", None, "operator", 200),
 ]  # fmt: skip
 CASES = [pytest.param(*row, id=f"{row[0]} {row[1]}") for row in MATRIX]
 

@@ -18,9 +18,9 @@ from deploy.servers import free_port
 from devices.models import CatalogueVersion, Device, DeviceState, Membership, Organization, Sensor, StateChange
 from notifications import messages
 from notifications.models import Notification
-from rules import chains, editing, journal, validation
+from rules import chains, editing, journal, suspension, validation
 from rules.exceptions import InvalidChain
-from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain, RuleNode
+from rules.models import Alarm, ChainStatistics, DeadLetter, RejectedEvent, RuleChain, RuleNode
 from tests import builders
 
 pytestmark = pytest.mark.django_db
@@ -238,21 +238,45 @@ def test_a_chain_that_never_ran_has_statistics_of_nothing(farm: Farm, chain: Rul
     assert not {"sentence", "validationWarnings"} & row.keys()
 
 
-def test_enabling_and_disabling_end_a_suspension_and_tell_the_workers(farm: Farm, chain: RuleChain) -> None:
-    for verb, enabled in (("disable", False), ("enable", True), ("enable", True)):
-        RuleChain.objects.filter(pk=chain.pk).update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
-        before = farm.version()
+def suspend(chain: RuleChain) -> None:
+    ChainStatistics.objects.update_or_create(chain=chain, defaults={"failures_in_a_row": 10})
+    assert suspension.suspend(chain.pk, "it failed")
+
+
+def failures_in_a_row(chain: RuleChain) -> int:
+    return ChainStatistics.objects.get(chain=chain).failures_in_a_row
+
+
+@pytest.mark.usefixtures("empty_redis")
+def test_enabling_ends_a_suspension_clears_its_alarm_and_tells_the_workers(farm: Farm, chain: RuleChain) -> None:
+    suspend(chain)
+    before = farm.version()
+    answer = farm.client.post(f"{url(chain)}/enable")
+    assert (answer.json()["enabled"], answer.json()["suspendedAt"], answer.json()["version"]) == (True, None, 2)
+    assert farm.version() > before
+    assert failures_in_a_row(chain) == 0
+    alarm = Alarm.objects.get()
+    assert (alarm.state, alarm.cleared_by) == ("cleared", "olga")
+
+
+@pytest.mark.usefixtures("empty_redis")
+def test_disabling_ends_a_suspension_too_and_both_can_be_repeated(farm: Farm, chain: RuleChain) -> None:
+    suspend(chain)
+    for verb, enabled in (("disable", False), ("disable", False), ("enable", True), ("enable", True)):
         answer = farm.client.post(f"{url(chain)}/{verb}")
-        assert answer.status_code == 200
-        assert (answer.json()["enabled"], answer.json()["suspendedAt"]) == (enabled, None)
-        assert farm.version() == before + 1
-    assert answer.json()["version"] == 4
+        assert (answer.status_code, answer.json()["enabled"], answer.json()["suspendedAt"]) == (200, enabled, None)
+    assert Alarm.objects.get().state == "cleared"
 
 
+@pytest.mark.usefixtures("empty_redis")
 def test_a_suspension_outlives_a_new_name_and_ends_with_new_nodes(farm: Farm, chain: RuleChain) -> None:
-    RuleChain.objects.filter(pk=chain.pk).update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
-    assert farm.client.patch(url(chain), {"name": "Base"}).json()["suspendedAt"] == "2026-05-01T00:00:00Z"
-    assert farm.client.patch(url(chain), {"nodes": [farm.low(next=None)]}).json()["suspendedAt"] is None
+    suspend(chain)
+    assert farm.client.patch(url(chain), {"name": "Base"}).json()["suspendedAt"] is not None
+    assert farm.client.patch(url(chain), {"enabled": True}).json()["suspendedAt"] is not None
+    assert Alarm.objects.get().state == "active"
+    assert farm.client.patch(url(chain, "low"), {"config": builders.leaf(farm.sensor, value=5)}).status_code == 200
+    assert farm.client.get(url(chain)).json()["suspendedAt"] is None
+    assert (failures_in_a_row(chain), Alarm.objects.get().cleared_by) == (0, "olga")
 
 
 def test_a_suspended_chain_that_broke_is_not_enabled(farm: Farm, chain: RuleChain) -> None:

@@ -5,23 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import socket
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import aiocoap
+import gevent
 import pytest
+from django.db import OperationalError
 
-from aemos.lib import redis
+from aemos.lib import cbor, metrics, redis
 from deploy import programs
 from devices import exceptions
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
+from notifications.transports import coap_states
 from notifications.transports.base import Pending, Receipt
 from notifications.transports.coap import CODES, CoapTransport
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code
-from tests import builders
+from notifications.transports.coap_states import States
+from tests import builders, coap_peers
 from tests.gateway_process import GatewayProcess, operator, running
 
 Farm = dict[str, Any]
@@ -52,18 +60,22 @@ class ScriptedIngest:
 
 
 def ask(
-    ingest: ScriptedIngest, method: str, *path: str, payload: bytes = b"", query: Mapping[str, str] | None = None
+    ingest: ScriptedIngest,
+    method: str,
+    *path: str,
+    payload: bytes = b"",
+    query: Mapping[str, str] | None = None,
+    **fields: Any,
 ) -> CoapResponse:
     """What the handler answers, without a network."""
+    plain: dict[str, Any] = {"content_format": None, "accept": None, "observe": False}
     request = CoapRequest(
         method=method,
         path=path,
         query=query or {},
         payload=payload,
-        content_format=None,
-        accept=None,
         source=("127.0.0.1", 40_000),
-        observe=False,
+        **plain | fields,
     )
     return CoapTransport(ingest, port=0).handle(request)
 
@@ -146,11 +158,95 @@ def test_unknown_paths_and_methods_are_told_apart(method: str, path: tuple[str, 
     assert not ingest.calls
 
 
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("content_format", [0, 40, 42, 110])
+def test_telemetry_in_another_format_is_refused_before_anything_is_read(content_format: int) -> None:
+    ingest = ScriptedIngest()
+    response = posted(ingest, payload=b'{"values":{"ph":6}}', content_format=content_format)
+    assert (response.code, response.payload) == (Code.UNSUPPORTED_FORMAT, b"Send JSON (50) or CBOR (60).")
+    assert not ingest.calls
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_was_accepted_in_part_is_said_in_the_format_that_is_wanted() -> None:
+    ingest = ScriptedIngest(receipt=Receipt(accepted=2, rejected=1))
+    response = posted(ingest, payload=b"{}", content_format=60, accept=60)
+    assert (response.code, response.content_format) == (Code.CHANGED, 60)
+    assert cbor.loads(response.payload) == {"accepted": 2, "rejected": 1}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_body_in_blocks_is_gathered_for_the_token_of_its_sender_only() -> None:
+    ingest = ScriptedIngest(at_once=Unauthorized("No live token."))
+    owner = builders.sensor(builders.organization())
+    other = builders.sensor(owner.organization)
+    path = ("devices", str(owner.uuid), "datastream")
+    block: dict[str, Any] = {"payload": b'{"ev', "more": True}
+    assert ask(ingest, "POST", *path, query={"token": builders.token(owner)}, **block).code is Code.CONTINUE
+    assert not ingest.calls
+    assert ask(ingest, "POST", *path, query={"token": builders.token(other)}, **block).code is Code.UNAUTHORIZED
+    assert ask(ingest, "POST", *path, **block).code is Code.UNAUTHORIZED
+    assert [call[0] for call in ingest.calls] == [b'{"ev', b'{"ev']
+
+
+@pytest.mark.django_db(transaction=True)
+def test_many_who_ask_for_states_at_once_share_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    organization = builders.organization()
+    devices = [builders.device(organization) for _ in range(20)]
+    read, queries = coap_states._read, list[int]()
+
+    def counted(uuids: list[str]) -> dict[str, Any]:
+        queries.append(len(uuids))
+        return read(uuids)
+
+    monkeypatch.setattr(coap_states, "_read", counted)
+    states = States()
+    asking = [gevent.spawn(states.of, str(device.uuid)) for device in devices for _ in range(3)]
+    documents = [each.get(timeout=5) for each in asking]
+    assert [document["device"] for document in documents[::3]] == [str(device.uuid) for device in devices]
+    assert all(document["states"]["power"]["value"] is None for document in documents)
+    assert queries == [20]
+
+
+def test_a_database_that_is_away_is_said_to_all_who_wait_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [True]
+
+    def read(uuids: list[str]) -> dict[str, Any]:
+        if away:
+            raise OperationalError("gone")
+        return {uuid: {} for uuid in uuids}
+
+    monkeypatch.setattr(coap_states, "_read", read)
+    states = States()
+    asking = [gevent.spawn(states.of, name) for name in ("a", "b", "a")]
+    gevent.joinall(asking, timeout=5)
+    assert [type(each.exception) for each in asking] == [OperationalError] * 3
+    away.clear()
+    assert states.of("a") == {"device": "a", "states": {}}
+
+
+def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[str] = Counter()
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, amount: counted.update({name: amount}))
+    transport = CoapTransport(ScriptedIngest(), port=0)
+    transport.start()
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            for _ in range(3):
+                peer.sendto(b"GET / HTTP/1.1", transport.address)
+        coap_peers.until(lambda: transport.endpoint.stats.malformed == 3)
+    finally:
+        transport.stop(timeout_seconds=1)
+    assert counted == {"coap_refused_total|malformed": 3}
+    transport.stop(timeout_seconds=1)
+    assert counted == {"coap_refused_total|malformed": 3}
+
+
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     client = redis.client()
     assert client.dbsize() == 0, "the test database of Redis is not empty"
-    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}) as process:
+    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}, COAP_MAX_AGE="10") as process:
         yield process
     client.flushdb()
 
@@ -173,7 +269,8 @@ def libcoap(*arguments: str) -> str:
         [str(program.path), "-B", "5", *arguments],
         env={**os.environ, **program.environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
         timeout=10,
         check=False,
     )
@@ -237,6 +334,90 @@ def test_libcoap_posts_telemetry(gateway: GatewayProcess, farm: Farm) -> None:
     gateway.wait_for(
         lambda: ['{"values":{"ph":6.1}}', farm["sensor"], "coap", farm["sensor"]] in gateway.printed("ingested")
     )
+
+
+def code_seen(printed: str) -> str:
+    """The code of the last response in what coap-client says with -v 7."""
+    codes: list[str] = re.findall(r" t:(?:ACK|CON|NON) c:([2-5]\.\d\d)", printed)
+    return codes[-1] if codes else printed
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "code"),
+    [
+        ("post", "{sensor}/datastream?token={sensor_token}", ["-t", "50", "-e", '{"values":{"ph":6}}'], "2.04"),
+        ("post", "{sensor}/datastream?token={sensor_token}", ["-e", '{"values":{"ph":6}}'], "2.04"),
+        ("post", "{sensor}/datastream?token={sensor_token}", ["-N", "-e", '{"values":{"ph":6}}'], "2.04"),
+        ("get", "{device}/state?token={device_token}", [], "2.05"),
+        ("get", "{device}/state?token={device_token}", ["-N"], "2.05"),
+        ("get", "{device}/state?token={device_token}", ["-A", "60"], "2.05"),
+        ("post", "{sensor}/datastream?token={device_token}", ["-t", "50", "-e", "{}"], "4.03"),
+        ("post", "{sensor}/datastream?token=aemos_12345678901234_x", ["-e", "{}"], "4.01"),
+        ("get", "{device}/state?token=aemos_12345678901234_x", [], "4.01"),
+        ("get", "{device}/state?token={sensor_token}", [], "4.03"),
+        ("get", "{device}/secrets?token={device_token}", [], "4.04"),
+        ("put", "{device}/state?token={device_token}", ["-e", "on"], "4.05"),
+        ("get", "{sensor}/datastream?token={sensor_token}", [], "4.05"),
+        ("get", "{device}/state?token={device_token}", ["-A", "41"], "4.06"),
+        ("post", "{sensor}/datastream?token={sensor_token}", ["-t", "41", "-e", "<ph>6</ph>"], "4.15"),
+        ("get", "{device}/state?token={device_token}", ["-O", "9,x"], "4.02"),
+        ("get", "{device}/state?token={device_token}", ["-P", "coap://127.0.0.1:PORT"], "5.05"),
+    ],
+)
+def test_libcoap_sees_the_code_of_each_case(
+    gateway: GatewayProcess, farm: Farm, method: str, path: str, options: list[str], code: str
+) -> None:
+    host, port = gateway.addresses()["coap"]
+    uri = f"coap://{host}:{port}/devices/" + path.format(**farm)
+    given = [option.replace("PORT", str(port)) for option in options]
+    assert code_seen(libcoap("-v", "7", "-m", method, *given, uri)) == code
+
+
+def test_libcoap_sends_and_reads_bodies_in_blocks(gateway: GatewayProcess, farm: Farm, tmp_path: Path) -> None:
+    body = json.dumps({"events": [{"values": {"ph": 6 + number / 1000}} for number in range(100)]})
+    (tmp_path / "body").write_text(body)
+    uri = address(gateway, farm["sensor"], "datastream", farm["sensor_token"])
+    said = libcoap("-v", "7", "-m", "post", "-t", "50", "-b", "256", "-f", str(tmp_path / "body"), uri)
+    assert (code_seen(said), "c:2.31" in said) == ("2.04", True)
+    gateway.wait_for(lambda: [body, farm["sensor"], "coap", farm["sensor"]] in gateway.printed("ingested"))
+    shown = libcoap("-m", "get", "-b", "32", address(gateway, farm["device"], "state", farm["device_token"]))
+    assert json.loads(shown)["device"] == farm["device"]
+
+
+def test_aiocoap_posts_and_reads_cbor(gateway: GatewayProcess, farm: Farm) -> None:
+    async def test() -> None:
+        async with client() as context:
+            post = aiocoap.Message(
+                code=aiocoap.POST,
+                uri=address(gateway, farm["sensor"], "datastream", farm["sensor_token"]),
+                payload=cbor.dumps({"values": {"ph": 6.5}}),
+                content_format=60,
+            )
+            assert (await context.request(post).response).code.dotted == "2.04"
+            uri = address(gateway, farm["device"], "state", farm["device_token"])
+            shown = await get(context, uri, accept=60)
+            assert int(shown.opt.content_format) == 60
+            assert cbor.loads(shown.payload)["states"]["power"]["value"] == "off"
+            assert (await get(context, uri, accept=0)).code.dotted == "4.06"
+
+    run(test())
+
+
+def test_states_are_shown_and_told_though_redis_has_lost_everything(gateway: GatewayProcess, farm: Farm) -> None:
+    uri = address(gateway, farm["device"], "state", farm["device_token"])
+
+    async def test() -> None:
+        async with observed(uri) as (first, news), client() as context:
+            assert first.opt.max_age == 10
+            redis.client().flushdb()
+            await ask_operator("set_state", device=farm["device"], value="on")
+            shown = await get(context, uri)
+            assert json.loads(shown.payload)["states"]["power"]["value"] == "on"
+            # Nobody published the change: the message is what was lost.
+            told = await news_of(news, seconds=12.0)
+            assert json.loads(told.payload)["states"]["power"]["value"] == "on"
+
+    run(test())
 
 
 def test_libcoap_without_a_token_is_told_so(gateway: GatewayProcess, farm: Farm) -> None:

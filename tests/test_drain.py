@@ -15,7 +15,7 @@ from django.test import Client
 from aemos.lib import keys, redis
 from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
-from notifications import outbox
+from notifications import outbox, telemetry
 from notifications.models import Notification
 from rules import backpressure, batch, dead_letters, index, ingest, jobs, journal, recovery, rejections, states, tickets
 from rules.events import Event
@@ -436,6 +436,43 @@ def test_latest_values_go_forward_only(farm: Farm) -> None:
     assert latest.recall([key])[key].value == 6.3
 
 
+def test_latest_values_that_redis_lost_come_back_from_the_database(farm: Farm) -> None:
+    farm.post({"ph": 6.3, "mode": "eco"}, timestamp=at(5))
+    farm.post({"ph": 6.1}, timestamp=at(9))
+    drain_all()
+    uuid, changed_at = str(farm.sensor.uuid), datetime(2026, 5, 1, 12, tzinfo=UTC)
+    DeviceState.objects.update(value="off", changed_at=changed_at)
+    wanted = [("sensor", uuid, "ph"), ("sensor", uuid, "mode"), ("device", str(farm.pump.uuid), "power")]
+    redis.client().flushdb()
+    found = latest.recall([*wanted, ("sensor", uuid, "never"), ("device", uuid, "ph")])
+
+    assert [(found[key].value, found[key].timestamp_us % 60_000_000) for key in wanted] == [
+        (6.1, 9_000_000), ("eco", 5_000_000), ("off", 0),
+    ]  # fmt: skip
+    assert len(found) == 3
+    assert redis.client().hlen(keys.latest("sensor", uuid)) == 2, "from now on Redis has them again"
+
+
+def test_what_a_device_repeats_it_has_had_since_its_last_change(farm: Farm) -> None:
+    fan = builders.device(farm.organization, "Fan")
+    long = {**builders.leaf(farm.pump, "power", "==", "on"), "for": "10s"}
+    seen = builders.leaf(farm.pump, "level", "isNotNull")
+    del seen["value"]
+    DeviceState.objects.create(device=farm.pump, name="level", datatype="number")
+    nodes = [
+        builders.node("long", {"type": "AND", "expressions": [seen, long]}, next="fan"),
+        builders.node("fan", builders.command(fan)),
+    ]
+    builders.chain(farm.organization, nodes)
+    catalogue.shared().refresh(at_once=True)
+    token = builders.token(farm.pump)
+    for second, level in ((1, 10), (6, 11), (12, 12)):
+        farm.post({"power": "on", "level": level}, token=token, timestamp=at(second))
+        drain_all()
+
+    assert StateChange.objects.get(state__device=fan).timestamp == datetime(2026, 5, 1, 12, 0, 12, tzinfo=UTC)
+
+
 def test_a_chain_over_two_sensors_uses_the_latest_value_of_the_other(farm: Farm) -> None:
     other = builders.sensor(farm.organization)
     both = [builders.leaf(farm.sensor, operator=">", value=6.0), builders.leaf(other, operator=">", value=6.0)]
@@ -497,3 +534,24 @@ def test_the_final_failure_depends_on_the_chains_own_retries() -> None:
     assert not dead_letters.is_final(failure)
     ((due_ms, _),) = dead_letters.next_attempts([failure])
     assert due_ms > time.time() * 1000 + 20_000
+
+
+def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Farm) -> None:
+    ph = Variable.objects.get(sensor=farm.sensor, name="ph")
+    channel = redis.client().pubsub(ignore_subscribe_messages=True)
+    channel.subscribe(keys.TELEMETRY)
+    channel.get_message(timeout=1)
+    telemetry.shared.cache_clear()
+    farm.post(6.1, timestamp=at(1))
+    drain_all()
+    telemetry.want([ph.pk], now=time.time())
+    telemetry.shared.cache_clear()
+    farm.post({"ph": 6.2, "mode": "auto"}, timestamp=at(2))
+    farm.post(6.2, timestamp=at(2), eventId="8b4f1c1e-1111-4111-8111-111111111111")
+    drain_all()
+    told = []
+    while message := channel.get_message(timeout=0.5):
+        told += telemetry.decode(message["data"])
+    channel.close()
+    telemetry.shared.cache_clear()
+    assert [(variable, number) for variable, _, number, _ in told] == [(ph.pk, 6.2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aemos.lib import cbor
 from devices.exceptions import BadPayload, Forbidden, Refusal, TooLarge
 from devices.values import Datatype, value_problem
 from rules import events
@@ -118,6 +120,39 @@ def test_bad_input_is_refused_naming_item_and_field(payload: bytes, index: int |
 
     assert (refusal.value.index, refusal.value.field) == (index, name)
     assert said in refusal.value.detail
+
+
+def test_cbor_is_taken_like_the_same_in_json() -> None:
+    timestamp = datetime(2026, 5, 1, 11, 59, 58, 250_000, tzinfo=UTC)
+    (event,) = decode(cbor.dumps({"values": {"ph": 6.5, "leak": True}, "timestamp": timestamp}))
+    assert event.values == {"ph": 6.5, "leak": True}
+    assert event.timestamp_us == events.microseconds(timestamp)
+    batch = decode(b"\xd9\xd9\xf7" + cbor.dumps({"events": [{"values": {"ph": 6}}, {"values": {"mode": "auto"}}]}))
+    assert [event.values for event in batch] == [{"ph": 6}, {"mode": "auto"}]
+
+
+@pytest.mark.parametrize(
+    ("document", "index", "name", "said"),
+    [
+        ({"values": {"ph": "six"}}, None, "values.ph", "must be a number"),
+        ({"events": [{"values": {"ph": 6}}, {"values": {"ph": math.nan}}]}, 1, "values.ph", "not a finite number"),
+        ({"values": {"ph": 6}, "timestamp": 5}, None, "timestamp", "Expected"),
+        ({"values": {"ph": 6}, "more": 5}, None, "more", "unknown field"),
+    ],
+)
+def test_bad_cbor_values_are_refused_naming_item_and_field(
+    document: dict[str, Any], index: int | None, name: str, said: str
+) -> None:
+    with pytest.raises(BadPayload, match=said) as raised:
+        decode(cbor.dumps(document))
+    assert (raised.value.index, raised.value.field) == (index, name)
+
+
+def test_broken_cbor_is_refused_with_its_place() -> None:
+    with pytest.raises(BadPayload, match="not valid CBOR: it ends in the middle"):
+        decode(cbor.dumps({"values": {"ph": 6.5}})[:-1])
+    with pytest.raises(BadPayload, match="a byte string at byte 12"):
+        decode(b"\xa1\x66values\xa1\x62ph\x41x")
 
 
 def test_a_timestamp_up_to_24_hours_ahead_is_taken_and_one_beyond_is_not() -> None:

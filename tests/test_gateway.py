@@ -23,11 +23,12 @@ from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_messag
 
 pytestmark = pytest.mark.usefixtures("empty_redis")
 MQTT = "mqtt"
+ANOTHER_DEVICE = str(UUID(int=7))
 
 
-def published(count: int = 1, *, protocols: Sequence[Protocol] = tuple(Protocol)) -> list[str]:
+def published(count: int = 1, *, protocols: Sequence[Protocol] = tuple(Protocol), **fields: Any) -> list[str]:
     """Messages on the stream alone; their ids."""
-    messages: list[Message] = [new_message(protocols=tuple(protocols)) for _ in range(count)]
+    messages: list[Message] = [new_message(protocols=tuple(protocols), **fields) for _ in range(count)]
     outbox.append_to_stream(messages)
     return [str(message.id) for message in messages]
 
@@ -188,6 +189,55 @@ def test_a_refused_message_is_tried_again_and_keeps_its_place(tmp_path: Path) ->
         sent = published(3)
         gateway.wait_for(lambda: gateway.delivered(MQTT) == sent)
         assert gateway.printed("refused") == [[MQTT, sent[0]]] * 3
+
+
+def test_an_urgent_message_goes_out_at_once_behind_ten_thousand_normal_ones(tmp_path: Path) -> None:
+    with running(tmp_path / "log", memory(MQTT, slow_seconds=0.002), memory("coap", slow_seconds=0.002)) as gateway:
+        waiting = published(10_000)
+        (urgent,) = published(priority=1, device=ANOTHER_DEVICE)
+        for protocol in (MQTT, "coap"):
+            gateway.wait_for(lambda protocol=protocol: urgent in gateway.delivered(protocol))  # type: ignore[misc]
+            order = gateway.delivered(protocol)
+            assert order.index(urgent) < 3_000
+            del order[order.index(urgent) :]
+            assert order == waiting[: len(order)]
+
+
+def test_an_urgent_message_never_overtakes_what_its_device_was_told_before(tmp_path: Path) -> None:
+    with running(tmp_path / "log", memory(MQTT, slow_seconds=0.001)) as gateway:
+        published(2_000)
+        mine = published(3, device=ANOTHER_DEVICE) + published(1, device=ANOTHER_DEVICE, priority=1)
+        gateway.wait_for(lambda: set(mine) <= set(gateway.delivered(MQTT)))
+        assert [each for each in gateway.delivered(MQTT) if each in mine] == mine
+
+
+def test_people_are_told_in_the_order_of_the_stream_whatever_is_urgent(tmp_path: Path) -> None:
+    with running(tmp_path / "log", memory("socketio", slow_seconds=0.001)) as gateway:
+        sent = published(500) + published(1, priority=1, device=ANOTHER_DEVICE)
+        gateway.wait_for(lambda: gateway.delivered("socketio") == sent)
+
+
+def test_what_has_expired_is_put_aside_but_a_state_is_told_however_late(tmp_path: Path) -> None:
+    farm = operator().ask("seed")
+    organization, device = farm["organization"], farm["device"]
+    with running(tmp_path / "log", memory(MQTT)) as gateway:
+        late = {"protocols": [MQTT], "expires_at": 1.0}
+        alert = operator().ask("publish", organization=organization, **late)
+        state = operator().ask("publish", organization=organization, device=device, event="device-state-change", **late)
+        gateway.wait_for(lambda: operator().ask("deliveries", message=alert)[MQTT][0] == "expired")
+        gateway.wait_for(lambda: operator().ask("deliveries", message=state)[MQTT][0] == "acknowledged")
+        assert gateway.delivered(MQTT) == [state]
+        gateway.wait_for(lambda: pending() == 0)
+
+
+def test_fan_out_is_given_up_after_as_many_attempts_as_are_set(tmp_path: Path) -> None:
+    farm = operator().ask("seed")
+    failing = memory("coap", failure="temporary")
+    with running(tmp_path / "log", failing, NOTIFICATION_MAX_ATTEMPTS="2") as gateway:
+        message = operator().ask("publish", organization=farm["organization"], protocols=["coap"])
+        given_up = ["failed", 2, "not now"]
+        gateway.wait_for(lambda: operator().ask("deliveries", message=message)["coap"] == given_up)
+        assert gateway.printed("refused") == [["coap", message]] * 2
 
 
 def test_delivery_states_tell_how_far_each_protocol_has_come(tmp_path: Path) -> None:

@@ -236,6 +236,19 @@ def test_a_chain_is_suspended_once_however_many_workers_find_it_failing(clock: C
     assert counted("rule_chains_suspended_total") == before + 1
 
 
+def test_chains_whose_data_could_not_be_read_in_time_are_not_suspended(worker: Worker, settings: Any) -> None:
+    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    bound, batch = bound_chain(), Runs()
+    for _ in range(5):
+        slow = ChainFailed(bound.uuid, "", "not read", code=ErrorCode.DATA_COLLECTION_TIMEOUT)
+        batch.failed(bound, slow, seconds=5, is_retry=False)
+    worker.statistics.add(batch)
+    worker.flush()
+
+    assert (kept(bound).failures, kept(bound).failures_in_a_row) == (5, 0)
+    assert not RuleChain.objects.exclude(suspended_at=None).exists()
+
+
 def test_without_a_limit_no_chain_is_suspended(worker: Worker, settings: Any) -> None:
     settings.RULE_CHAIN_SUSPEND_AFTER = 0
     worker.batch(bound_chain(), "-" * 100)

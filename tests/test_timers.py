@@ -17,7 +17,7 @@ from aemos.management.commands.runscheduler import DUTIES
 from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
-from rules import backpressure, editing, events, index, jobs, journal, timers
+from rules import backpressure, editing, events, index, jobs, journal, schedules, states, timers
 from rules.journal import Account
 from rules.models import RuleChain
 from tests import builders
@@ -227,6 +227,31 @@ class TestInProcess:
 
         assert farm.switched() == 1
         assert StateChange.objects.get(state__device=farm.lamp).actor == f"{chain.name} / lamp"
+
+    @pytest.mark.parametrize("who", ["rule", "person"])
+    def test_a_device_that_a_rule_or_a_person_switched_is_looked_at_without_a_report(
+        self, farm: Farm, who: str
+    ) -> None:
+        """A pump that no sensor reports about any more is switched off all the same."""
+        pump = builders.device(farm.organization)
+        state = DeviceState.objects.get(device=pump)
+        stands = {**builders.leaf(pump, "power", "valueOlderThan", "on"), "duration": "15m"}
+        nodes = [builders.node("stands", stands, next="off"), builders.node("off", builders.command(pump, "off"))]
+        builders.chain(farm.organization, nodes, "pump off in time")
+        farm.chain.enabled = False
+        editing.save(farm.chain)
+        assert tick() == 1, "it is looked at once when it is new"
+        if who == "rule":
+            starting = builders.switching_chain(farm.sensor, pump)
+            farm.said(minutes_ago=0, value=5)
+            schedules.trigger(starting, protocol="http")
+            drain_all()
+        else:
+            states.change_by_person(state, "on", user=builders.user())
+        state.refresh_from_db()
+        assert state.value == "on"
+        assert tick() == 1
+        assert due_in_seconds() == [pytest.approx(900, abs=30)]
 
     def test_the_scheduler_fires_timers(self) -> None:
         assert timers.fire_due in DUTIES

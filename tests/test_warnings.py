@@ -132,6 +132,24 @@ def test_two_chains_that_may_drive_one_state_to_different_values_are_told_of_eac
     assert [path for path, _ in farm.of(second)] == ["nodes[1].config.value"]
 
 
+def test_who_looks_at_all_chains_reads_the_others_once_and_finds_the_same(
+    farm: Farm, django_assert_num_queries: Any
+) -> None:
+    found = [
+        farm.switching(farm.leaf(">", 6.5), "on", "Dose"),
+        farm.switching(farm.leaf("<", 7), "off", "Stop"),
+        farm.switching(farm.leaf("<", 6), "on", "Low"),
+    ]
+    farm.switching(farm.leaf("<", 9), "off", "Off", enabled=False)
+    everyone = warnings.Everyone(farm.organization.pk)
+    for chain in found:
+        nodes = list(chain.nodes.all())
+        alone = warnings.warnings_of(chain, nodes)
+        with django_assert_num_queries(1):
+            assert warnings.warnings_of(chain, nodes, rivals=everyone) == alone
+        assert len(alone) == 1
+
+
 @pytest.mark.parametrize(
     ("condition", "value", "fields"),
     [

@@ -59,6 +59,9 @@ TIMERS = (
     "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all
 )
 TIMERS_LOOKED_FOR = "aemos:timers-looked-for"  # flag that expires: chains that need a timer were looked for
+TIMERS_STIRRED = (
+    "aemos:timers-stirred"  # set: sources that changed without an event of theirs, until the scheduler looks
+)
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
 MQTT_REPORTS_LEADER = "aemos:mqtt-reports:leader"
@@ -82,5 +85,9 @@ def replay_pace(uuid: str) -> str:
     return f"aemos:replay-pace:{uuid}"
 
 
+NOTIFICATION_RETENTION_DONE = "aemos:notifications:retention-done"  # the same for notifications
+OVERDUE_SEEN = "aemos:notifications:overdue-seen"  # flag that expires: overdue deliveries were looked for
+TELEMETRY = "aemos:telemetry"  # channel: readings that somebody watches, from workers to gateways
+TELEMETRY_WANTED = "aemos:telemetry:wanted"  # sorted set: variable id -> until when (s) a gateway wants its readings
 RETENTION_DONE = "aemos:retention-done"  # flag that expires: what is too old was deleted within the last hour
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

@@ -141,8 +141,18 @@ STATE_CHANGES = Counter(
 )
 NOTIFICATIONS_SENT = Counter(
     "notifications_sent_total",
-    "Messages that a transport was done with, by protocol and state: sent, acknowledged or failed.",
+    "Messages that a transport was done with, by protocol and state: sent, acknowledged, failed or expired.",
     ["protocol", "state"],
+)
+LIVE_READINGS = Counter(
+    "live_readings_total",
+    "Readings that somebody watches, by result: published by workers, told by gateways, lost, over-bound.",
+    ["result"],
+)
+COAP_REFUSED = Counter(
+    "coap_refused_total",
+    "CoAP datagrams refused before they were read as requests, by reason: rate, busy or malformed.",
+    ["reason"],
 )
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
@@ -158,6 +168,8 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,
+    LIVE_READINGS,
+    COAP_REFUSED,
 )
 
 

@@ -3,6 +3,7 @@
     POST /devices/{uuid}/datastream?token=...   telemetry of the sensor or device whose token it is
     GET  /devices/{uuid}/state?token=...        what the device's states are; may be observed
 
+Both speak JSON and CBOR. An observer is told every change and, changed or not, something before COAP_MAX_AGE is over.
 The state is shown to the device itself (its own token) and to people of its organization (an access token). The right is
 looked at for every notification, and every few seconds in between, so that an observation ends with its right.
 """
@@ -11,33 +12,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
 import gevent
 import msgspec
 from django.conf import settings
-from django.db import DatabaseError, close_old_connections
+from django.db import Error as DatabaseError
+from django.db import close_old_connections
 
+from aemos.lib import cbor, metrics
 from devices import catalogue, tokens
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
-from devices.models import DeviceState
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
 from notifications.transports.base import Delivered, Ingest, Receipt
-from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint
+from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
+from notifications.transports.coap_states import States
 from notifications.transports.people import Person, organizations_of, person
 
 log = logging.getLogger(__name__)
-JSON = 50  # application/json, RFC 7252 12.3
+JSON, CBOR = 50, 60  # RFC 7252 12.3, RFC 8949 9.3
+FORMATS = (None, JSON, CBOR)
 LINKS = (
-    '</devices/{uuid}/datastream>;title="POST telemetry";ct=50,</devices/{uuid}/state>;title="Device state";ct=50;obs'
+    '</devices/{uuid}/datastream>;title="POST telemetry";ct="50 60",'
+    '</devices/{uuid}/state>;title="Device state";ct="50 60";obs'
 )
 RIGHTS_SECONDS = 2.0
-# More than the endpoint has observers; whoever comes then is served, but not told of changes.
-MAXIMUM_WATCHES = 10_000
 RETRY_AFTER_SECONDS = 5
+# Of COAP_MAX_AGE: the rest is for a notification that gets lost and is sent again.
+REFRESH_SHARE = 0.75
 
 # The one place that says which refusal is which code; a special case stands before the general one.
 CODES: dict[type[Refusal], Code] = {
@@ -68,9 +73,11 @@ class CoapTransport:
     def __init__(self, ingest: Ingest, *, host: str = "", port: int | None = None) -> None:
         address = (host or settings.COAP_HOST, settings.COAP_PORT if port is None else port)
         self._ingest = ingest
+        self._states = States()
         self._watches: dict[tuple[str, str], Watch] = {}
         self._checker: gevent.Greenlet[..., None] | None = None
-        self.endpoint = Endpoint(address, handler=self.handle, links=LINKS)
+        self._counted: dict[str, int] = {}
+        self.endpoint = Endpoint(address, handler=self.handle, links=LINKS, limits=_limits())
 
     @property
     def address(self) -> tuple[str, int]:
@@ -86,6 +93,7 @@ class CoapTransport:
         if self._checker is not None:
             self._checker.kill()
         self.endpoint.stop(timeout_seconds=timeout_seconds)
+        self._count()
 
     def deliver(self, message: Message, delivered: Delivered) -> None:
         """Observers are sent the newest state, not the message: CoAP carries states, and nothing else to tell."""
@@ -113,23 +121,27 @@ class CoapTransport:
         return _text(Code.NOT_FOUND, "There is no such resource, see /.well-known/core.")
 
     def _post(self, request: CoapRequest, uuid: str) -> CoapResponse:
+        if request.content_format not in FORMATS:
+            return _text(Code.UNSUPPORTED_FORMAT, "Send JSON (50) or CBOR (60).")
         credential = catalogue.shared().credential(request.query.get("token", ""))
+        if request.more and credential is not None and credential.originator.uuid == uuid:
+            return CoapResponse(code=Code.CONTINUE)
         pending = self._ingest(request.payload, credential=credential, protocol=str(self.protocol), uuid=uuid)
-        return _changed(pending.wait())
+        return _changed(pending.wait(), request.accept)
 
     def _get(self, request: CoapRequest, uuid: str) -> CoapResponse:
         watch = _watch(uuid, request.query.get("token", ""))
-        key = (uuid, watch.token)
-        observable = key in self._watches or len(self._watches) < MAXIMUM_WATCHES
-        if request.observe and observable:
-            self._watches[key] = watch
-        return CoapResponse(
-            code=Code.CONTENT, payload=_representation(uuid), content_format=JSON, observable=observable
-        )
+        if request.accept not in FORMATS:
+            return _text(Code.NOT_ACCEPTABLE, "There is JSON (50) and CBOR (60).")
+        if request.observe:
+            self._watches[uuid, watch.token] = watch
+        response = _encoded(Code.CONTENT, self._states.of(uuid), request.accept)
+        return replace(response, max_age=settings.COAP_MAX_AGE, observable=True)
 
     def _check_for_ever(self) -> None:
         while True:
             gevent.sleep(RIGHTS_SECONDS)
+            self._count()
             try:
                 self._check_rights()
             except DatabaseError as error:
@@ -139,10 +151,19 @@ class CoapTransport:
             finally:
                 close_old_connections()
 
+    def _count(self) -> None:
+        """What the endpoint refused since the last time, before any event was seen in it."""
+        stats = self.endpoint.stats
+        refused = {"rate": stats.rate_limited, "busy": stats.refused_busy, "malformed": stats.malformed}
+        for reason, total in refused.items():
+            if total > (counted := self._counted.get(reason, 0)):
+                metrics.COAP_REFUSED.labels(reason).inc(total - counted)
+        self._counted = refused
+
     def _check_rights(self) -> None:
         """Asks for a notification where a right is gone: the handler then refuses, and that ends the observation."""
-        if not self.endpoint.stats.observers:
-            self._watches.clear()
+        observed = {_key(request) for request in self.endpoint.observations()}
+        self._watches = {key: watch for key, watch in self._watches.items() if key in observed}
         for watch in _ended(list(self._watches.values())):
             self._watches.pop((watch.uuid, watch.token), None)
             self.endpoint.notify(_state_path(watch.uuid))
@@ -183,18 +204,17 @@ def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: 
     return watch.organization in allowed and watch.who.expires_at > time.time()
 
 
-def _representation(uuid: str) -> bytes:
-    states = DeviceState.objects.filter(device__uuid=uuid).order_by("name").values_list("name", "value", "changed_at")
-    shown = {name: {"value": value, "changedAt": changed_at} for name, value, changed_at in states}
-    return msgspec.json.encode({"device": uuid, "states": shown})
+def _encoded(code: Code, document: Mapping[str, Any], accept: int | None) -> CoapResponse:
+    if accept == CBOR:
+        return CoapResponse(code=code, payload=cbor.dumps(document), content_format=CBOR)
+    return CoapResponse(code=code, payload=msgspec.json.encode(document), content_format=JSON)
 
 
-def _changed(receipt: Receipt) -> CoapResponse:
+def _changed(receipt: Receipt, accept: int | None) -> CoapResponse:
     """2.04; how many were taken is said only when it is not all, because radio time is what a device has least of."""
     if not receipt.rejected:
         return CoapResponse(code=Code.CHANGED)
-    payload = msgspec.json.encode({"accepted": receipt.accepted, "rejected": receipt.rejected})
-    return CoapResponse(code=Code.CHANGED, payload=payload, content_format=JSON)
+    return _encoded(Code.CHANGED, {"accepted": receipt.accepted, "rejected": receipt.rejected}, accept)
 
 
 def _refused(refusal: Refusal) -> CoapResponse:
@@ -207,6 +227,19 @@ def _refused(refusal: Refusal) -> CoapResponse:
 def _text(code: Code, sentence: str, *, max_age: int | None = None) -> CoapResponse:
     """A diagnostic payload (RFC 7252 5.5.2)."""
     return CoapResponse(code=code, payload=sentence.encode(), max_age=max_age)
+
+
+def _limits() -> Limits:
+    return Limits(
+        refresh_seconds=REFRESH_SHARE * settings.COAP_MAX_AGE,
+        requests_per_second=settings.COAP_REQUESTS_PER_SECOND,
+        request_burst=2 * settings.COAP_REQUESTS_PER_SECOND,
+    )
+
+
+def _key(request: CoapRequest) -> tuple[str, str]:
+    """Device and token of an observation."""
+    return request.path[1], request.query.get("token", "")
 
 
 def _state_path(uuid: str) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from notifications.transports.coap_codec import Block, Code, Message, Reply
+from notifications.transports.coap_codec import OVERHEAD_BYTES, Block, Code, Message, Reply
 
 K = TypeVar("K")
 V = TypeVar("V")
 Clock = Callable[[], float]
+SMALLEST_BLOCK_BYTES = 16  # RFC 7959 2.2
 
 
 class ExpiringMap(Generic[K, V]):
@@ -86,31 +87,43 @@ class Downloads:
         self.kept = kept
         self._block_bytes = block_bytes
 
-    def cut(self, message: Message, reply: Reply) -> Reply:
-        """The reply itself if it fits and no block was asked for, else the block; errors are short and stay whole."""
+    def cut(self, message: Message, reply: Reply, *, room: int) -> Reply:
+        """The reply itself if it fits and no block was asked for, else the block; errors are short and stay whole.
+
+        `room`: the bytes that may be sent, out of which the block has to be found.
+        """
         wanted = message.block2 or Block(0, False, self._block_bytes)
-        size = min(wanted.size, self._block_bytes)
+        size = self._size(wanted, room)
         if reply.code.is_error or (message.block2 is None and len(reply.payload) <= size):
             return reply
         reply = dataclasses.replace(reply, etag=zlib.crc32(reply.payload).to_bytes(4, "big"))
         if len(reply.payload) > size:
             self.kept.put(message.transfer, dataclasses.replace(reply, observe=None))
-        return self._block(reply, wanted)
+        return self._block(reply, wanted, size=size)
 
-    def later_block(self, message: Message) -> Reply | None:
-        """The answer to a request for block 1 and up; None where the handler has to make the representation (again)."""
+    def is_cramped(self, message: Message, reply: Reply, *, room: int) -> bool:
+        """Whether more room would bring more of the reply at once."""
+        wanted = message.block2 or Block(0, False, self._block_bytes)
+        unhampered = min(len(reply.payload), self._size(wanted, self._block_bytes + OVERHEAD_BYTES))
+        return not reply.code.is_error and self._size(wanted, room) < unhampered
+
+    def held_for(self, message: Message) -> Reply | None:
+        """The reply that block 1 and up are cut from; None where the handler has to make the representation (again)."""
         if message.block2 is None or message.block2.number == 0:
             return None
         whole = self.kept.get(message.transfer)
         if whole is not None:
-            return self._block(whole, message.block2)
+            return whole
         if message.is_get:
             return None
         # Asking the handler would do a POST, PUT or DELETE a second time.
         return Reply(code=Code.INCOMPLETE, payload=b"the response is no longer kept")
 
-    def _block(self, whole: Reply, wanted: Block) -> Reply:
-        size = min(wanted.size, self._block_bytes)
+    def _size(self, wanted: Block, room: int) -> int:
+        affordable = 1 << (max(room - OVERHEAD_BYTES, SMALLEST_BLOCK_BYTES).bit_length() - 1)
+        return min(wanted.size, self._block_bytes, affordable)
+
+    def _block(self, whole: Reply, wanted: Block, *, size: int) -> Reply:
         start, end = wanted.offset, wanted.offset + size
         if start > 0 and start >= len(whole.payload):
             return Reply(code=Code.BAD_REQUEST, payload=b"there is no such block")

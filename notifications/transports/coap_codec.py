@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,9 @@ _registry = defines.OptionRegistry
 # 64 are three times what any route and query here needs; a datagram of 65,000 empty options is not worth a tuple.
 MAX_OPTIONS = 64
 MAX_TOKEN_BYTES = 8
+# The most that stands before the payload of a reply: header and token, ETag, Observe, Content-Format, Max-Age, Block2,
+# Block1 or Size1, payload marker.
+OVERHEAD_BYTES = 12 + 5 + 4 + 3 + 5 + 4 + 5 + 1
 
 
 class Kind(IntEnum):
@@ -88,6 +91,7 @@ for _code in Code:
 
 EMPTY = 0
 GET = 1
+HEADER_BYTES = 4
 METHODS: Mapping[int, str] = MappingProxyType({GET: "GET", 2: "POST", 3: "PUT", 4: "DELETE"})
 
 # Option number -> (shortest, longest value in bytes, may repeat), RFC 7252 5.10, RFC 7641 2, RFC 7959 2.1 and 4.
@@ -121,6 +125,7 @@ class CoapRequest:
     accept: int | None
     source: Source
     observe: bool  # this GET registers, or re-evaluates, an observation
+    more: bool = False  # `payload` is one block, and others follow: CONTINUE has the body gathered, all else ends it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,8 +215,9 @@ class Message:
     block1: Block | None
     block2: Block | None
     size1: int | None
+    received_bytes: int
 
-    def to_request(self, *, body: bytes, observe: bool) -> CoapRequest:
+    def to_request(self, *, body: bytes, observe: bool, more: bool = False) -> CoapRequest:
         return CoapRequest(
             method=METHODS[self.header.code],
             path=self.path,
@@ -221,6 +227,7 @@ class Message:
             accept=self.accept,
             source=self.source,
             observe=observe,
+            more=more,
         )
 
     @property
@@ -252,16 +259,28 @@ class Reply:
     size1: int | None = None
     etag: bytes | None = None
 
+    def within(self, room: int) -> Reply:
+        """The reply with what can be left out of an error left out: it is to take at most `room` bytes.
+
+        Half a text is still of use, half a document is not.
+        """
+        longest = max(room - OVERHEAD_BYTES, 0)
+        if not self.code.is_error or len(self.payload) <= longest:
+            return self
+        if self.content_format is not None:
+            return replace(self, payload=b"", content_format=None)
+        return replace(self, payload=self.payload[:longest].decode("utf-8", "ignore").encode())
+
 
 def read_header(datagram: bytes) -> Header:
     """Raises Malformed; a datagram too short for a message id or of another version is to be ignored (RFC 7252 3)."""
-    if len(datagram) < 4 or datagram[0] >> 6 != defines.VERSION:
+    if len(datagram) < HEADER_BYTES or datagram[0] >> 6 != defines.VERSION:
         raise Malformed("not a CoAP version 1 message")
     kind, token_length = Kind(datagram[0] >> 4 & 3), datagram[0] & 15
     header = Header(kind, datagram[1], int.from_bytes(datagram[2:4], "big"), datagram[4 : 4 + token_length])
     if token_length > MAX_TOKEN_BYTES or len(header.token) < token_length:
         raise header.malformed("the token is cut off or too long")
-    if header.code == EMPTY and len(datagram) > 4:
+    if header.code == EMPTY and len(datagram) > HEADER_BYTES:
         raise header.malformed("an empty message carries bytes")
     return header
 
@@ -284,13 +303,14 @@ def read_request(header: Header, datagram: bytes, *, source: Source) -> Message:
         block1=_block(values, _registry.BLOCK1.number),
         block2=_block(values, _registry.BLOCK2.number),
         size1=_number(values, _registry.SIZE1.number),
+        received_bytes=len(datagram),
     )
 
 
 def _split(header: Header, datagram: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
     """The options as (number, value) and the payload, unchanged."""
     options: list[tuple[int, bytes]] = []
-    number, position = 0, 4 + len(header.token)
+    number, position = 0, HEADER_BYTES + len(header.token)
     while position < len(datagram):
         if datagram[position] == defines.PAYLOAD_MARKER:
             if position + 1 == len(datagram):

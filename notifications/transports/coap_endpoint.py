@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
 import socket
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import gevent.socket
 from notifications.transports import coap_codec
 from notifications.transports.coap_blockwise import Clock, Downloads, ExpiringMap, Uploads
 from notifications.transports.coap_codec import (
+    OVERHEAD_BYTES,
     CoapRequest,
     CoapResponse,
     Code,
@@ -35,14 +35,10 @@ from notifications.transports.coap_codec import (
     Source,
     Unacceptable,
 )
-from notifications.transports.coap_observe import (
-    Backoff,
-    Confirmation,
-    Notifications,
-    Observers,
-    Outgoing,
-    Sequence,
-)
+from notifications.transports.coap_limits import DEFAULT_LIMITS, Limits, Stats
+from notifications.transports.coap_observe import Notifications, Sequence
+from notifications.transports.coap_outgoing import Outgoing
+from notifications.transports.coap_peers import Proofs, Rates, Shares
 
 __all__ = ["CoapRequest", "CoapResponse", "Code", "Endpoint", "Handler", "Limits", "Stats"]
 
@@ -59,75 +55,6 @@ LOG_INTERVAL_SECONDS = 10.0
 Handler = Callable[[CoapRequest], CoapResponse]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Every bound of an endpoint. Sums at the defaults: about 18 MB of replies, 8 MB of bodies, 4 MB of observers."""
-
-    # A handler mostly waits for the journal; more at once than this only queue up there, so the rest is told 5.03.
-    max_handlers: int = 256
-    busy_retry_seconds: int = 5
-    # Notifications ask the same handler; a small pool of their own keeps a broadcast from pushing requests out.
-    max_notifiers: int = 16
-    # A farm has some thousand devices, each observing itself; one host may stand for all devices behind a router.
-    max_observers: int = 4096
-    max_observers_per_source: int = 1024
-    # Bodies in either direction. A batch of some hundred events; larger ones belong on HTTP.
-    max_body_bytes: int = 64 * 1024
-    # RFC 7959's largest block; with headers it fits every path without fragments.
-    block_bytes: int = 1024
-    # Errors go to peers nobody has authenticated, whose address may be forged: they must not multiply traffic.
-    max_error_bytes: int = 512
-    # Bodies under way, at most max_body_bytes each. A block that is not there 60 s after the one before, when a client
-    # has sent it five times, is not coming.
-    max_uploads: int = 64
-    max_downloads: int = 64
-    transfer_lifetime_seconds: float = 60.0
-    # De-duplication: EXCHANGE_LIFETIME (RFC 7252 4.8.2). The size covers 8 s at 2,000 requests/s, beyond the first two
-    # retransmissions; at the 50/s of a large farm it covers the whole lifetime.
-    max_exchanges: int = 16384
-    exchange_lifetime_seconds: float = 247.0
-    # Token bucket per host: 200/s lets the devices behind one router report every five seconds.
-    requests_per_second: float = 200.0
-    request_burst: int = 400
-    max_sources: int = 4096
-    # RFC 7252 4.8: the client sends again after 2 s, so the empty ACK leaves after one.
-    ack_delay_seconds: float = 1.0
-    ack_timeout_seconds: float = 2.0
-    ack_random_factor: float = 1.5
-    max_retransmits: int = 4
-    # Confirmable messages to peers that do not acknowledge; separate responses on top of it are sent once.
-    max_unacknowledged: int = 8192
-    # RFC 7641 4.5 asks for a confirmable notification at least every 24 hours; every tenth finds the dead much sooner.
-    confirm_every: int = 10
-    confirm_within_seconds: float = 86400.0
-
-    def first_backoff(self) -> Backoff:
-        factor = random.uniform(1.0, self.ack_random_factor)  # noqa: S311  spreads retransmissions, guards nothing
-        return Backoff(self.ack_timeout_seconds * factor, self.max_retransmits)
-
-    @property
-    def tick_seconds(self) -> float:
-        return min(self.ack_delay_seconds, self.ack_timeout_seconds) / 10
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counted since the start; `observers` is the number now."""
-
-    requests: int = 0  # well-formed, within the rate and seen for the first time
-    duplicates: int = 0
-    malformed: int = 0  # datagrams that are no request this server understands
-    refused_busy: int = 0
-    rate_limited: int = 0
-    observers: int = 0
-    notifications: int = 0
-    timeouts: int = 0  # confirmable messages given up
-    errors: int = 0  # exceptions of handlers and in handling datagrams
-
-
 @dataclass(slots=True, eq=False)
 class Exchange:
     """What is remembered of a request, so that its duplicate is answered and not handled."""
@@ -135,29 +62,9 @@ class Exchange:
     source: Source
     header: Header
     received_at: float
+    room: int  # the bytes that may be sent in answer to it
     acknowledged: bool = False
     answer: bytes | None = None
-
-
-class Rates:
-    """A token bucket per host."""
-
-    def __init__(self, limits: Limits, *, clock: Clock) -> None:
-        self._rate, self._burst, self._clock = limits.requests_per_second, limits.request_burst, clock
-        # A bucket is full again, and may be forgotten, after burst / rate seconds.
-        self.kept: ExpiringMap[str, tuple[float, float]] = ExpiringMap(
-            max_entries=limits.max_sources, lifetime_seconds=self._burst / self._rate, clock=clock
-        )
-
-    def wait_seconds(self, host: str) -> float:
-        """0 and one token less, or the time until there is a token."""
-        now = self._clock()
-        tokens, filled_at = self.kept.get(host) or (float(self._burst), now)
-        tokens = min(self._burst, tokens + (now - filled_at) * self._rate)
-        if tokens < 1:
-            return (1 - tokens) / self._rate
-        self.kept.put(host, (tokens - 1, now))
-        return 0.0
 
 
 class Endpoint:
@@ -183,6 +90,8 @@ class Endpoint:
         self._complained_at = -math.inf
         self._sequence = Sequence(clock)
         self._rates = Rates(limits, clock=clock)
+        self._proofs = Proofs(limits, clock=clock)
+        self._shares = Shares(most=limits.max_handlers_per_source)
         self._unanswered: dict[tuple[Source, int], Exchange] = {}  # confirmable, and their ACK not gone yet
 
         def kept(max_entries: int, lifetime_seconds: float) -> ExpiringMap[Any, Any]:
@@ -193,19 +102,9 @@ class Endpoint:
         self._downloads = Downloads(kept(limits.max_downloads, lifetime_seconds), block_bytes=limits.block_bytes)
         self._exchanges: ExpiringMap[tuple[Source, int], Exchange]
         self._exchanges = kept(limits.max_exchanges, limits.exchange_lifetime_seconds)
-        self._outgoing = Outgoing(
-            self._send,
-            first_backoff=limits.first_backoff,
-            max_unacknowledged=limits.max_unacknowledged,
-            clock=clock,
-        )
+        self._outgoing = Outgoing(self._send, limits=limits, clock=clock)
         self._notifications = Notifications(
-            self._outgoing,
-            represent=self._represent,
-            observers=Observers(max_observers=limits.max_observers, max_per_host=limits.max_observers_per_source),
-            confirmation=Confirmation(every=limits.confirm_every, within_seconds=limits.confirm_within_seconds),
-            max_notifiers=limits.max_notifiers,
-            clock=clock,
+            self._outgoing, represent=self._represent, proofs=self._proofs, limits=limits, clock=clock
         )
 
     @property
@@ -258,6 +157,10 @@ class Endpoint:
         """
         return self._notifications.notify(path)
 
+    def observations(self) -> list[CoapRequest]:
+        """The requests that observers registered with."""
+        return [each.message.to_request(body=b"", observe=True) for each in self._notifications.observers]
+
     # Datagrams in
 
     def _listen(self) -> None:
@@ -283,7 +186,7 @@ class Endpoint:
             self._counts.malformed += 1
             logger.debug("CoAP datagram from %s: %s", source, error)
             if error.reset is not None:
-                self._send(coap_codec.write_empty(Kind.RST, error.reset), source)
+                self._reset(source, error.reset)
         except Exception as error:  # noqa: BLE001  the listener outlives any datagram
             self._counts.errors += 1
             self._complain("CoAP datagram from %s failed: %r", source, error, exc_info=True)
@@ -292,13 +195,16 @@ class Endpoint:
         header = coap_codec.read_header(datagram)
         if header.is_request:
             self._request(header, datagram, source)
-        elif header.code == coap_codec.EMPTY and header.kind in (Kind.ACK, Kind.RST):
+        elif header.code != coap_codec.EMPTY:
+            raise header.malformed("a response to nothing this server asked")
+        elif header.kind is Kind.CON:
+            self._reset(source, header.mid)  # a ping
+        elif header.kind is not Kind.NON:
             self._notifications.settle(source, header.mid, reset=header.kind is Kind.RST)
-        else:  # a ping, or a response to nothing this server asked
-            if header.code != coap_codec.EMPTY:
-                raise header.malformed("not a request")
-            if header.kind is Kind.CON:
-                self._send(coap_codec.write_empty(Kind.RST, header.mid), source)
+
+    def _reset(self, source: Source, mid: int) -> None:
+        if not self._rates.wait_seconds(source[0]):
+            self._send(coap_codec.write_empty(Kind.RST, mid), source)
 
     def _request(self, header: Header, datagram: bytes, source: Source) -> None:
         wait_seconds = self._rates.wait_seconds(source[0])
@@ -308,27 +214,31 @@ class Endpoint:
             if not wait_seconds:  # a captured request sent again and again must not be answered without end
                 self._repeat(known)
             return
-        exchange = Exchange(source, header, self._clock())
+        room = self._proofs.room(source, received_bytes=len(datagram))
+        exchange = Exchange(source, header, self._clock(), room)
         if wait_seconds:
             self._counts.rate_limited += 1
-            self._reply(exchange, Reply(code=Code.TOO_MANY_REQUESTS, max_age=math.ceil(wait_seconds)))
+            self._refuse(exchange, Code.TOO_MANY_REQUESTS, "too many requests", retry_seconds=math.ceil(wait_seconds))
             return
         try:
             message = coap_codec.read_request(header, datagram, source=source)
         except Unacceptable as error:
             self._counts.malformed += 1
             if header.kind is Kind.CON or error.code is not Code.BAD_OPTION:  # RFC 7252 5.4.1: such a NON is ignored
-                self._reply(exchange, Reply(code=error.code, payload=str(error).encode()))
+                self._refuse(exchange, error.code, str(error))
             return
         self._counts.requests += 1
-        if self._handlers.full():
+        if self._handlers.full() or not self._shares.take(source[0]):
             self._counts.refused_busy += 1
-            self._reply(exchange, Reply(code=Code.UNAVAILABLE, max_age=self._limits.busy_retry_seconds))
+            self._refuse(exchange, Code.UNAVAILABLE, "busy", retry_seconds=self._limits.busy_retry_seconds)
             return
         self._exchanges.put((source, header.mid), exchange)
         if header.kind is Kind.CON:
             self._unanswered[source, header.mid] = exchange
         self._handlers.spawn(self._serve, message, exchange)
+
+    def _refuse(self, exchange: Exchange, code: Code, diagnostic: str, *, retry_seconds: int | None = None) -> None:
+        self._reply(exchange, Reply(code=code, payload=diagnostic.encode(), max_age=retry_seconds))
 
     def _repeat(self, exchange: Exchange) -> None:
         """A duplicate gets what its original got; one whose answer is still being made gets it when it is there."""
@@ -340,6 +250,12 @@ class Endpoint:
     # Requests: from message to reply
 
     def _serve(self, message: Message, exchange: Exchange) -> None:
+        try:
+            self._serve_one(message, exchange)
+        finally:
+            self._shares.give_back(exchange.source[0])
+
+    def _serve_one(self, message: Message, exchange: Exchange) -> None:
         observer = self._notifications.track(message) if self._concerns_observation(message) else None
         try:
             reply = self._answer(message, observe=observer is not None)
@@ -354,7 +270,7 @@ class Endpoint:
         elif not self._notifications.observers.is_current(observer):  # ended while the handler was at work
             reply = dataclasses.replace(reply, observe=None)
         self._reply(exchange, reply)
-        self._notifications.release(observer)
+        self._notifications.begin(observer)
 
     @staticmethod
     def _concerns_observation(message: Message) -> bool:
@@ -364,56 +280,73 @@ class Endpoint:
 
     def _answer(self, message: Message, *, observe: bool) -> Reply:
         if message.path == DISCOVERY_PATH:
-            return self._downloads.cut(message, self._discover(message))
-        reply = self._downloads.later_block(message)
-        if reply is not None:
-            return reply
-        body = self._uploads.add(message)
-        if isinstance(body, Reply):
-            return body
-        reply = self._represent(message, body=body, observe=observe)
+            return self._downloads.cut(message, self._discover(message), room=self._room(message))
+        held = self._downloads.held_for(message)
+        if held is not None:
+            return self._cut(message, held)
+        reply = self._first_look(message)
+        if reply is None:
+            body = self._uploads.add(message)
+            if isinstance(body, Reply):
+                return body
+            reply = self._represent(message, body=body, observe=observe)
         if message.block1 is not None:
             reply = dataclasses.replace(reply, block1=dataclasses.replace(message.block1, more=False))
         return reply
+
+    def _first_look(self, message: Message) -> Reply | None:
+        """The handler's answer to a block that others follow; None to gather them, which only the handler can allow."""
+        if message.block1 is None or not message.block1.more:
+            return None
+        response = self._call(message.to_request(body=message.payload, observe=False, more=True))
+        return None if response.code is Code.CONTINUE else self._reply_to(message, response)
 
     def _represent(self, message: Message, *, body: bytes = b"", observe: bool = True) -> Reply:
         """What the handler says now, cut to a block; it carries an Observe number if the observation is to last."""
         # Taken before the handler reads: of two answers made at the same time the one that read earlier must lose.
         sequence = self._sequence.next()
         response = self._call(message.to_request(body=body, observe=observe))
+        lasts = observe and response.observable and not response.code.is_error
+        return self._reply_to(message, response, observe=sequence if lasts else None)
+
+    def _reply_to(self, message: Message, response: CoapResponse, *, observe: int | None = None) -> Reply:
         reply = Reply(
             code=response.code,
             payload=bytes(response.payload),  # the codec writes nothing else unchanged
             content_format=response.content_format,
             max_age=response.max_age,
-            observe=sequence if observe and response.observable and not response.code.is_error else None,
+            observe=observe,
         )
-        return self._downloads.cut(message, reply)
+        return self._cut(message, reply.within(self._limits.max_error_bytes + OVERHEAD_BYTES))
+
+    def _cut(self, message: Message, reply: Reply) -> Reply:
+        if self._downloads.is_cramped(message, reply, room=self._room(message)):
+            self._ask_for_proof(message.source)
+        return self._downloads.cut(message, reply, room=self._room(message))
+
+    def _ask_for_proof(self, source: Source) -> None:
+        """Waits, but not for ever: an answer that is larger than its sender may be sent goes out in small blocks then."""
+        self._outgoing.ping(source)
+        self._proofs.wait(source, seconds=self._limits.ack_timeout_seconds)
+
+    def _room(self, message: Message) -> int:
+        return self._proofs.room(message.source, received_bytes=message.received_bytes)
 
     def _call(self, request: CoapRequest) -> CoapResponse:
         try:
-            return self._bounded(self._handler(request))
+            response = self._handler(request)
+            if not response.code.is_error and len(response.payload) > self._limits.max_body_bytes:
+                raise ValueError(f"the handler answered with {len(response.payload)} bytes")
+            return response
         except (Exception, gevent.Timeout) as error:  # noqa: BLE001  the handler is the application's
             self._fail(request, error)
             return CoapResponse(code=Code.INTERNAL_ERROR, payload=b"internal error")
 
-    def _bounded(self, response: CoapResponse) -> CoapResponse:
-        if not response.code.is_error:
-            if len(response.payload) > self._limits.max_body_bytes:
-                raise ValueError(f"the handler answered with {len(response.payload)} bytes")
-            return response
-        if len(response.payload) <= self._limits.max_error_bytes:
-            return response
-        if response.content_format is not None:  # half a document is worth less than none
-            return dataclasses.replace(response, payload=b"", content_format=None)
-        text = response.payload[: self._limits.max_error_bytes].decode("utf-8", "ignore")
-        return dataclasses.replace(response, payload=text.encode())
-
     def _discover(self, message: Message) -> Reply:
         if not message.is_get:
-            return Reply(code=Code.METHOD_NOT_ALLOWED)
+            return Reply(code=Code.METHOD_NOT_ALLOWED, payload=b"use GET")
         if message.accept not in (None, LINK_FORMAT):
-            return Reply(code=Code.NOT_ACCEPTABLE)
+            return Reply(code=Code.NOT_ACCEPTABLE, payload=b"there is only link format (40)")
         return Reply(code=Code.CONTENT, payload=self._links.encode(), content_format=LINK_FORMAT)
 
     # Datagrams out
@@ -422,11 +355,12 @@ class Endpoint:
         """Piggybacked in the ACK if that is not gone yet, else a message of its own, confirmable like the request."""
         source, header = exchange.source, exchange.header
         self._unanswered.pop((source, header.mid), None)
+        reply = reply.within(exchange.room)
         if header.kind is Kind.CON and not exchange.acknowledged:
             exchange.answer = coap_codec.write_reply(reply, kind=Kind.ACK, mid=header.mid, token=header.token)
             self._send(exchange.answer, source)
             return
-        self._outgoing.send(reply, kind=header.kind, peer=(source, header.token))
+        self._outgoing.send(reply, kind=header.kind, peer=(source, header.token), room=exchange.room)
 
     def _keep_time(self) -> None:
         while True:
@@ -447,7 +381,8 @@ class Endpoint:
             del self._unanswered[key]
         for transmission in self._outgoing.due(now):
             self._notifications.repeat(transmission, now=now)
-        for kept in (self._exchanges, self._uploads.kept, self._downloads.kept, self._rates.kept):
+        self._notifications.refresh(now=now)
+        for kept in (self._exchanges, self._uploads.kept, self._downloads.kept, self._rates.kept, self._proofs.kept):
             kept.expire()
         self._notifications.notified.expire()
 

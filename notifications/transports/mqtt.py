@@ -38,7 +38,7 @@ from notifications.transports.mqtt_reports import REPORTS, Reports
 
 log = logging.getLogger(__name__)
 # Publications that the broker has not acknowledged, unless it allows fewer: Mosquitto allows 20 as it comes.
-MAXIMUM_IN_FLIGHT = 100
+MAXIMUM_IN_FLIGHT = 500
 # Messages that have not been delivered yet; with the broker away the next one is refused at once, otherwise after a while.
 MAXIMUM_WAITING = 1_000
 WAIT_FOR_ROOM_SECONDS = 5.0

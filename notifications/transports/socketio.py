@@ -164,6 +164,15 @@ class SocketIoTransport:
         self._server.leave_room(sid, room)
         return {"ok": True}
 
+    def watched_variables(self) -> set[str]:
+        """The uuids of the variables in whose room somebody is."""
+        rooms = {room for session in self._sessions.values() for room in session.rooms}
+        return {room.removeprefix(_TELEMETRY) for room in rooms if room.startswith(_TELEMETRY)}
+
+    def tell_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None:
+        """Live readings of a variable, to those in its room. Not part of the notifications that can be resumed."""
+        self._server.emit(event, body, to=_TELEMETRY + variable_uuid)
+
     def _enter(self, sid: str, session: Session, room: str, organization: str) -> None:
         session.rooms[room] = organization
         self._server.enter_room(sid, room)

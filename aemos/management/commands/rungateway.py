@@ -62,11 +62,10 @@ class Command(BaseCommand):
             for protocol in _TITLES
             if not self._is_off(protocol, options[f"no_{protocol}"])
         ]
-        if all(transport.protocol is not Protocol.MQTT for transport in transports):
-            return transports, {}
-        from notifications.broker_sync import BrokerSync
-
-        return transports, {"broker accounts": BrokerSync().run}
+        companions: dict[str, Companion] = {}
+        for transport in transports:
+            companions |= _companions(transport)
+        return transports, companions
 
     def _keep_refusals(self) -> None:
         """Refusals of the last moment still wait in this process."""
@@ -100,6 +99,19 @@ def _transport(protocol: Protocol, ingest: Ingest) -> Transport:
     from notifications.transports.mqtt import MqttTransport
 
     return MqttTransport(ingest=ingest)
+
+
+def _companions(transport: Transport) -> dict[str, Companion]:
+    """What runs beside a transport."""
+    if transport.protocol is Protocol.MQTT:
+        from notifications.broker_sync import BrokerSync
+
+        return {"broker accounts": BrokerSync().run}
+    if transport.protocol is Protocol.SOCKETIO:
+        from notifications.live import LiveReadings
+
+        return {"live readings": LiveReadings(transport).run}  # type: ignore[arg-type]  # the one that has an audience
+    return {}
 
 
 def _where(transport: Transport) -> str:

@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from devices import commands
-from notifications import outbox
+from notifications import outbox, overdue
+from notifications import retention as history
 from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,12 @@ DUTIES: tuple[Callable[[], object], ...] = (
     recovery.reissue_lost_tickets,
     outbox.sweep,
     commands.expire_overdue,
+    overdue.settle,
     backpressure.keep_watch,
     replay.queue_steps,
     alarms.calm_down,
     retention.delete_expired,
+    history.delete_expired,
 )
 
 

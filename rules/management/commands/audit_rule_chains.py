@@ -6,6 +6,8 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from django.core.exceptions import ValidationError
@@ -56,11 +58,17 @@ class Command(BaseCommand):
             raise CommandError(f"{wrong:,} of {number:,} chains have problems.")
 
     def _judged(self, chains: QuerySet[RuleChain], number: int) -> Iterator[Finding]:
-        for done, chain in enumerate(chains.iterator(chunk_size=CHUNK), start=1):
-            nodes = list(chain.nodes.all())
-            problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
-            yield Finding(chain=chain, problems=problems, warnings=warnings.warnings_of(chain, nodes))
-            self._draw(done, of=number)
+        done = 0
+        for organization_id, own in groupby(chains.iterator(chunk_size=CHUNK), key=attrgetter("organization_id")):
+            everyone = warnings.Everyone(organization_id)
+            for chain in own:
+                done += 1
+                nodes = list(chain.nodes.all())
+                problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
+                yield Finding(
+                    chain=chain, problems=problems, warnings=warnings.warnings_of(chain, nodes, rivals=everyone)
+                )
+                self._draw(done, of=number)
 
     def _draw(self, done: int, *, of: int) -> None:
         """On standard error, so that JSON can be piped."""
@@ -76,7 +84,7 @@ class Command(BaseCommand):
 
 def _chains(organization: str | None) -> QuerySet[RuleChain]:
     chains = RuleChain.objects.select_related("organization").prefetch_related("nodes")
-    rows = chains.order_by("organization__name", "name", "pk")
+    rows = chains.order_by("organization__name", "organization_id", "name")
     if not organization:
         return rows
     try:

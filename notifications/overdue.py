@@ -1,0 +1,88 @@
+"""Deliveries that wait for too long: what the broker's stream has lost is published again, what is too late expires."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from django.conf import settings
+from django.utils import timezone
+from redis.exceptions import ResponseError
+
+from aemos.lib import keys, metrics, redis
+from notifications import outbox
+from notifications.messages import Protocol
+from notifications.models import Delivery, Notification
+
+log = logging.getLogger(__name__)
+EVERY_SECONDS = 10
+CHUNK_ROWS = 1_000
+CHUNKS_PER_TURN = 5
+# Before, a gateway may still have the message; it also covers clocks that differ.
+LOST_AGE = timedelta(seconds=60)
+
+
+def settle(now: datetime | None = None) -> int:
+    """Looks every ten seconds, whoever leads; returns how many were published again or expired. Raises RedisError."""
+    if not redis.client().set(keys.OVERDUE_SEEN, "1", nx=True, ex=EVERY_SECONDS):
+        return 0
+    now = now or timezone.now()
+    return publish_lost(now) + expire(now)
+
+
+def publish_lost(now: datetime) -> int:
+    """Publishes again what was published for the broker, is not delivered, and is not in the stream any more.
+
+    The stream is lost with an emptied Redis, or cut off when a broker was away for very long. The other protocols told
+    their clients long ago, or had none to tell.
+    """
+    if not settings.MQTT_ENABLED:
+        return 0
+    begin, end = _span_of_stream()
+    before = min(begin, now - LOST_AGE)
+    waiting = Delivery.objects.filter(protocol=Protocol.MQTT, state=Delivery.State.PENDING)
+    lost = Notification.objects.filter(deliveries__in=waiting)
+    # Also what Redis forgot at the end, when it came back with less than it had.
+    lost = lost.filter(published_at__lt=before) | lost.filter(
+        published_at__gt=end + LOST_AGE, published_at__lt=now - LOST_AGE
+    )
+    rows = outbox.oldest(outbox.unexpired(lost, now=now))
+    if rows:
+        log.warning("%d notifications for the broker are not in the stream any more and are published again", len(rows))
+    return outbox.publish_late(rows, protocols=(Protocol.MQTT,))
+
+
+def _span_of_stream() -> tuple[datetime, datetime]:
+    """When its oldest entry and the newest that it ever held were written; far in the future and the past without any."""
+    try:
+        information: Any = redis.client().xinfo_stream(keys.NOTIFICATIONS)
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return datetime.max.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC) - LOST_AGE
+    first = information["first-entry"]
+    begin = _moment(first[0]) if first else datetime.max.replace(tzinfo=UTC)
+    return begin, _moment(information["last-generated-id"])
+
+
+def _moment(entry_id: bytes) -> datetime:
+    return datetime.fromtimestamp(int(entry_id.partition(b"-")[0]) / 1000, UTC)
+
+
+def expire(now: datetime) -> int:
+    """Marks deliveries that are pending beyond their time, as with a protocol that no gateway serves; returns how many."""
+    marked = 0
+    for _ in range(CHUNKS_PER_TURN):
+        overdue = Delivery.objects.filter(state=Delivery.State.PENDING, notification__expires_at__lte=now)
+        found = dict(overdue.values_list("id", "protocol")[:CHUNK_ROWS])
+        marked += Delivery.objects.filter(id__in=found, state=Delivery.State.PENDING).update(
+            state=Delivery.State.EXPIRED, updated_at=now
+        )
+        for protocol in found.values():
+            metrics.NOTIFICATIONS_SENT.labels(protocol, Delivery.State.EXPIRED.value).inc()
+        if len(found) < CHUNK_ROWS:
+            break
+    if marked:
+        log.warning("%d deliveries have expired before a gateway could make them", marked)
+    return marked

@@ -1,0 +1,87 @@
+"""Live readings on their way to people: what a worker has stored in, what somebody watches out on a Redis channel.
+
+This is for looking on, not a promise: nothing is kept, and what a gateway misses is in the readings. While nobody watches
+it costs a look at Redis once a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container, Sequence
+from functools import cache
+
+import msgspec
+from redis.exceptions import RedisError
+
+from aemos.lib import keys, metrics, redis
+
+log = logging.getLogger(__name__)
+REFRESH_SECONDS = 1.0
+# A gateway says again what it wants well before; one that died is forgotten then.
+WANTED_SECONDS = 30.0
+
+# Variable id, timestamp in us, and the number or the text that was measured.
+Reading = tuple[int, int, float | None, str | None]
+_encode = msgspec.msgpack.Encoder().encode
+_decoder = msgspec.msgpack.Decoder(list[Reading])
+
+
+class Wanted:
+    """The ids of the variables that somebody watches, at most a second old."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_at = float("-inf")
+        self._ids: frozenset[int] = frozenset()
+
+    def ids(self) -> frozenset[int]:
+        """As they were when Redis last answered: that it does not is for others to say."""
+        if self._clock() - self._looked_at >= REFRESH_SECONDS:
+            self._looked_at = self._clock()
+            try:
+                self._ids = frozenset(map(int, redis.client().zrange(keys.TELEMETRY_WANTED, 0, -1)))
+            except RedisError as error:
+                log.debug("Nobody knows who watches: %s", redis.explain(error))
+        return self._ids
+
+
+@cache
+def shared() -> Wanted:
+    return Wanted()
+
+
+def choose(rows: Sequence[Reading], new: Container[tuple[int, int]], *, wanted: frozenset[int]) -> list[Reading]:
+    """The rows that somebody watches and whose (variable id, timestamp) is among the new ones, each once."""
+    if not wanted:
+        return []
+    chosen = {row[:2]: row for row in rows if row[0] in wanted}
+    return [row for key, row in chosen.items() if key in new]
+
+
+def tell(rows: Sequence[Reading]) -> None:
+    """After the commit. Without Redis they are counted as lost, and nobody waits."""
+    if not rows:
+        return
+    try:
+        redis.client().publish(keys.TELEMETRY, _encode([tuple(row) for row in rows]))
+    except RedisError as error:
+        metrics.LIVE_READINGS.labels("lost").inc(len(rows))
+        log.warning("%d live readings were not told: %s", len(rows), redis.explain(error))
+        return
+    metrics.LIVE_READINGS.labels("published").inc(len(rows))
+
+
+def decode(data: bytes) -> list[Reading]:
+    """msgspec.MsgspecError when the bytes are no readings."""
+    return _decoder.decode(data)
+
+
+def want(ids: Sequence[int], *, now: float) -> None:
+    """A gateway's clients watch these variables; to be said again within WANTED_SECONDS. Raises RedisError."""
+    with redis.client().pipeline(transaction=False) as pipeline:
+        pipeline.zremrangebyscore(keys.TELEMETRY_WANTED, "-inf", now)
+        if ids:
+            pipeline.zadd(keys.TELEMETRY_WANTED, dict.fromkeys(map(str, ids), now + WANTED_SECONDS))
+            pipeline.expire(keys.TELEMETRY_WANTED, int(WANTED_SECONDS))
+        pipeline.execute()
