@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,13 @@ MQTT_USERNAME = _env.text("MQTT_USERNAME", "aemos-gateway")
 MQTT_PASSWORD = _env.secret("MQTT_PASSWORD")
 MQTT_TLS = _env.flag("MQTT_TLS", default=False)
 MQTT_CA_FILE = _env.text("MQTT_CA_FILE")
+MQTT_CERT_FILE = _env.text("MQTT_CERT_FILE")
+MQTT_KEY_FILE = _env.text("MQTT_KEY_FILE")
+COMMAND_EXPIRY_SECONDS = _env.integer("COMMAND_EXPIRY_SECONDS", 300, minimum=10)
 SOCKETIO_HOST = _env.text("SOCKETIO_HOST", "127.0.0.1")
 SOCKETIO_PORT = _env.integer("SOCKETIO_PORT", 3001, maximum=65535)
 SOCKETIO_ORIGINS = _env.words("SOCKETIO_ORIGINS")
+GATEWAY_NAME = _env.text("GATEWAY_NAME", f"{socket.gethostname()}-{SOCKETIO_PORT}")
 COAP_HOST = _env.text("COAP_HOST", "127.0.0.1")
 COAP_PORT = _env.integer("COAP_PORT", 5683, maximum=65535)
 COAP_MAX_AGE = _env.integer("COAP_MAX_AGE", 60, minimum=10, maximum=86_400)

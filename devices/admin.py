@@ -12,6 +12,7 @@ from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.html import format_html
+from django.utils.timesince import timesince
 
 from devices.models import (
     Device,
@@ -92,11 +93,20 @@ class VariableAdmin(ScopedAdmin):
         return format_html('<a href="{}?variable__id__exact={}">readings</a>', url, row.pk)
 
 
+@admin.display(description="differs for", empty_value="-")
+def differs_for(row: DeviceState) -> str | None:
+    """How long the device has said something else than it should."""
+    return timesince(row.differs_since) if row.differs_since else None
+
+
+STATE_VALUES: tuple[Any, ...] = ("value", "changed_at", "reported_value", "reported_at", differs_for)
+
+
 class DeviceStateInline(TabularInline):
     model = DeviceState
     extra = 1
-    fields = ("name", "datatype", "allowed_values", "value", "changed_at", "uuid")
-    readonly_fields = ("value", "changed_at", "uuid")
+    fields = ("name", "datatype", "allowed_values", *STATE_VALUES, "uuid")
+    readonly_fields = (*STATE_VALUES, "uuid")
     formfield_overrides = {
         DeviceState._meta.get_field("allowed_values").__class__: {"widget": forms.Textarea(attrs={"rows": 2})}
     }
@@ -105,8 +115,9 @@ class DeviceStateInline(TabularInline):
 @admin.register(Device)
 class DeviceAdmin(ScopedAdmin):
     resource = "devices"
-    list_display = ("name", "organization", "uuid", "created_at")
-    list_filter = (OrganizationListFilter,)
+    readonly_fields = ("uuid", "connected", "connection_changed_at", "last_seen_at", "created_at")
+    list_display = ("name", "organization", "connected", "connection_changed_at", "last_seen_at", "uuid")
+    list_filter = ("connected", OrganizationListFilter)
     list_select_related = ("organization",)
     autocomplete_fields = ("organization",)
     inlines = (DeviceStateInline,)
@@ -118,9 +129,9 @@ class DeviceStateAdmin(ScopedAdmin):
     organization_path = "device__organization"
     uuid_paths = ("uuid", "device__uuid")
     fixed = ("device",)
-    readonly_fields = ("uuid", "created_at", "value", "changed_at")
-    list_display = ("name", "device", "datatype", "allowed_values", "value", "changed_at", "uuid")
-    list_filter = ("datatype", OrganizationListFilter)
+    readonly_fields = ("uuid", "created_at", *STATE_VALUES)
+    list_display = ("name", "device", "datatype", "allowed_values", *STATE_VALUES, "uuid")
+    list_filter = ("datatype", ("differs_since", admin.EmptyFieldListFilter), OrganizationListFilter)
     list_select_related = ("device__organization",)
     search_fields = ("name", "device__name")
     autocomplete_fields = ("device",)
@@ -215,7 +226,7 @@ class StateChangeAdmin(RecordAdmin):
     resource = "state-changes"
     organization_path = "state__device__organization"
     uuid_paths = ("uuid", "state__uuid", "state__device__uuid")
-    list_display = ("timestamp", "state", "previous", "value", "source", "actor")
-    list_filter = ("source", OrganizationListFilter)
+    list_display = ("timestamp", "state", "previous", "value", "source", "actor", "command_state", "settled_at")
+    list_filter = ("source", "command_state", OrganizationListFilter)
     list_select_related = ("state__device",)
     search_fields = ("state__name", "state__device__name", "actor")

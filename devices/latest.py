@@ -117,10 +117,10 @@ def _readings(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Lat
 
 
 def _states(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:
-    rows = DeviceState.objects.filter(device__uuid__in=uuids, name__in=names).exclude(changed_at=None)
-    for uuid, name, value, changed_at in rows.values_list("device__uuid", "name", "value", "changed_at"):
-        if changed_at is not None:
-            yield uuid, name, Latest(value, _microseconds(changed_at))
+    for row in DeviceState.objects.filter(device__uuid__in=uuids, name__in=names).select_related("device"):
+        value, said_at = row.newest
+        if said_at is not None:
+            yield row.device.uuid, row.name, Latest(value, _microseconds(said_at))
 
 
 def _microseconds(moment: datetime) -> int:

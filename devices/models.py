@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from typing import ClassVar
+from datetime import datetime
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
@@ -92,6 +93,10 @@ class Device(Identified):
 
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="devices")
     name = models.CharField(max_length=200)
+    # What the device, or for it the broker, said last. None: it has never said.
+    connected = models.BooleanField(null=True, blank=True, editable=False)
+    connection_changed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    last_seen_at = models.DateTimeField(null=True, blank=True, editable=False)
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["organization", "name"], name="device_name_in_organization")]
@@ -102,7 +107,10 @@ class Device(Identified):
 
 
 class DeviceState(Identified):
-    """One switchable property of a device and the value it should have now."""
+    """One switchable property of a device: the value it should have (`value`), and the one that the device reports.
+
+    A report never changes the wish: a pump that says "off" although it should be on is seen as one that differs.
+    """
 
     device = models.ForeignKey(Device, on_delete=models.CASCADE, related_name="states")
     name = models.CharField(max_length=100)
@@ -112,6 +120,14 @@ class DeviceState(Identified):
     )
     value = models.JSONField(null=True, blank=True, editable=False)
     changed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    # The StateChange that the value comes from: the id that the device knows the command by.
+    command_uuid = models.UUIDField(null=True, blank=True, editable=False)
+    reported_value = models.JSONField(null=True, blank=True, editable=False)
+    reported_at = models.DateTimeField(null=True, blank=True, editable=False)
+    differs_since = models.DateTimeField(null=True, blank=True, editable=False)
+
+    # What `wish` and `report` set.
+    VALUE_FIELDS: ClassVar = ("value", "changed_at", "command_uuid", "reported_value", "reported_at", "differs_since")
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["device", "name"], name="state_name_in_device")]
@@ -127,6 +143,37 @@ class DeviceState(Identified):
             problem = value_problem(value, self.datatype)
             if problem:
                 raise ValidationError({"allowed_values": f"item {index}: {problem}"})
+
+    @property
+    def newest(self) -> tuple[Any, datetime | None]:
+        """The last word about the state, and when it was said: by whoever wants it changed, or by the device."""
+        if self.reported_at is not None and (self.changed_at is None or self.reported_at > self.changed_at):
+            return self.reported_value, self.reported_at
+        return self.value, self.changed_at
+
+    @property
+    def differs(self) -> bool | None:
+        """Whether the device says something else than it should; None while one of the two is not known."""
+        if self.changed_at is None or self.reported_at is None:
+            return None
+        return bool(self.value != self.reported_value)
+
+    def wish(self, value: Any, *, at: datetime, command_uuid: uuid.UUID) -> None:
+        """Sets what the state should be. Saving is the caller's."""
+        self.value, self.changed_at, self.command_uuid = value, at, command_uuid
+        self._compare()
+
+    def report(self, value: Any, *, at: datetime) -> bool:
+        """Sets what the device says, unless it has said something newer; True when it was set. Saving is the caller's."""
+        if self.reported_at is not None and self.reported_at > at:
+            return False
+        self.reported_value, self.reported_at = value, at
+        self._compare()
+        return True
+
+    def _compare(self) -> None:
+        _, since = self.newest
+        self.differs_since = (self.differs_since or since) if self.differs else None
 
     def problem_with(self, value: object) -> str:
         """Why the state cannot take the value, as the end of a sentence; empty when it can."""
@@ -209,12 +256,23 @@ class Reading(models.Model):
 
 
 class StateChange(models.Model):
-    """One change of a device's state: who or what, from which value to which. The effect key makes it happen once."""
+    """One change of a device's state: who or what, from which value to which. The effect key makes it happen once.
+
+    A change that a rule or a person wishes is a command to the device, and its row says how far that has come.
+    """
 
     class Source(models.TextChoices):
         RULE = "rule"
         PERSON = "person"
         DEVICE = "device"
+
+    class CommandState(models.TextChoices):
+        QUEUED = "queued", "queued: no gateway has sent it yet"
+        SENT = "sent", "sent: the broker has it"
+        ACKNOWLEDGED = "acknowledged", "acknowledged by the device"
+        APPLIED = "applied", "applied: the device says that it is so"
+        FAILED = "failed", "failed: the device says that it cannot"
+        EXPIRED = "expired", "expired: not sent, or not acknowledged, in time"
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     effect_key = models.CharField(max_length=200, unique=True)
@@ -224,9 +282,25 @@ class StateChange(models.Model):
     source = models.CharField(max_length=10, choices=Source.choices)
     actor = models.CharField(max_length=200, help_text="The rule chain and node, the user name, or the token prefix.")
     timestamp = models.DateTimeField(db_index=True)
+    command_state = models.CharField(
+        max_length=12, choices=CommandState.choices, blank=True, help_text="Empty for what the device itself reported."
+    )
+    deadline = models.DateTimeField(null=True, blank=True, help_text="The command is not sent after this.")
+    sent_at = models.DateTimeField(null=True, blank=True)
+    acknowledged_at = models.DateTimeField(null=True, blank=True)
+    settled_at = models.DateTimeField(null=True, blank=True, help_text="When it was applied, failed or expired.")
+    command_error = models.CharField(max_length=500, blank=True)
 
     class Meta:
         ordering = ["-timestamp", "-id"]
+        # Asked every second by the scheduler for commands that are overdue: almost always none.
+        indexes = [
+            models.Index(
+                fields=["deadline"],
+                condition=models.Q(command_state__in=["queued", "sent"]),
+                name="commands_under_way",
+            )
+        ]
 
     def __str__(self) -> str:
         return f"{self.state}: {self.previous!r} -> {self.value!r}"

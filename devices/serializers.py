@@ -227,7 +227,16 @@ class DeviceSerializer(CamelCaseSerializer[Device]):
 
     class Meta:
         model = Device
-        fields = ["uuid", "organization", "name", "created_at"]
+        fields = [
+            "uuid",
+            "organization",
+            "name",
+            "connected",
+            "connection_changed_at",
+            "last_seen_at",
+            "created_at",
+        ]
+        read_only_fields = ["connected", "connection_changed_at", "last_seen_at"]
         immutable = ["organization"]
 
 
@@ -242,15 +251,33 @@ class ValueField(serializers.JSONField):
 
 
 class DeviceStateSerializer(CamelCaseSerializer[DeviceState]):
-    """One switchable property of a device; its value is set by POST /device-state-instances and by rules."""
+    """One switchable property of a device. `value` is what it should be, set by POST /device-state-instances and by rules;
+    `reportedValue` is what the device says. `differs` is null while one of the two is not known.
+    """
 
     device = ScopedField[Device](queryset=Device.objects.select_related("organization"))
     allowed_values = ValueListField(required=False)
     value = ValueField(read_only=True)
+    reported_value = ValueField(read_only=True)
+    differs = serializers.BooleanField(read_only=True, allow_null=True)
 
     class Meta:
         model = DeviceState
-        fields = ["uuid", "device", "name", "datatype", "allowed_values", "value", "changed_at", "created_at"]
+        fields = [
+            "uuid",
+            "device",
+            "name",
+            "datatype",
+            "allowed_values",
+            "value",
+            "changed_at",
+            "reported_value",
+            "reported_at",
+            "differs",
+            "differs_since",
+            "created_at",
+        ]
+        read_only_fields = ["reported_at", "differs_since"]
         immutable = ["device"]
 
 
@@ -330,15 +357,46 @@ class ReadingSerializer(serializers.ModelSerializer[Reading]):
         return row.value
 
 
+class CommandSerializer(CamelCaseSerializer[StateChange]):
+    """How far a command to a device has come, and when it got there."""
+
+    class Meta:
+        model = StateChange
+        fields = ["state", "deadline", "sent_at", "acknowledged_at", "settled_at", "error"]
+
+    state = serializers.ChoiceField(source="command_state", choices=StateChange.CommandState.choices)
+    error = serializers.CharField(source="command_error")
+
+
+@extend_schema_field(CommandSerializer(allow_null=True))
+class CommandField(serializers.Field[Any, Any, Any, Any]):
+    """Null for what the device itself reported, which commands nothing."""
+
+    def to_representation(self, row: StateChange) -> dict[str, Any] | None:
+        return CommandSerializer(row).data if row.command_state else None
+
+
 class StateChangeSerializer(serializers.ModelSerializer[StateChange]):
-    """One change of a device's state."""
+    """One change of a device's state, and how far its command has come."""
 
     device = serializers.UUIDField(source="state.device.uuid")
     state = serializers.UUIDField(source="state.uuid")
     stateName = serializers.CharField(source="state.name")  # noqa: N815  the API speaks camelCase
     value = ValueField()
     previous = ValueField()
+    command = CommandField(source="*")
 
     class Meta:
         model = StateChange
-        fields = ["uuid", "device", "state", "stateName", "value", "previous", "source", "actor", "timestamp"]
+        fields = [
+            "uuid",
+            "device",
+            "state",
+            "stateName",
+            "value",
+            "previous",
+            "source",
+            "actor",
+            "timestamp",
+            "command",
+        ]

@@ -159,18 +159,25 @@ class VariableViewSet(EditViewSet[Variable]):
     filterset_class = VariableFilter
 
 
+class DeviceFilter(OrganizationFilter):
+    connected = BooleanFilter()
+
+
 class DeviceViewSet(EditViewSet[Device]):
     """What acts."""
 
     resource = "devices"
     queryset = Device.objects.select_related("organization")
     serializer_class = DeviceSerializer
-    filterset_class = OrganizationFilter
+    filterset_class = DeviceFilter
 
 
 class DeviceStateFilter(FilterSet):
     device = by_uuid("device")
     name = CharFilter()
+    differs = BooleanFilter(
+        field_name="differs_since", lookup_expr="isnull", exclude=True, label="another value reported"
+    )
 
 
 class DeviceStateViewSet(EditViewSet[DeviceState]):
@@ -262,10 +269,11 @@ class StateChangeFilter(FilterSet):
     device = by_uuid("state__device")
     state = by_uuid("state")
     source = ChoiceFilter(choices=StateChange.Source.choices)
+    commandState = ChoiceFilter(field_name="command_state", choices=StateChange.CommandState.choices)  # noqa: N815
 
 
 class StateChangeViewSet(ReadViewSet[StateChange]):
-    """Who or what switched which state, newest first."""
+    """Who or what switched which state, newest first, and how far each command to the device has come."""
 
     resource = "state-changes"
     organization_path = "state__device__organization"

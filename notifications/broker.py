@@ -162,11 +162,7 @@ class Connection:
         """Begins to connect; returns at once. OSError when the certificates cannot be read."""
         self._state = ""
         if settings.MQTT_TLS and not self._has_tls:
-            try:
-                self.client.tls_set(ca_certs=settings.MQTT_CA_FILE or None)
-            except OSError as error:
-                raise OSError(error.errno, f"MQTT_CA_FILE {settings.MQTT_CA_FILE}: {error.strerror}") from None
-            self._has_tls = True
+            self._set_tls()
         self.client.connect_async(
             settings.MQTT_HOST,
             settings.MQTT_PORT,
@@ -175,6 +171,16 @@ class Connection:
             properties=self._session.properties,
         )
         self.client.loop_start()
+
+    def _set_tls(self) -> None:
+        own = (settings.MQTT_CERT_FILE or None, settings.MQTT_KEY_FILE or None)
+        try:
+            self.client.tls_set(settings.MQTT_CA_FILE or None, *own)
+        except (OSError, ValueError) as error:
+            files = ", ".join(name for name in (settings.MQTT_CA_FILE, *own) if name)
+            text = f"MQTT_CA_FILE, MQTT_CERT_FILE, MQTT_KEY_FILE ({files}): {error}"
+            raise OSError(getattr(error, "errno", None) or 0, text) from None
+        self._has_tls = True
 
     def revive(self) -> None:
         """Starts the network thread again if something nobody foresaw has ended it. To be called now and then."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -24,7 +25,7 @@ from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from devices import tokens
 from devices.models import CatalogueVersion, DeviceToken
-from notifications import broker, topics
+from notifications import broker, connections, topics
 from notifications.broker import BrokerAway, BrokerError, Command, CommandFailed, DynamicSecurity, Sparingly
 from notifications.models import BrokerAccount
 
@@ -72,12 +73,36 @@ def _always() -> None:
     """Nothing stands in the way of the next batch."""
 
 
-def sync_once(*, timeout_seconds: float = 10.0) -> Changes:
-    """Brings the broker in step over a connection of its own. Raises BrokerError."""
+@contextmanager
+def connected(*, timeout_seconds: float = 10.0) -> Iterator[DynamicSecurity]:
+    """A connection of its own to the broker's accounts. Raises BrokerAway."""
     with DynamicSecurity() as security:
         if not security.ready.wait(timeout_seconds):
             raise BrokerAway(f"the MQTT broker cannot be used within {timeout_seconds:g} s")
+        yield security
+
+
+def sync_once(*, timeout_seconds: float = 10.0) -> Changes:
+    """Brings the broker in step over a connection of its own. Raises BrokerError."""
+    with connected(timeout_seconds=timeout_seconds) as security:
         return verify(security)
+
+
+def difference(security: DynamicSecurity) -> Changes:
+    """What `verify` would do, counted; changes nothing. Raises BrokerError."""
+    clients, roles = security.clients(), security.roles()
+    accounts = set(BrokerAccount.objects.values_list("username", flat=True))
+    live = {
+        prefix: topics.role_name(str(sensor or device))
+        for prefix, sensor, device in DeviceToken.objects.live().values_list("prefix", "sensor__uuid", "device__uuid")
+    }
+    missing = [
+        username
+        for username, role in live.items()
+        if username not in accounts or role not in clients.get(username, ()) or role not in roles
+    ]
+    of_devices = {name for name, held in clients.items() if any(map(topics.is_role_of_an_originator, held))}
+    return Changes(created=len(missing), removed=len((accounts | of_devices) - live.keys()))
 
 
 def verify(security: DynamicSecurity, *, before_batch: Callable[[], None] = _always) -> Changes:
@@ -173,6 +198,7 @@ def _remove(security: DynamicSecurity, accounts: Sequence[BrokerAccount]) -> Cha
     others = others.exclude(username__in=[account.username for account in gone])
     unused = originators - set(others.values_list("originator_uuid", flat=True))
     _delete_roles(security, [topics.role_name(str(uuid)) for uuid in unused])
+    connections.end(unused)
     BrokerAccount.objects.filter(username__in=[account.username for account in gone]).delete()
     return Changes(removed=len(gone), failed=len(problems))
 

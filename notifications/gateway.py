@@ -23,6 +23,7 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.leader import Leader
 from notifications import messages
 from notifications.backlog import Backlog, Item
 from notifications.deliveries import Deliveries, Outcome, State
@@ -31,7 +32,7 @@ from notifications.stream import READ_COUNT, Cursor, Entry, FanOutCursor, GroupC
 from notifications.transports.base import Transport, TransportError
 
 log = logging.getLogger(__name__)
-# Delivered once among all gateways, kept in the stream until the transport says so.
+# Delivered by one gateway among all, kept in the stream until the transport says so.
 SHARED_PROTOCOLS = frozenset({Protocol.MQTT})
 # Its clients resume at a position of the stream.
 IN_ORDER = frozenset({Protocol.SOCKETIO})
@@ -103,7 +104,7 @@ class Gateway:
         self._lanes = [
             Lane(
                 transport,
-                _cursor(transport.protocol, shared_protocols),
+                _cursor(transport, shared_protocols),
                 Backlog(in_order=transport.protocol in IN_ORDER),
             )
             for transport in transports
@@ -319,9 +320,14 @@ class Gateway:
         self._redis_away = False
 
 
-def _cursor(protocol: Protocol, shared_protocols: Collection[Protocol]) -> Cursor:
-    if protocol in shared_protocols:
-        return GroupCursor(redis.blocking_client(), group=keys.NOTIFICATIONS_MQTT_GROUP)
+def _cursor(transport: Transport, shared_protocols: Collection[Protocol]) -> Cursor:
+    if transport.protocol in shared_protocols:
+        return GroupCursor(
+            redis.blocking_client(),
+            group=keys.NOTIFICATIONS_MQTT_GROUP,
+            leader=Leader(keys.MQTT_PUBLISHER_LEADER),
+            on_lead=getattr(transport, "lead", lambda _: None),
+        )
     return FanOutCursor(redis.blocking_client())
 
 

@@ -18,6 +18,7 @@ class Protocol(StrEnum):
 ALL_PROTOCOLS = (Protocol.SOCKETIO, Protocol.MQTT, Protocol.COAP)
 
 DEVICE_STATE_CHANGE = "device-state-change"
+DEVICE_STATUS = "device-status"
 ALERT = "alert"
 NOTIFICATION = "notification"
 EVENTS = (DEVICE_STATE_CHANGE, ALERT, NOTIFICATION)

@@ -1,7 +1,7 @@
 """Positions in the notification stream: a cursor gives the entries that one transport of this gateway has to deliver.
 
-Fan-out: each gateway reads everything from its start on, because each has its own clients. Group: the gateways share
-the entries, and one stays pending until it is done; what a dead gateway left pending is taken over.
+Fan-out: each gateway reads everything from its start on, because each has its own clients. Group: one gateway reads, and
+an entry stays pending until it is done; what a dead gateway left pending the next one takes over.
 Every method may raise RedisError; after one, `open` has to succeed before the next `read`.
 """
 
@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
+import gevent
 from gevent.event import Event
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from aemos.lib import keys
+from aemos.lib.leader import Leader
 
 log = logging.getLogger(__name__)
 READ_COUNT = 500
@@ -30,10 +32,8 @@ REWIND_MS = 60_000
 # How far back a new group begins. Not at the first entry: a broker that is added after a month would otherwise be told
 # the whole history, and pumps would follow it. Not at the newest: workers may have started minutes before the gateway.
 GROUP_BEGINS_MS = 600_000
-# An entry that nobody has touched for so long belongs to a dead gateway; a live one touches its own well before.
-TAKE_OVER_IDLE_MS = 10_000
-TAKE_OVER_EVERY_SECONDS = 2.0
-TOUCH_EVERY_SECONDS = 3.0
+ASK_TO_LEAD_SECONDS = 1.0
+STAND_BY_SECONDS = 0.25
 # Entries read and not yet done; more are not read meanwhile, they wait in the stream. So many, because an urgent one can
 # overtake only what was read.
 MAXIMUM_IN_FLIGHT = 10_000
@@ -141,19 +141,34 @@ def is_after(one: str | bytes, other: str | bytes) -> bool:
 
 
 class GroupCursor:
-    """One consumer of a group. Its in-flight entries are touched by `keep`, so that no other gateway takes them."""
+    """One consumer of a group, of which one at a time leads and reads: two that shared the entries could not keep their order.
 
-    def __init__(self, client: Redis, *, group: str, clock: Callable[[], float] = time.monotonic) -> None:
+    `on_lead` is called when this one begins (True) or ceases (False) to lead, before it reads what others left undone.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        *,
+        group: str,
+        leader: Leader,
+        clock: Callable[[], float] = time.monotonic,
+        on_lead: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         self._client = client
         self._group = group
         self._consumer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._leader = leader
         self._clock = clock
+        self._on_lead = on_lead
+        self._leads = False
         self._in_flight: set[bytes] = set()
         self._done: list[bytes] = []
         self._news = Event()
         self._room = Event()
-        self._take_over_from = b"0-0"
-        self._took_over_at = self._touched_at = float("-inf")
+        # Where to look next for what nobody delivers; None when there is nothing to look for.
+        self._left_behind_from: bytes | None = b"0-0"
+        self._asked_at = float("-inf")
 
     @property
     def in_flight(self) -> int:
@@ -167,8 +182,12 @@ class GroupCursor:
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
+        self._left_behind_from, self._asked_at = b"0-0", float("-inf")  # another one may lead by now
 
     def read(self, *, wait: bool = True) -> list[Entry]:
+        if not self._holds_leadership():
+            gevent.sleep(STAND_BY_SECONDS if wait else 0)
+            return []
         if len(self._in_flight) >= MAXIMUM_IN_FLIGHT:
             self._room.clear()
             self._room.wait(BLOCK_MS / 1000 if wait else 0)
@@ -177,24 +196,29 @@ class GroupCursor:
         self._in_flight.update(entry.id for entry in entries)
         return entries
 
-    def release(self, entry_ids: Iterable[bytes]) -> None:
-        """Untouched from now on, they are taken over by whichever gateway looks first."""
-        self._in_flight.difference_update(entry_ids)
-
     def owns(self, entry_id: bytes) -> bool:
+        """False once another gateway leads: it delivers what this one had read."""
         return entry_id in self._in_flight
+
+    def release(self, entry_ids: Iterable[bytes]) -> None:
+        """They come again before anything new: here, or in the gateway that leads next."""
+        released = set(entry_ids)
+        if released:
+            self._in_flight -= released
+            self._left_behind_from = b"0-0"
 
     def done(self, entry_id: bytes) -> None:
         self._done.append(entry_id)
         self._news.set()
 
     def keep(self, stopping: Event) -> None:
-        """Acknowledges what is done and touches what is in flight, until `stopping`; Redis may be away meanwhile."""
+        """Acknowledges what is done and goes on leading, also while the reader waits for its transport, until `stopping`."""
         while not stopping.is_set():
-            if self._news.wait(TOUCH_EVERY_SECONDS / 2):
+            if self._news.wait(ASK_TO_LEAD_SECONDS):
                 stopping.wait(GATHER_SECONDS)
             self._news.clear()
             try:
+                self._holds_leadership()
                 self.settle()
             except RedisError as error:
                 log.debug("Acknowledgements wait for Redis: %s", error)  # the reader of the stream says so aloud
@@ -202,7 +226,7 @@ class GroupCursor:
                 self._news.set()
 
     def settle(self) -> None:
-        """Acknowledges what is done, in one round trip; then touches the rest if that is due."""
+        """Acknowledges what is done, in one round trip."""
         done = self._done[:]
         if done:
             self._client.xack(keys.NOTIFICATIONS, self._group, *done)
@@ -210,10 +234,6 @@ class GroupCursor:
             del self._done[: len(done)]
             self._in_flight.difference_update(done)
             self._room.set()
-        if self._in_flight and self._clock() - self._touched_at >= TOUCH_EVERY_SECONDS:
-            self._touched_at = self._clock()
-            own: list[Any] = list(self._in_flight)
-            self._client.xclaim(keys.NOTIFICATIONS, self._group, self._consumer, 0, own, justid=True)
 
     def close(self) -> None:
         """Acknowledges what is done and signs off; entries that are still in flight are left to the other gateways."""
@@ -222,6 +242,21 @@ class GroupCursor:
         pending = {consumer["name"]: consumer["pending"] for consumer in consumers}
         if pending.get(self._consumer.encode()) == 0:  # a consumer that is deleted takes its pending entries with it
             self._client.xgroup_delconsumer(keys.NOTIFICATIONS, self._group, self._consumer)
+        self._leader.resign()
+
+    def _holds_leadership(self) -> bool:
+        """Asks at most once a second; a leader that dies is replaced five seconds after it asked last."""
+        if self._clock() - self._asked_at < ASK_TO_LEAD_SECONDS:
+            return self._leads
+        self._asked_at = self._clock()
+        leads = self._leader.leads()
+        if leads != self._leads:
+            self._leads = leads
+            self._in_flight.clear()
+            self._left_behind_from = b"0-0"
+            log.info("This gateway %s messages to the group %s", "delivers" if leads else "leaves", self._group)
+            self._on_lead(leads)
+        return leads
 
     def _new(self, *, wait: bool) -> list[Entry]:
         block = BLOCK_MS if wait else None
@@ -231,24 +266,23 @@ class GroupCursor:
         return _entries(reply)
 
     def _left_behind(self) -> list[Entry]:
-        """What a dead gateway had in flight, looked for every two seconds."""
-        if self._clock() - self._took_over_at < TAKE_OVER_EVERY_SECONDS:
-            return []
-        reply: Any = self._client.xautoclaim(
-            keys.NOTIFICATIONS, self._group, self._consumer, TAKE_OVER_IDLE_MS, self._take_over_from, count=READ_COUNT
-        )
-        self._take_over_from, claimed, *deleted = reply
-        if self._take_over_from == b"0-0":  # looked at everything; otherwise the next read goes on from here
-            self._took_over_at = self._clock()
-        if any(deleted):
-            log.error("%d notifications were cut off the stream before they were delivered", len(deleted[0]))
-        found = [
-            Entry(entry_id, fields.get(b"m"))
-            for entry_id, fields in claimed
-            if entry_id is not None and entry_id not in self._in_flight
-        ]
+        """What was read and is in nobody's hands: a dead gateway's, in the order of the stream, before anything new."""
+        found: list[Entry] = []
+        while self._left_behind_from is not None and not found:
+            reply: Any = self._client.xautoclaim(
+                keys.NOTIFICATIONS, self._group, self._consumer, 0, self._left_behind_from, count=READ_COUNT
+            )
+            position, claimed, *deleted = reply
+            self._left_behind_from = None if position == b"0-0" else position
+            if any(deleted):
+                log.error("%d notifications were cut off the stream before they were delivered", len(deleted[0]))
+            found = [
+                Entry(entry_id, fields.get(b"m"))
+                for entry_id, fields in claimed
+                if entry_id is not None and entry_id not in self._in_flight
+            ]
         if found:
-            log.warning("Took over %d notifications that another gateway left undelivered", len(found))
+            log.warning("Takes over %d notifications that were left undelivered", len(found))
         return found
 
 

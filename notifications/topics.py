@@ -1,16 +1,21 @@
 """MQTT topics: messages in, the topics that carry them out; topics in, who speaks on them out; and what a device may do.
 
     devices/{uuid}/datastream          device -> AEMOS   telemetry
-    devices/{uuid}/status              device -> AEMOS   online, offline, firmware and the like
+    devices/{uuid}/status              device -> AEMOS   online or offline, also as its last will
+    devices/{uuid}/commands/ack        device -> AEMOS   what became of a command
     devices/{uuid}/state               AEMOS -> device   QoS 1, retained: what the state should be
     devices/{uuid}/commands            AEMOS -> device   QoS 2: somebody wants the device to act now
+    devices/{uuid}/reported            AEMOS -> others   QoS 1: what the device said of its state; not for the device
     organizations/{uuid}/broadcast     AEMOS -> all      QoS 1: alerts and notifications
+    gateways/{name}/status             AEMOS -> all      QoS 1, retained, a last will: online or offline
 
 A sensor has the same topics as a device: both are originators. Pure: no Django, no broker.
 """
 
 from __future__ import annotations
 
+import hashlib
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -18,17 +23,23 @@ from notifications.messages import DEVICE_STATE_CHANGE, Message
 
 DATASTREAMS = "devices/+/datastream"
 STATUSES = "devices/+/status"
+ACKNOWLEDGEMENTS = "devices/+/commands/ack"
+GATEWAY_STATUSES = "gateways/+/status"
 # Who asks a device to act. A change that the device itself reported must not come back to it as a command.
 COMMANDING_SOURCES = frozenset({"rule", "person"})
 _ROLE_PREFIX = "device-"
 
 
 class Address(NamedTuple):
-    """Where one message goes: the topic, its quality of service, and whether the broker keeps the last one."""
+    """Where one message goes: the topic, its quality of service, and whether the broker keeps the last one.
+
+    After its `deadline` a command is not sent any more.
+    """
 
     topic: str
     qos: int
     retain: bool = False
+    deadline: datetime | None = None
 
 
 class Grant(NamedTuple):
@@ -41,8 +52,9 @@ class Grant(NamedTuple):
 def addresses(message: Message) -> list[Address]:
     """Where a message goes, in this order; never empty.
 
-    A change of a device's state goes to its state topic and, when a rule or a person made it, to its commands. All else is
-    for the organization, also an alert about one device: the body names the device.
+    A change of a device's state that a rule or a person made goes to its state topic and to its commands. What the device
+    itself reported goes to neither: it would be told as a wish what it said, and would find that as its desired state when
+    it starts again. All else is for the organization, also an alert about one device: the body names the device.
 
     The state is retained, so that a device that was away or starts without memory learns its desired state as it subscribes.
     One topic keeps one message: a device with several states finds the newest change there, and every change it missed only
@@ -50,10 +62,17 @@ def addresses(message: Message) -> list[Address]:
     """
     if message.event != DEVICE_STATE_CHANGE or message.device_uuid is None:
         return [Address(broadcast(message.organization_uuid), 1)]
-    found = [Address(state(message.device_uuid), 1, retain=True)]
-    if message.payload.get("source") in COMMANDING_SOURCES:
-        found.append(Address(commands(message.device_uuid), 2))
-    return found
+    if message.payload.get("source") not in COMMANDING_SOURCES:
+        return [Address(reported(message.device_uuid), 1)]
+    return [
+        Address(state(message.device_uuid), 1, retain=True),
+        Address(commands(message.device_uuid), 2, deadline=_deadline(message)),
+    ]
+
+
+def _deadline(message: Message) -> datetime | None:
+    text = message.payload.get("deadline")
+    return datetime.fromisoformat(text) if text else None
 
 
 def datastream(originator_uuid: str) -> str:
@@ -72,6 +91,18 @@ def commands(device_uuid: str) -> str:
     return f"devices/{device_uuid}/commands"
 
 
+def acknowledgements(device_uuid: str) -> str:
+    return f"{commands(device_uuid)}/ack"
+
+
+def reported(device_uuid: str) -> str:
+    return f"devices/{device_uuid}/reported"
+
+
+def gateway_status(name: str) -> str:
+    return f"gateways/{name}/status"
+
+
 def broadcast(organization_uuid: str) -> str:
     return f"organizations/{organization_uuid}/broadcast"
 
@@ -79,7 +110,7 @@ def broadcast(organization_uuid: str) -> str:
 def originator_of(topic: str) -> str | None:
     """The uuid that an inbound topic names, spelled as everywhere else; None when it names none."""
     parts = topic.split("/")
-    if len(parts) != 3 or parts[0] != "devices":
+    if len(parts) not in (3, 4) or parts[0] != "devices":
         return None
     try:
         return str(UUID(parts[1]))
@@ -92,7 +123,8 @@ def is_status(topic: str) -> bool:
 
 
 def role_name(originator_uuid: str) -> str:
-    return f"{_ROLE_PREFIX}{originator_uuid}"
+    """Names the rights, too: an account with the role of an earlier version is found, and made anew, by names alone."""
+    return f"{_ROLE_PREFIX}{originator_uuid}-{_RIGHTS}"
 
 
 def is_role_of_an_originator(rolename: str) -> bool:
@@ -100,10 +132,16 @@ def is_role_of_an_originator(rolename: str) -> bool:
 
 
 def grants(originator_uuid: str, organization_uuid: str) -> list[Grant]:
-    """All that one originator may do; the broker refuses everything else. Literal topics: `%u` would be the token."""
-    speaks = [datastream(originator_uuid), status(originator_uuid)]
-    hears = [state(originator_uuid), commands(originator_uuid), broadcast(organization_uuid)]
+    """All that one originator may do; the broker refuses everything else. Literal topics: `%u` would be the token.
+
+    Whether a gateway is online concerns them all: without one, a device is on its own.
+    """
+    speaks = [datastream(originator_uuid), status(originator_uuid), acknowledgements(originator_uuid)]
+    hears = [state(originator_uuid), commands(originator_uuid), broadcast(organization_uuid), GATEWAY_STATUSES]
     return [
         *(Grant("publishClientSend", topic) for topic in speaks),
         *(Grant(right, topic) for topic in hears for right in ("subscribeLiteral", "publishClientReceive")),
     ]
+
+
+_RIGHTS = hashlib.blake2b(repr(grants("", "")).encode(), digest_size=4).hexdigest()

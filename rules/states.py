@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.core.exceptions import ValidationError
@@ -18,12 +19,13 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import metrics, redis
-from devices import latest
+from devices import commands, latest
 from devices.catalogue import Field
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
-from notifications import messages, outbox
+from notifications import outbox
 from notifications.messages import Message
+from notifications.state_messages import message_of
 from rules import events, timers
 from rules.cooldowns import Permits, Rest, permits_all
 
@@ -64,17 +66,23 @@ def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[C
     states = _locked({request.state_id for request in requests})
     done = _effect_keys_done(requests)
     changes: list[Change] = []
+    heard: dict[int, DeviceState] = {}
+    obeyed: list[UUID] = []
     for request in requests:
         state = states.get(request.state_id)
-        if state is None or request.effect_key in done or not _is_wanted(request, state):
+        if state is None or request.effect_key in done:
             continue
-        if not permits(request.rest, request.effect_key):
-            continue
-        done.add(request.effect_key)
-        changes.append(_change(request, state))
+        previous, is_wanted = state.newest[0], _is_wanted(request, state)
+        if request.source == StateChange.Source.DEVICE:
+            heard[state.pk] = state
+            obeyed += _hear(request, state)
+        if is_wanted and permits(request.rest, request.effect_key):
+            done.add(request.effect_key)
+            changes.append(_change(request, state, previous))
     StateChange.objects.bulk_create([change.row for change in changes])
-    changed = {change.row.state.pk: change.row.state for change in changes}
-    DeviceState.objects.bulk_update(changed.values(), ["value", "changed_at"])
+    changed = heard | {change.row.state.pk: change.row.state for change in changes}
+    DeviceState.objects.bulk_update(changed.values(), DeviceState.VALUE_FIELDS)
+    commands.note_applied(obeyed)
     outbox.write([(c.message, c.row.state.device.organization_id, c.row.state.device_id) for c in changes])
     return changes
 
@@ -140,42 +148,38 @@ def _effect_keys_done(requests: Sequence[Request]) -> set[str]:
 
 
 def _is_wanted(request: Request, state: DeviceState) -> bool:
-    if request.newer_only and state.changed_at and events.microseconds(state.changed_at) > request.timestamp_us:
+    value, said_at = state.newest
+    if request.newer_only and said_at and events.microseconds(said_at) > request.timestamp_us:
         return False
-    return request.always or state.value != request.value
+    return request.always or value != request.value
 
 
-def _change(request: Request, state: DeviceState) -> Change:
-    timestamp = events.moment(request.timestamp_us)
+def _hear(request: Request, state: DeviceState) -> list[UUID]:
+    """Notes what the device says; gives the command that it has obeyed by now, when it had not said so before."""
+    agreed = state.differs is False
+    state.report(request.value, at=_not_ahead(request))
+    return [state.command_uuid] if state.command_uuid and not agreed and state.differs is False else []
+
+
+def _not_ahead(request: Request) -> datetime:
+    """A sender's clock may be ahead by hours; a state "changed tomorrow" would turn down every report until then."""
+    return min(events.moment(request.timestamp_us), timezone.now())
+
+
+def _change(request: Request, state: DeviceState, previous: Any) -> Change:
     row = StateChange(
         effect_key=request.effect_key,
         state=state,
         value=request.value,
-        previous=state.value,
+        previous=previous,
         source=request.source,
         actor=request.actor[:200],
-        timestamp=timestamp,
+        timestamp=events.moment(request.timestamp_us),
     )
-    # A sender's clock may be ahead by hours; a state "changed tomorrow" would turn down every report until then.
-    state.value, state.changed_at = request.value, min(timestamp, timezone.now())
-    message = Message(
-        id=uuid4(),
-        effect_key=request.effect_key,
-        organization_uuid=str(state.device.organization.uuid),
-        device_uuid=str(state.device.uuid),
-        event=messages.DEVICE_STATE_CHANGE,
-        priority=request.priority,
-        timestamp=timestamp.isoformat(),
-        payload={
-            "deviceName": state.device.name,
-            "stateName": state.name,
-            "value": request.value,
-            "previous": row.previous,
-            "source": row.source,
-            "actor": row.actor,
-        },
-    )
-    return Change(row=row, message=message)
+    if request.source != StateChange.Source.DEVICE:
+        state.wish(request.value, at=_not_ahead(request), command_uuid=row.uuid)
+        commands.queue(row)
+    return Change(row=row, message=message_of(row, priority=request.priority))
 
 
 def _latest(change: Change) -> tuple[latest.Key, Latest]:

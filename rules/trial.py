@@ -156,9 +156,7 @@ class _Held:
     def __init__(self, chain: RuleChain, compiled: Chain, originator: str) -> None:
         uuids = {command.device_uuid for command in compiled.commands}
         rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
-        self._values = {
-            (str(uuid), name): value for uuid, name, value in rows.values_list("device__uuid", "name", "value")
-        }
+        self._values = {(str(row.device.uuid), row.name): row.newest[0] for row in rows.select_related("device")}
         rests = ActionCooldown.objects.filter(chain__uuid=chain.uuid, originator_uuid=originator)
         self._done_at = dict(rests.values_list("node", "done_at"))
 

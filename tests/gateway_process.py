@@ -183,11 +183,24 @@ def _transport(kind: str, **options: Any) -> Any:
 
         socketio_replay.MAXIMUM_REPLAYED = options.get("replayed", socketio_replay.MAXIMUM_REPLAYED)
         return SocketIoTransport(port=0)
+    if kind == "mqtt":
+        from notifications.transports.mqtt import MqttTransport
+
+        _lead_in_short_terms()
+        return MqttTransport(_ingest)
     if kind == "coap":
         from notifications.transports.coap import CoapTransport
 
         return CoapTransport(_ingest, port=0)
     return _memory_transport(**options)
+
+
+def _lead_in_short_terms() -> None:
+    """So that a test need not wait five seconds for each successor."""
+    from aemos.lib import leader
+    from notifications import stream
+
+    leader.TERM_MS, stream.ASK_TO_LEAD_SECONDS = 2_000, 0.3
 
 
 def _memory_transport(
@@ -263,6 +276,8 @@ def _run_operator() -> None:
             add_person,
             add_devices,
             set_role,
+            switch,
+            command_states,
         )
     }
     for line in sys.stdin:
@@ -480,6 +495,40 @@ def set_state(*, device: str, value: Any) -> int:
     from devices.models import DeviceState
 
     return DeviceState.objects.filter(device__uuid=device, name="power").update(value=value, changed_at=timezone.now())
+
+
+def switch(*, device: str, count: int) -> list[str]:
+    """So many commands, as a rule makes them: one transaction each; their ids."""
+    from django.db import transaction
+    from django.utils import timezone
+
+    from devices.models import DeviceState
+    from rules import events, states
+
+    state = DeviceState.objects.get(device__uuid=device, name="power")
+    ids = []
+    for _ in range(count):
+        request = states.Request(
+            effect_key=uuid4().hex,
+            state_id=state.pk,
+            value=uuid4().hex,
+            source="rule",
+            actor="test",
+            timestamp_us=events.microseconds(timezone.now()),
+        )
+        with transaction.atomic():
+            changes = states.apply([request])
+        states.tell(changes)
+        ids += [str(change.row.uuid) for change in changes]
+    return ids
+
+
+def command_states(*, device: str) -> dict[str, int]:
+    from collections import Counter
+
+    from devices.models import StateChange
+
+    return Counter(StateChange.objects.filter(state__device__uuid=device).values_list("command_state", flat=True))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 import paho.mqtt.client as mqtt
 from django.db import OperationalError
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from deploy.programs import get
 from deploy.servers import Server
@@ -45,14 +48,26 @@ def patient(execute: Callable[..., T], sql: str, params: Any, many: bool, contex
 class Client:
     """A connected paho client. `received` holds (topic, payload); `connected` follows the connection."""
 
-    def __init__(self, broker: Server, username: str | None, password: str | None) -> None:
+    def __init__(
+        self,
+        broker: Server,
+        username: str | None,
+        password: str | None,
+        *,
+        will: tuple[str, str] | None = None,
+        session: str = "",
+    ) -> None:
+        """`session` is the client id of a session that lasts while the client is away."""
         self.received: list[tuple[str, bytes]] = []
         self.connected = threading.Event()
+        self.connections = 0
         self.refusals: list[str] = []
         self._subscribed: dict[int, list[Any]] = {}
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session, protocol=mqtt.MQTTv5)
         if username:
             self._client.username_pw_set(username, password)
+        if will:
+            self._client.will_set(*will, qos=1)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = lambda *_: self.connected.clear()
         self._client.on_subscribe = lambda _client, _data, mid, reasons, _: self._subscribed.update({mid: reasons})
@@ -60,13 +75,18 @@ class Client:
             (message.topic, bytes(message.payload))
         )
         self._client.reconnect_delay_set(1, 1)
-        self._client.connect_async("127.0.0.1", broker.port, keepalive=10)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = 3600 if session else 0
+        self._client.connect_async(
+            "127.0.0.1", broker.port, keepalive=10, clean_start=not session, properties=properties
+        )
         self._client.loop_start()
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
             self.refusals.append(str(reason))
         else:
+            self.connections += 1
             self.connected.set()
 
     def subscribe(self, topic: str, qos: int = 1) -> bool:
@@ -86,6 +106,14 @@ class Client:
 
     def payloads(self) -> list[bytes]:
         return [payload for _, payload in self.received]
+
+    def vanish(self) -> None:
+        """As a device whose power is cut: the broker says its last will."""
+        self._client._reconnect_on_failure = False
+        sock = self._client.socket()
+        assert isinstance(sock, socket.socket)
+        sock.shutdown(socket.SHUT_RDWR)
+        self._client.loop_stop()
 
     def close(self) -> None:
         self._client.disconnect()

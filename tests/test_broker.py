@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import connection
 from django.utils import timezone
 
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
-from deploy.servers import GATEWAY_USERNAME, Server, initial_security
+from deploy.servers import GATEWAY_USERNAME, Server, free_port, initial_security, mosquitto
 from devices import tokens
 from devices.models import Device, DeviceToken, Organization
 from notifications import broker as accounts
@@ -449,6 +452,142 @@ def test_redis_away_is_said_once_and_waited_for(
             assert speaker.connected.wait(10)
     assert caplog.text.count("cannot be reached") == 1
     redis.client().ping()
+
+
+def test_rights_of_an_earlier_version_are_replaced_as_soon_as_the_broker_is_looked_at(
+    broker: Server, pump: Device, security: DynamicSecurity
+) -> None:
+    """Its roles have another name."""
+    token = builders.token(pump)
+    reconcile(security)
+    old, username = f"device-{pump.uuid}", tokens.prefix_of(token)
+    security.execute(
+        [accounts.create_role(old, []), accounts.modify_client(username, password=token, rolename=old),
+         accounts.delete_role(topics.role_name(str(pump.uuid)))]
+    )  # fmt: skip
+    verify(security)
+    assert state_of(security) == ({username}, {topics.role_name(str(pump.uuid))})
+    with device(broker, token) as speaker:
+        assert speaker.connected.wait(5)
+        assert speaker.subscribe(topics.GATEWAY_STATUSES)
+
+
+# The command
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def sync_broker(*arguments: str) -> str:
+    out = StringIO()
+    call_command("sync_broker", *arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_sync_broker_counts_what_is_missing_and_too_much_and_evens_it_out(
+    broker: Server, farm: Organization, pump: Device, security: DynamicSecurity
+) -> None:
+    token, ended = builders.token(pump), builders.token(builders.device(farm))
+    reconcile(security)
+    DeviceToken.objects.filter(prefix=tokens.prefix_of(ended)).revoke()
+    security.execute([accounts.delete_client(tokens.prefix_of(token))])
+    role = topics.role_name(str(uuid4()))
+    security.execute([accounts.create_role(role, []), accounts.create_client("stranger", password="x", rolename=role)])
+
+    counted = "           1  accounts are missing\n           2  are too many\n"
+    assert sync_broker("--dry-run") == counted
+    assert sync_broker("--dry-run") == counted, "it has changed nothing"
+    assert sync_broker() == f"{counted}1 made, 2 taken away.\n"
+    assert sync_broker("--dry-run") == "           0  accounts are missing\n           0  are too many\n"
+    with device(broker, token) as speaker:
+        assert speaker.connected.wait(5)
+
+
+def test_sync_broker_draws_its_progress_on_a_terminal(farm: Organization) -> None:
+    for _ in range(broker_sync.BATCH + 1):
+        builders.token(builders.device(farm))
+    total, out = DeviceToken.objects.count(), Terminal()
+    call_command("sync_broker", stdout=out)
+    assert f"{broker_sync.BATCH} of {total}" in out.getvalue()
+
+
+def test_sync_broker_says_in_one_line_why_it_cannot(broker: Server, settings: Any) -> None:
+    settings.MQTT_ENABLED = False
+    with pytest.raises(CommandError, match="MQTT_ENABLED is false"):
+        sync_broker()
+    settings.MQTT_ENABLED, settings.MQTT_PASSWORD = True, "wrong"
+    with pytest.raises(CommandError, match=r"cannot be used within .* Check MQTT_HOST"):
+        sync_broker()
+
+
+# TLS
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # paho forgets the socket of a failed handshake
+def test_broker_with_tls_is_trusted_by_its_authority_and_asks_for_a_certificate(
+    broker: Server, tmp_path: Path, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    secure = mosquitto(tmp_path / "broker", password=broker.password)
+    port = free_port()
+    files = authority.issue("broker")
+    with (tmp_path / "broker" / "mosquitto.conf").open("a") as conf:
+        conf.write(f"listener {port} 127.0.0.1\ncafile {authority.file}\nrequire_certificate true\n")
+        conf.write(f"certfile {files.certificate}\nkeyfile {files.key}\n")
+    secure.start()
+    own = authority.issue("gateway")
+    settings.MQTT_TLS, settings.MQTT_PORT = True, port
+    settings.MQTT_CA_FILE, settings.MQTT_CERT_FILE, settings.MQTT_KEY_FILE = authority.file, own.certificate, own.key
+    try:
+        with broker_sync.connected() as security:
+            assert "gateway" in security.roles()
+        settings.MQTT_CERT_FILE = settings.MQTT_KEY_FILE = ""
+        with pytest.raises(BrokerAway), broker_sync.connected(timeout_seconds=2):
+            pass
+        stranger = Authority(tmp_path / "stranger")
+        settings.MQTT_CA_FILE = stranger.file
+        with pytest.raises(BrokerAway), broker_sync.connected(timeout_seconds=2):
+            pass
+        assert "certificate verify failed" in caplog.text
+    finally:
+        secure.stop()
+
+
+class Files(NamedTuple):
+    certificate: str
+    key: str
+
+
+class Authority:
+    """Certificates as a farm makes them, with openssl."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self._directory = directory
+        self.file, self._key = str(directory / "authority.pem"), str(directory / "authority.key")
+        self._openssl(
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+            "-subj", "/CN=farm", "-keyout", self._key, "-out", self.file,
+        )  # fmt: skip
+
+    def issue(self, name: str) -> Files:
+        certificate, key, request = (str(self._directory / f"{name}.{end}") for end in ("pem", "key", "csr"))
+        self._openssl(
+            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", request,
+        )  # fmt: skip
+        self._openssl(
+            "x509", "-req", "-in", request, "-CA", self.file, "-CAkey", self._key, "-CAcreateserial", "-days", "1",
+            "-copy_extensions", "copy", "-out", certificate,
+        )  # fmt: skip
+        return Files(certificate, key)
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 # The client of the plugin

@@ -34,6 +34,7 @@ TESTED_IN = {
     "rqworker": "test_commands.py",
     "rungateway": "test_gateway.py",
     "replay_rejected": "test_replay.py",
+    "sync_broker": "test_broker.py",
     "rebuild_rule_index": "test_commands.py",
     "audit_rule_chains": "test_commands.py",
 }

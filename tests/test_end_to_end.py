@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import queue
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -219,6 +220,49 @@ def test_a_person_switches_the_pump_over_rest_and_every_client_is_told(system: L
             wait_for_line(lines, '"value":"off"')
     finally:
         listeners.close()
+
+
+def test_the_example_of_a_device_obeys_answers_and_says_goodbye(system: LocalSystem, tmp_path: Path) -> None:
+    pump, farm = system.farm["devices"][0], tmp_path / "demo.json"
+    farm.write_text(json.dumps(system.farm))
+    lines: queue.Queue[str] = queue.Queue()
+    command = (
+        sys.executable,
+        "-u",
+        "-m",
+        "examples.mqtt_device",
+        "--demo",
+        str(farm),
+        "--port",
+        str(system.broker.port),
+    )
+    device = lines_of(command, lines, {})
+    try:
+        wait_for(lambda: got(system, f"devices/{pump['uuid']}")["connected"] is True, "the device's online")
+        change = requests.post(
+            f"{system.web}/api/v1/device-state-instances",
+            json={"deviceUuid": pump["uuid"], "stateName": "power", "value": "on"},
+            headers={"Authorization": f"Bearer {access_token(system)}"},
+            timeout=10,
+        ).json()
+        path = f"state-changes/{change['uuid']}"
+        wait_for(lambda: got(system, path)["command"]["state"] == "applied", "the command")
+        wait_for_line(lines, "power=on")
+    finally:
+        device.send_signal(signal.SIGINT)
+        device.wait(SOON_SECONDS)
+        assert device.stdout is not None
+        device.stdout.close()
+    wait_for(lambda: got(system, f"devices/{pump['uuid']}")["connected"] is False, "the device's goodbye")
+
+
+def got(system: LocalSystem, path: str) -> dict[str, Any]:
+    answer = requests.get(
+        f"{system.web}/api/v1/{path}", headers={"Authorization": f"Bearer {access_token(system)}"}, timeout=10
+    )
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
 
 
 BAD: dict[str, Any] = {"events": [{"values": {"ph": 6.1}}, {"values": {"ph": "high"}}]}

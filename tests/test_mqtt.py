@@ -31,7 +31,7 @@ from notifications.transports import mqtt as outbound
 from notifications.transports import mqtt_inbound
 from notifications.transports.base import Pending, Receipt, TransportError
 from notifications.transports.mqtt import MqttTransport
-from notifications.transports.mqtt_inbound import Arrival, Lanes, session_id
+from notifications.transports.mqtt_inbound import Arrival, Inbound, Lanes, session_id
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, patient, until
 
@@ -111,19 +111,24 @@ class Waiting:
 def _clean_broker(broker: Server, redis_server: Server) -> Iterator[None]:
     """Nobody may find what another test left: the session of telemetry, and servers that a failed test left killed."""
     catalogue.shared.cache_clear()
-    forget_session(broker)
+    forget_sessions(broker)
     with connection.execute_wrapper(patient):
         yield
     for server in (broker, redis_server):
         if server.child is None:
             server.start()
-    forget_session(broker)
+    forget_sessions(broker)
     catalogue.shared.cache_clear()
 
 
-def forget_session(broker: Server) -> None:
+def forget_sessions(broker: Server) -> None:
+    for name in ("telemetry", "reports"):
+        forget_session(broker, name)
+
+
+def forget_session(broker: Server, name: str) -> None:
     gone = threading.Event()
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session_id(), protocol=mqtt.MQTTv5)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session_id(name), protocol=mqtt.MQTTv5)
     client.username_pw_set(broker.username, broker.password)
     client.on_connect = lambda client, *_: client.disconnect()
     client.on_disconnect = lambda *_: gone.set()
@@ -144,21 +149,23 @@ class running:  # reads as a sentence where it is used
         self.transport.start()
         until(lambda: self.transport.connected)
         if self._listens:
-            until(lambda: self.transport.inbound.connected)
-            self.until_subscribed()
+            until(lambda: self.transport.telemetry.connected and self.transport.reports.connected)
+            self.until_subscribed(self.transport.telemetry)
+            self.until_subscribed(self.transport.reports)
         return self.transport
 
-    def until_subscribed(self) -> None:
+    @staticmethod
+    def until_subscribed(inbound: Inbound) -> None:
         """Its own subscriptions are acknowledged in order, so one more says that the ones before are there."""
         done = threading.Event()
-        client = self.transport.inbound._connection.client
+        client = inbound._connection.client
         client.on_subscribe = lambda *_: done.set()
         client.subscribe(f"nothing/{uuid4()}")
         assert done.wait(5)
 
     def __exit__(self, *_: object) -> None:
         self.transport.stop(timeout_seconds=5)
-        for side in (self.transport.inbound, self.transport._outbound):
+        for side in (self.transport.telemetry, self.transport.reports, self.transport._outbound):
             assert side._thread is not None
             assert not side._thread.is_alive()
             assert side._connection.client._thread is None
@@ -184,12 +191,12 @@ def sender(broker: Server) -> Iterator[Client]:
 # Topics
 
 
-def test_state_change_by_rule_or_person_is_state_and_command_and_by_the_device_state_alone() -> None:
+def test_state_change_by_rule_or_person_is_state_and_command_and_the_device_is_not_told_its_own_report() -> None:
     state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
     command = topics.Address(f"devices/{DEVICE}/commands", 2)
     assert topics.addresses(state_change("rule")) == [state, command]
     assert topics.addresses(state_change("person")) == [state, command]
-    assert topics.addresses(state_change("device")) == [state]
+    assert topics.addresses(state_change("device")) == [topics.Address(f"devices/{DEVICE}/reported", 1)]
 
 
 def test_everything_else_is_for_the_organization() -> None:
@@ -210,13 +217,15 @@ def test_originator_is_granted_its_own_literal_topics_only() -> None:
     assert {(grant.right, grant.topic.split("/")[-1]) for grant in topics.grants(DEVICE, ORGANIZATION)} == {
         ("publishClientSend", "datastream"),
         ("publishClientSend", "status"),
+        ("publishClientSend", "ack"),
         *(
             (right, name)
             for right in ("subscribeLiteral", "publishClientReceive")
-            for name in ("state", "commands", "broadcast")
+            for name in ("state", "commands", "broadcast", "status")
         ),
     }
-    assert not any(wild in grant.topic for grant in topics.grants(DEVICE, ORGANIZATION) for wild in "+#%$")
+    wild = [grant.topic for grant in topics.grants(DEVICE, ORGANIZATION) if set("+#%$") & set(grant.topic)]
+    assert set(wild) == {topics.GATEWAY_STATUSES}, "nobody else's devices"
 
 
 # Messages out
@@ -265,7 +274,7 @@ def test_messages_are_delivered_in_order(broker: Server, transport: MqttTranspor
         assert [json.loads(payload)["data"]["number"] for payload in listener.payloads()] == list(range(500))
     until(lambda: len(delivered) == 500)
     assert delivered == sent
-    assert transport.counts["published"] == 500
+    assert transport.counts["published"] == 501, "and that the gateway is online"
 
 
 @needs_broker
@@ -398,7 +407,7 @@ def test_device_s_telemetry_is_ingested_with_its_own_credential(
     assert (uuid, payload) == (str(pump.uuid), b'{"values": {"power": "on"}}')
     assert credential is not None
     assert credential.originator.uuid == str(pump.uuid)
-    assert transport.inbound.counts["status"] == 1
+    assert transport.reports.counts["accepted"] == 1
     Device.objects.all().delete()
     sync_once()
 
@@ -434,15 +443,15 @@ def test_message_is_acknowledged_only_after_the_journal_has_it(
 
 
 def crash(transport: MqttTransport) -> None:
-    """As if its process had been killed: its connection breaks, its leadership ends, and it does not come back."""
-    inbound = transport.inbound
-    inbound._stopping.set()
-    inbound._connection.client._reconnect_on_failure = False
-    sock = inbound._connection.client.socket()
-    assert isinstance(sock, socket.socket)
-    sock.shutdown(socket.SHUT_RDWR)
-    inbound._leader.resign()
-    until(lambda: not inbound.connected)
+    """As if its process had been killed: its connections break, its leadership ends, and it does not come back."""
+    for inbound in (transport.telemetry, transport.reports):
+        inbound._stopping.set()
+        inbound._connection.client._reconnect_on_failure = False
+        sock = inbound._connection.client.socket()
+        assert isinstance(sock, socket.socket)
+        sock.shutdown(socket.SHUT_RDWR)
+        inbound._leader.resign()
+    until(lambda: not transport.telemetry.connected and not transport.reports.connected)
 
 
 @needs_broker
@@ -468,7 +477,7 @@ def test_overloaded_is_tried_again_until_it_is_taken_and_keeps_the_order(
         sender.publish(topics.datastream(DEVICE), str(number))
     until(lambda: len(ingested.accepted) == 20)
     assert ingested.payloads() == [str(number).encode() for number in range(20)]
-    assert transport.inbound.counts == {"overloaded": 3, "accepted": 20}
+    assert transport.telemetry.counts == {"overloaded": 3, "accepted": 20}
 
 
 @needs_broker
@@ -483,7 +492,7 @@ def test_overloaded_is_held_back_for_a_while_and_then_recorded_and_acknowledged(
         sender.publish(topics.datastream(DEVICE), "refused")
         sender.publish(topics.datastream(DEVICE), "taken")
         until(lambda: ingested.payloads() == [b"taken"])
-        assert transport.inbound.counts == {"overloaded": 1, "refused": 1, "accepted": 1}
+        assert transport.telemetry.counts == {"overloaded": 1, "refused": 1, "accepted": 1}
     assert ingested.holds == [True, False, False]
 
 
@@ -512,7 +521,7 @@ def test_refused_message_is_acknowledged_and_does_not_block_the_next(
         sender.publish(topics.datastream(DEVICE), "bad")
         sender.publish(topics.datastream(DEVICE), "good")
         until(lambda: ingested.payloads() == [b"good"])
-        assert transport.inbound.counts == {"refused": 1, "accepted": 1}
+        assert transport.telemetry.counts == {"refused": 1, "accepted": 1}
     after = Ingested()
     with running(after):
         sender.publish(topics.datastream(DEVICE), "next")
@@ -529,7 +538,7 @@ def test_error_nobody_foresaw_is_told_and_the_message_tried_again(
     sender.publish(topics.datastream(DEVICE), "a")
     sender.publish(topics.datastream(DEVICE), "b")
     until(lambda: ingested.payloads() == [b"a", b"b"])
-    assert transport.inbound.counts == {"failed": 2, "accepted": 2}
+    assert transport.telemetry.counts == {"failed": 2, "accepted": 2}
     assert f"devices/{DEVICE}/datastream cannot be taken" in caplog.text
     assert "nobody foresaw this" in caplog.text
 
@@ -556,7 +565,7 @@ def test_two_thousand_messages_keep_the_order_of_each_device(
     for spoke, payload in ingested.accepted:
         heard[spoke].append(int(payload))
     assert heard == {uuid: list(range(100)) for uuid in devices}
-    assert transport.inbound.counts["overloaded"] == 40
+    assert transport.telemetry.counts["overloaded"] == 40
 
 
 @needs_broker
@@ -584,11 +593,11 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
     ingested.released.clear()
     for number in range(10):
         sender.publish(topics.datastream(DEVICE), str(number), qos=0)
-    until(lambda: transport.inbound.counts["dropped"])
+    until(lambda: transport.telemetry.counts["dropped"])
     sender.publish(topics.datastream(DEVICE), "kept")
     ingested.released.set()
     until(lambda: ingested.accepted and ingested.payloads()[-1] == b"kept")
-    assert transport.inbound.counts["dropped"] + transport.inbound.counts["accepted"] == 11
+    assert transport.telemetry.counts["dropped"] + transport.telemetry.counts["accepted"] == 11
 
 
 @needs_broker
@@ -614,8 +623,8 @@ def test_one_gateway_listens_and_another_takes_over_without_loss(broker: Server,
     with running(first) as one, running(second, listens=False) as other:
         sender.publish(topics.datastream(DEVICE), "a")
         until(lambda: first.accepted)
-        assert not other.inbound.connected
-        one.inbound.stop(timeout_seconds=5)
+        assert not other.telemetry.connected
+        one.telemetry.stop(timeout_seconds=5)
         for number in range(50):
             sender.publish(topics.datastream(DEVICE), str(number))
         until(lambda: len(second.accepted) == 50)
@@ -628,10 +637,10 @@ def test_one_gateway_listens_and_another_takes_over_without_loss(broker: Server,
 def test_gateway_that_lost_its_leadership_stops_listening_and_listens_again_when_it_has_it(
     broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
 ) -> None:
-    transport.inbound._leader.resign()
+    transport.telemetry._leader.resign()
     rival = Leader(keys.MQTT_TELEMETRY_LEADER)
     assert rival.leads()
-    until(lambda: not transport.inbound.connected)
+    until(lambda: not transport.telemetry.connected)
     sender.publish(topics.datastream(DEVICE), "a")
     rival.resign()
     until(lambda: ingested.accepted)
@@ -642,17 +651,17 @@ def test_redis_away_changes_nobody_s_part(
     broker: Server, redis_server: Server, transport: MqttTransport, ingested: Ingested, sender: Client
 ) -> None:
     redis_server.kill()
-    until(lambda: transport.inbound._redis_away)
+    until(lambda: transport.telemetry._redis_away)
     sender.publish(topics.datastream(DEVICE), "a")
     until(lambda: ingested.accepted)
     redis_server.start()
-    until(lambda: not transport.inbound._redis_away)
-    assert transport.inbound.connected
+    until(lambda: not transport.telemetry._redis_away)
+    assert transport.telemetry.connected
 
 
 def test_session_has_one_name_that_gives_no_secret_away() -> None:
-    assert session_id() == session_id()
-    assert settings.DEVICE_TOKEN_KEY not in session_id()
+    assert session_id("telemetry") == session_id("telemetry") != session_id("reports")
+    assert settings.DEVICE_TOKEN_KEY not in session_id("telemetry")
 
 
 # The order of each sender

@@ -64,6 +64,8 @@ TIMERS_STIRRED = (
 )
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
+MQTT_REPORTS_LEADER = "aemos:mqtt-reports:leader"
+MQTT_PUBLISHER_LEADER = "aemos:mqtt-publisher:leader"
 BROKER_SYNC_LEADER = "aemos:broker-sync:leader"
 REJECTED = "aemos:rejected"  # hash: reason -> refused events; "unrecorded" -> those of them that were not kept
 

@@ -1,26 +1,40 @@
-"""The MQTT transport: messages in, publications that the broker has acknowledged out; and telemetry in (mqtt_inbound)."""
+"""The MQTT transport: messages in, publications that the broker has acknowledged out; telemetry and reports in (mqtt_inbound).
+
+The broker may lose in a crash what it has acknowledged, so a gateway that connects again tells the newest states again, and
+the commands that no device has acknowledged. A device knows a repetition by its id.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 import paho.mqtt.client as mqtt
+from django.conf import settings
+from django.db import DatabaseError
+from django.db import connection as database
+from django.utils import timezone
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from notifications import messages, topics
+from notifications import messages, repetition, topics
 from notifications.broker import Connection, Sparingly
 from notifications.messages import Message
 from notifications.topics import Address
 from notifications.transports.base import Delivered, Ingest, TransportError
-from notifications.transports.mqtt_inbound import Inbound
+from notifications.transports.mqtt_inbound import TELEMETRY, Inbound, Telemetry
+from notifications.transports.mqtt_reports import REPORTS, Reports
 
 log = logging.getLogger(__name__)
 # Publications that the broker has not acknowledged, unless it allows fewer: Mosquitto allows 20 as it comes.
@@ -30,13 +44,15 @@ MAXIMUM_WAITING = 1_000
 WAIT_FOR_ROOM_SECONDS = 5.0
 # A publication that the broker refused is tried again: its reasons, such as a quota, pass.
 REFUSED_AGAIN_SECONDS = 5.0
+# What has to be told again is asked for again when the database was away.
+REPEAT_AGAIN_SECONDS = 2.0
 TICK_SECONDS = 1.0
 
 _encode = msgspec.json.Encoder().encode
 
 
 class MqttTransport:
-    """`counts`: published, refused, callback-failed; those of the telemetry that comes in are in `inbound.counts`.
+    """`counts`: published, expired, refused, callback-failed; those of what comes in are in `telemetry.counts`, `reports.counts`.
 
     A message counts as delivered when the broker has acknowledged it on each of its topics. It may reach a device twice,
     after a lost connection for example: the "id" in the body says that it is the same.
@@ -45,8 +61,10 @@ class MqttTransport:
     protocol = messages.Protocol.MQTT
 
     def __init__(self, ingest: Ingest) -> None:
-        self.inbound = Inbound(ingest)
-        self._outbound = Outbound()
+        kept = Reports()
+        self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take)
+        self.reports = Inbound(REPORTS, kept.take, on_tick=kept.flush)
+        self._outbound = Outbound(kept)
 
     @property
     def connected(self) -> bool:
@@ -60,14 +78,20 @@ class MqttTransport:
     def start(self) -> None:
         """Begins to connect and returns: a broker that is away is waited for."""
         self._outbound.start()
-        self.inbound.start()
+        self.telemetry.start()
+        self.reports.start()
 
     def stop(self, *, timeout_seconds: float) -> None:
         """Takes nothing new, finishes what is in flight within the time, disconnects. The rest comes again later."""
         deadline = time.monotonic() + timeout_seconds
-        self.inbound.ask_to_stop()
+        self.telemetry.ask_to_stop()
         self._outbound.stop(timeout_seconds=timeout_seconds)
-        self.inbound.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))
+        self.telemetry.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))
+        self.reports.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))  # last: it writes what was sent
+
+    def lead(self, leads: bool) -> None:
+        """Of several gateways, one delivers. It is told when its turn begins, before its first message, and when it ends."""
+        self._outbound.lead(leads)
 
     def deliver(self, message: Message, delivered: Delivered) -> None:
         """Hands the message to the broker; `delivered` is called, from another thread, when the broker has all of it.
@@ -79,11 +103,11 @@ class MqttTransport:
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A message on its way: how many of its topics the broker has not acknowledged."""
+    """A message on its way: how many of its topics the broker has not acknowledged, and what follows when it has."""
 
-    message: Message
-    delivered: Delivered
+    message_id: UUID
     unacknowledged: int
+    finish: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +118,11 @@ class _Publication:
     address: Address
     body: bytes
 
+    def seconds_left(self) -> float | None:
+        """Until its deadline; None without one."""
+        deadline = self.address.deadline
+        return (deadline - timezone.now()).total_seconds() if deadline else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Acknowledgement:
@@ -103,6 +132,18 @@ class _Acknowledgement:
     problem: str
 
 
+class _Lost:
+    """The connection ended: what is in flight has to be published again."""
+
+
+class _Ready:
+    """There is a connection; only now anything may be published over it."""
+
+
+class _Lead:
+    """This gateway begins to deliver."""
+
+
 class Outbound:
     """One loop owns all bookkeeping; deliver and paho's thread only put things into its queue.
 
@@ -110,9 +151,15 @@ class Outbound:
     paho holds its own locks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reports: Reports) -> None:
         self.counts: Counter[str] = Counter()
-        self._news: queue.Queue[_Publication | _Acknowledgement | None] = queue.Queue()
+        self._reports = reports
+        self._leads = False
+        self._is_open = False
+        # How often there was a connection, since the commands under way were told again: once it broke, they may be lost.
+        self._connections = 0
+        self._repeat_at = float("inf")
+        self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | None] = queue.Queue()
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
         self._in_flight: dict[int, _Publication] = {}
@@ -123,8 +170,14 @@ class Outbound:
         self._sparingly = Sparingly(log)
         # Not a lasting session: with one, paho would finish a QoS 2 hand-over that the broker may have forgotten, and the
         # command would be lost. This way it is sent again.
-        self._connection = Connection("notifications", client_id=f"aemos-notifications-{uuid4().hex[:16]}")
+        self._connection = Connection(
+            "notifications",
+            client_id=f"aemos-notifications-{uuid4().hex[:16]}",
+            on_ready=self._on_ready,
+            on_lost=self._on_lost,
+        )
         self._client = self._connection.client
+        self._client.will_set(topics.gateway_status(settings.GATEWAY_NAME), _gateway_status("offline"), 1, retain=True)
         self._client.max_inflight_messages = 0  # the limit is kept here
         self._client.on_publish = self._connection.guarded(self._on_publish)
 
@@ -139,6 +192,8 @@ class Outbound:
 
     def stop(self, *, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
+        if self._connection.connected and not self._stopping.is_set():
+            self._say("offline")
         self._stopping.set()
         self._news.put(None)
         if self._connection.connected:
@@ -153,12 +208,29 @@ class Outbound:
             raise TransportError("the MQTT transport is stopping")
         if not self._room.acquire(timeout=WAIT_FOR_ROOM_SECONDS if self.connected else 0):
             raise TransportError(f"{MAXIMUM_WAITING} messages wait for the MQTT broker")
-        addresses = topics.addresses(message)
-        delivery = _Delivery(message, delivered, len(addresses))
-        body = _encode(messages.body(message))
         self._idle.clear()
-        for address in addresses:
-            self._news.put(_Publication(delivery, address, body))
+        for publication in _publications(message, topics.addresses(message), partial(self._finish, message, delivered)):
+            self._news.put(publication)
+
+    def lead(self, leads: bool) -> None:
+        self._leads = leads
+        if leads:
+            self._news.put(_Lead())
+
+    def _say(self, status: str) -> None:
+        """Tells everybody whether this gateway is online; retained, and `offline` is its last will."""
+        address = Address(topics.gateway_status(settings.GATEWAY_NAME), 1, retain=True)
+        self._idle.clear()
+        self._news.put(_Publication(_Delivery(uuid4(), 1, _said), address, _gateway_status(status)))
+
+    def _on_ready(self) -> None:
+        self._news.put(_Ready())
+        self._say("online")
+
+    def _on_lost(self) -> None:
+        # paho would send it again by itself, commands also after their deadline, and behind what is older.
+        self._client.drop_out_messages()
+        self._news.put(_Lost())
 
     def _on_publish(self, _client: mqtt.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         self._news.put(_Acknowledgement(mid, str(reason) if reason.is_failure else ""))
@@ -184,18 +256,58 @@ class Outbound:
             self._waiting.append(news)
         elif isinstance(news, _Acknowledgement):
             self._acknowledged(news)
+        elif isinstance(news, _Lost):
+            self._is_open = False
+            self._waiting.extendleft(reversed(self._in_flight.values()))
+            self._in_flight.clear()
+        elif isinstance(news, _Ready):
+            self._is_open = True
+            self._connections += 1
+        if isinstance(news, _Ready | _Lead):
+            self._repeat_at = time.monotonic()
+        if self._is_open and self._leads and self._repeat_at <= time.monotonic():
+            self._repeat()
         while self._refused and self._refused[0][0] <= time.monotonic():
             self._waiting.append(self._refused.popleft()[1])
         in_flight = min(MAXIMUM_IN_FLIGHT, self._connection.receive_maximum)
-        while self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
+        while self._is_open and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
             self._waiting.popleft()
         if not (self._waiting or self._in_flight or self._refused or self._news.qsize()):
             self._idle.set()
 
+    def _repeat(self) -> None:
+        """Tells the newest states again, and after a lost connection first the commands that no device has acknowledged.
+
+        Read here, when its turn has come: what was published before is in the database, what comes later is newer.
+        """
+        try:
+            self._reports.flush()
+            states = repetition.newest_states()
+            commands = repetition.commands_under_way() if self._connections > 1 else []
+        except DatabaseError as error:
+            self._sparingly.say("repeat", logging.WARNING, "States wait to be told again: %s", error)
+            self._repeat_at = time.monotonic() + REPEAT_AGAIN_SECONDS
+            return
+        finally:
+            database.close()  # outside a request nobody else would give it back
+        self._connections, self._repeat_at = 1, float("inf")
+        first = [each for message in commands for each in _again(message, topics.addresses(message)[1:])]
+        others = [each for each in self._waiting if each.delivery.finish is not _told_again]
+        last = [each for message in states for each in _again(message, topics.addresses(message)[:1])]
+        self._waiting = deque([*first, *others, *last])
+
     def _publish(self, publication: _Publication) -> bool:
-        """False when paho cannot take it now. Without a connection paho takes it, too, and sends it once there is one."""
-        address = publication.address
-        sent = self._client.publish(address.topic, publication.body, qos=address.qos, retain=address.retain)
+        """False when paho cannot take it now."""
+        address, seconds = publication.address, publication.seconds_left()
+        if seconds is not None and seconds <= 0:
+            self.counts["expired"] += 1
+            self._reports.expired(publication.delivery.message_id)
+            self._done_with(publication)
+            return True
+        properties = _expiry(seconds) if seconds is not None else None
+        sent = self._client.publish(
+            address.topic, publication.body, qos=address.qos, retain=address.retain, properties=properties
+        )
         if sent.rc == mqtt.MQTT_ERR_QUEUE_SIZE:  # after 65,535 packets: the number is that of one still in flight
             return False
         self._in_flight[sent.mid] = publication
@@ -212,14 +324,47 @@ class Outbound:
             self._refused.append((time.monotonic() + REFUSED_AGAIN_SECONDS, publication))
             return
         self.counts["published"] += 1
+        if publication.address.deadline:
+            self._reports.sent(publication.delivery.message_id)
+        self._done_with(publication)
+
+    def _done_with(self, publication: _Publication) -> None:
         publication.delivery.unacknowledged -= 1
         if not publication.delivery.unacknowledged:
-            self._finish(publication.delivery)
+            publication.delivery.finish()
 
-    def _finish(self, delivery: _Delivery) -> None:
+    def _finish(self, message: Message, delivered: Delivered) -> None:
         self._room.release()
         try:
-            delivery.delivered(delivery.message)
+            delivered(message)
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
-            log.exception("Message %s was delivered over MQTT, but could not be noted as such", delivery.message.id)
+            log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
+
+
+def _expiry(seconds: float) -> Properties:
+    """How long the broker may keep a message for a device that is away."""
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.MessageExpiryInterval = math.ceil(seconds)
+    return properties
+
+
+def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[], None]) -> list[_Publication]:
+    delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
+    return [_Publication(delivery, address, body) for address in addresses]
+
+
+def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]:
+    return _publications(message, addresses, _told_again)
+
+
+def _said() -> None:
+    """What a gateway says of itself: nobody waits for it."""
+
+
+def _told_again() -> None:
+    """What is repeated: nobody waits for it, and a later repetition takes its place."""
+
+
+def _gateway_status(status: str) -> bytes:
+    return _encode({"gateway": settings.GATEWAY_NAME, "status": status})

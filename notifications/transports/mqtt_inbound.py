@@ -1,8 +1,9 @@
-"""Telemetry over MQTT: messages of `devices/{uuid}/datastream` in, calls of ingest out; acknowledged when the journal has them.
+"""What devices say over MQTT: messages of a channel's topics in, calls of its taker out; acknowledged when they are kept.
 
+Telemetry and reports (mqtt_reports) are two channels with a session each, so that one never waits for the other's store.
 The broker holds back what is not acknowledged, and sends it again after a lost connection. One gateway at a time listens, in
 a session that lasts: Mosquitto (2.0) gives the messages of a shared subscription to members that are away, too, and drops
-them when such a session ends, so that sharing would lose telemetry whenever a gateway goes. What waits in the broker is
+them when such a session ends, so that sharing would lose messages whenever a gateway goes. What waits in the broker is
 bounded by its own max_queued_messages; Mosquitto drops what is beyond, and says so only in its log.
 """
 
@@ -17,12 +18,13 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import paho.mqtt.client as mqtt
 from django.conf import settings
+from django.db import InterfaceError, OperationalError
 from django.db import connection as database
 from paho.mqtt.subscribeoptions import SubscribeOptions
 from redis.exceptions import RedisError
@@ -62,6 +64,7 @@ class Arrival:
     mid: int
     qos: int
     connection: int
+    retained: bool = False
     attempts: int = 0
     held_since: float = field(default_factory=time.monotonic)
 
@@ -119,16 +122,39 @@ class Lanes:
         return min(max(self._delayed[0][0] - now, 0.0), longest) if self._delayed else longest
 
 
-class Inbound:
-    """Takes telemetry from `start` to `stop`, while this process is the one that listens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """What one session listens to: topics, each with what is to become of its retained messages, and who may listen."""
 
-    `counts` of messages: accepted, refused, overloaded, failed, dropped, status. Refusals are recorded by ingest.
+    name: str
+    leader_key: str
+    topics: Mapping[str, int]
+
+
+# Retained telemetry would be old telemetry, told again at every connection.
+TELEMETRY = Channel(
+    name="telemetry",
+    leader_key=keys.MQTT_TELEMETRY_LEADER,
+    topics={topics.DATASTREAMS: SubscribeOptions.RETAIN_DO_NOT_SEND},
+)
+
+
+class Inbound:
+    """Takes the messages of a channel from `start` to `stop`, while this process is the one that listens.
+
+    `take` is called from one thread, in each sender's order; it and `wait` of what it gives may raise devices.exceptions.Refusal,
+    which ends the message, and anything else, after which it is tried again. `on_tick` is called about once a second, also
+    while another process listens. `counts` of messages: accepted, refused, overloaded, failed, dropped.
     """
 
-    def __init__(self, ingest: Ingest, *, leader: Leader | None = None) -> None:
+    def __init__(
+        self, channel: Channel, take: Callable[[Arrival], Pending], *, on_tick: Callable[[], None] = lambda: None
+    ) -> None:
         self.counts: Counter[str] = Counter()
-        self._ingest = ingest
-        self._leader = leader or Leader(keys.MQTT_TELEMETRY_LEADER)
+        self._channel = channel
+        self._take = take
+        self._on_tick = on_tick
+        self._leader = Leader(channel.leader_key)
         self._leads = False
         self._redis_away = False
         self._next_tick = float("-inf")
@@ -142,8 +168,8 @@ class Inbound:
         # Held while deciding whether a connection is still the one that a message came over.
         self._lock = threading.Lock()
         self._connection = Connection(
-            "telemetry",
-            client_id=session_id(),
+            channel.name,
+            client_id=session_id(channel.name),
             session=Session(expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM),
             on_ready=self._on_ready,
             on_lost=self._on_lost,
@@ -156,7 +182,7 @@ class Inbound:
         return self._connection.connected
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="mqtt-inbound", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"mqtt-{self._channel.name}", daemon=True)
         self._thread.start()
 
     def ask_to_stop(self) -> None:
@@ -171,38 +197,36 @@ class Inbound:
         self._resign()
 
     def _on_ready(self) -> None:
-        # At every connection: the broker may have lost the session. Retained messages would be old telemetry, told again.
-        client = self._connection.client
-        for topic in (topics.DATASTREAMS, topics.STATUSES):
-            client.subscribe(topic, options=SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND))
+        # At every connection: the broker may have lost the session.
+        for topic, retain_handling in self._channel.topics.items():
+            options = SubscribeOptions(qos=1, retainHandling=retain_handling)
+            self._connection.client.subscribe(topic, options=options)
 
     def _on_lost(self) -> None:
         with self._lock:
             self._connections += 1
 
-    def _on_message(self, client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        if topics.is_status(message.topic):
-            self.counts["status"] += 1
-            self._sparingly.say("status", logging.INFO, "%s says %.200r", message.topic, message.payload)
-            client.ack(message.mid, message.qos)
-        elif message.qos == 0 and self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD:
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        if message.qos == 0 and self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD:
             self.counts["dropped"] += 1
             self._sparingly.say(
                 "dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic
             )
-        else:
-            self._news.put(Arrival(message.topic, bytes(message.payload), message.mid, message.qos, self._connections))
+            return
+        payload, retained = bytes(message.payload), bool(message.retain)
+        self._news.put(Arrival(message.topic, payload, message.mid, message.qos, self._connections, retained=retained))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 self._step()
-            except Exception:  # process loop: telemetry would stand still without a word
+            except Exception:  # process loop: the channel would stand still without a word
                 self.counts["failed"] += 1
-                log.exception("Taking telemetry over MQTT failed and goes on")
+                log.exception("Taking %s over MQTT failed and goes on", self._channel.name)
                 self._stopping.wait(TICK_SECONDS)
         while self._under_way:
             self._settle()
+        self._on_tick()
         database.close()
 
     def _step(self) -> None:
@@ -233,15 +257,9 @@ class Inbound:
         if arrival.qos and arrival.connection != self._connections:
             self._lanes.done(arrival)  # the broker sends it again
             return
-        pending = self._attempt(arrival, lambda: self._ask(arrival))
+        pending = self._attempt(arrival, lambda: self._take(arrival))
         if pending is not None:
             self._under_way.append((arrival, pending))
-
-    def _ask(self, arrival: Arrival) -> Pending:
-        uuid = topics.originator_of(arrival.topic)
-        credential = catalogue.shared().credential_of(uuid) if uuid else None
-        hold = time.monotonic() - arrival.held_since < HOLD_SECONDS
-        return self._ingest(arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold)
 
     def _settle(self) -> None:
         """Waits for the oldest request under way; the others, asked with it, are then mostly done as well."""
@@ -269,6 +287,10 @@ class Inbound:
         except Refusal as refusal:
             self._sparingly.say(refusal.reason, logging.WARNING, "Refused a message of %s: %s", arrival.topic, refusal)
             self._finish(arrival, "refused")
+        except (OperationalError, InterfaceError) as error:
+            self.counts["failed"] += 1
+            self._sparingly.say("database", logging.WARNING, "%s waits for the database: %s", arrival.topic, error)
+            self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
             self.counts["failed"] += 1
             self._sparingly.say("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
@@ -286,6 +308,7 @@ class Inbound:
 
     def _tick(self) -> None:
         self._next_tick = time.monotonic() + TICK_SECONDS
+        self._on_tick()
         database.close()  # outside a request nobody else would give it back
         leads = self._hold_leadership()
         if leads and self._leads:
@@ -293,7 +316,7 @@ class Inbound:
         elif leads:
             self._connection.start()
         elif self._leads:
-            log.info("Another gateway listens to telemetry over MQTT")
+            log.info("Another gateway listens to %s over MQTT", self._channel.name)
             self._connection.stop()
         self._leads = leads
 
@@ -302,7 +325,7 @@ class Inbound:
             leads = self._leader.leads()
         except RedisError as error:
             if not self._redis_away:
-                log.warning("Who listens to telemetry over MQTT stays as it is: %s", redis.explain(error))
+                log.warning("Who listens to %s over MQTT stays as it is: %s", self._channel.name, redis.explain(error))
             self._redis_away = True
             return self._leads  # nobody else can take over, either
         self._redis_away = False
@@ -319,10 +342,26 @@ class Inbound:
             log.debug("The lock expires by itself: %s", error)
 
 
-def session_id() -> str:
-    """The client id of the one session that takes telemetry: always the same, and not for a device to guess and take over."""
+class Telemetry:
+    """Messages of `devices/{uuid}/datastream` in, calls of ingest out. `on_device` hears the uuid of every device that speaks."""
+
+    def __init__(self, ingest: Ingest, *, on_device: Callable[[str], None] = lambda _: None) -> None:
+        self._ingest = ingest
+        self._on_device = on_device
+
+    def take(self, arrival: Arrival) -> Pending:
+        uuid = topics.originator_of(arrival.topic)
+        credential = catalogue.shared().credential_of(uuid) if uuid else None
+        if credential is not None and credential.originator.source_type == "device":
+            self._on_device(credential.originator.uuid)
+        hold = time.monotonic() - arrival.held_since < HOLD_SECONDS
+        return self._ingest(arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold)
+
+
+def session_id(name: str) -> str:
+    """The client id of a channel's one session: always the same, and not for a device to guess and take over."""
     key = hashlib.blake2b(settings.DEVICE_TOKEN_KEY.encode(), digest_size=10, person=b"mqtt-session").hexdigest()
-    return f"aemos-telemetry-{key}"
+    return f"aemos-{name}-{key}"
 
 
 def _backoff_seconds(attempts: int) -> float:

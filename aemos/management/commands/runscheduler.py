@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
+from devices import commands
 from notifications import outbox, overdue
 from notifications import retention as history
 from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
@@ -26,6 +27,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     timers.fire_due,
     recovery.reissue_lost_tickets,
     outbox.sweep,
+    commands.expire_overdue,
     overdue.settle,
     backpressure.keep_watch,
     replay.queue_steps,
