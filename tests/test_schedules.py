@@ -184,12 +184,12 @@ def test_saving_plans_the_next_run_and_only_of_a_chain_that_runs(farm: Farm) -> 
     chain.enabled = False
     editing.save(chain)
     assert chain.next_run_at is None
-    chain.enabled, chain.suspended_at = True, timezone.now()
-    editing.save(chain)
-    assert chain.next_run_at is None
-    chain.suspended_at = None
+    chain.enabled = True
     editing.save(chain)
     assert chain.next_run_at == planned
+    RuleChain.objects.update(suspended_at=SIX, next_run_at=SIX)
+    editing.switch(chain, enabled=True, by="a person")
+    assert chain.next_run_at == planned, "what was missed while it was suspended is not made up for"
     chain.execution_type, chain.cron = RuleChain.ExecutionType.EVENT_TRIGGERED, ""
     editing.save(chain)
     assert chain.next_run_at is None
