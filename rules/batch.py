@@ -136,12 +136,12 @@ class _Run:
         What DATA_COLLECTION_TIMEOUT leaves no time for is missed by the chains that need it, and they fail by its name.
         """
         began = time.monotonic()
+        chains = {bound.id: bound for event in self._batch for bound in self._chains_of(event, event.values)}
         references: dict[latest_values.Key, None] = {}
         watches: dict[str, Watch] = {}
-        for event in self._batch:
-            for bound in self._chains_of(event, event.values):
-                references |= dict.fromkeys(bound.compiled.references)
-                watches |= {watch.key: watch for watch in bound.compiled.watches}
+        for bound in chains.values():
+            references |= dict.fromkeys(bound.compiled.references)
+            watches |= {watch.key: watch for watch in bound.compiled.watches}
         if watches:
             self._memory.collect(watches.values(), since_us=min(event.timestamp_us for event in self._batch))
         wanted = list(references)
