@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.db import OperationalError
+from django.db import OperationalError, transaction
 from django.utils import timezone
 from rest_framework.test import APIClient
 
@@ -51,7 +51,8 @@ def _change(target: Device, value: Any, *, source: str, at: float) -> list[state
         timestamp_us=timestamp_us,
         newer_only=source == "device",
     )
-    changes = states.apply([request])
+    with transaction.atomic():
+        changes = states.apply([request])
     states.tell(changes)
     return changes
 
