@@ -45,7 +45,9 @@ end
 
 
 def remember(values: Mapping[Key, Latest]) -> None:
-    """Raises RedisError."""
+    """Keeps what is newer, and has the scheduler look at chains that wait for time to pass over these devices: who switches a
+    device is no event that would run them. Raises RedisError; to remember again is harmless.
+    """
     by_source: dict[tuple[str, str], list[Any]] = {}
     for (source_type, uuid, name), latest in values.items():
         _unknown.pop((source_type, uuid, name), None)
@@ -56,6 +58,8 @@ def remember(values: Mapping[Key, Latest]) -> None:
     with redis.client().pipeline(transaction=False) as pipeline:
         for (source_type, uuid), args in by_source.items():
             pipeline.eval(_SET_IF_NEWER, 1, keys.latest(source_type, uuid), *args)
+            if source_type == "device":
+                pipeline.sadd(keys.TIMERS_STIRRED, f"{source_type}|{uuid}")
         pipeline.execute()
 
 

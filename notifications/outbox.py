@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -107,11 +107,16 @@ def add_to(pipeline: Any, message: Message) -> None:
     pipeline.xadd(keys.NOTIFICATIONS, entry, maxlen=settings.NOTIFICATION_STREAM_LENGTH, approximate=True)
 
 
-def sweep(now: datetime | None = None) -> int:
-    """Publishes what a crash or an absent Redis left behind, oldest first; returns how many."""
+def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification]], None] = lambda _rows: None) -> int:
+    """Publishes what a crash or an absent Redis left behind, oldest first; returns how many.
+
+    `first` is given these rows before; when it raises, they stay.
+    """
     now = now or timezone.now()
     due = Notification.objects.filter(published_at=None, created_at__lt=now - SWEEP_AGE)
-    return publish_late(oldest(unexpired(due, now=now)))
+    rows = oldest(unexpired(due, now=now))
+    first(rows)
+    return publish_late(rows)
 
 
 def oldest(rows: QuerySet[Notification]) -> list[Notification]:

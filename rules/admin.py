@@ -162,7 +162,7 @@ class RuleChainAdmin(ScopedAdmin):
 
     @admin.display(description="runs", ordering="enabled")
     def runs(self, chain: RuleChain) -> str:
-        return "suspended" if chain.enabled and chain.suspended_at else "yes" if chain.enabled else "no"
+        return {"": "yes", "switched off": "no"}.get(chain.stopped, chain.stopped)
 
     @admin.display(description="next run", ordering="next_run_at")
     def next_run(self, chain: RuleChain) -> str:
@@ -253,13 +253,13 @@ class RuleChainAdmin(ScopedAdmin):
             may = self.has_change_permission(request, chain)
             context |= {f"{name}_url": _url(name, chain) for name in ("run", "try", "export")}
             context |= {"copy_url": _url("duplicate", chain), "may_copy": may}
-            context["may_run"] = may and chain.enabled and not chain.suspended_at
+            context["may_run"] = may and not chain.stopped
         return super().render_change_form(request, context, *args, **kwargs)
 
     def run_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         """Runs the chain for real, as an event."""
         chain = self._chain(request, pk, to_change=True)
-        if not chain.enabled or chain.suspended_at:
+        if chain.stopped:
             messages.error(request, f"{chain} is not switched on.")
         else:
             try:

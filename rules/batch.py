@@ -28,6 +28,7 @@ from rules.events import Event
 from rules.exceptions import ChainFailed, ErrorCode
 from rules.index import BoundChain
 from rules.memory import Memory
+from rules.models import RuleChain
 from rules.readings import Row
 from rules.scope import Reference, Sample, Trigger, Watch
 from rules.timers import Waiting
@@ -43,7 +44,7 @@ class Failure:
 
     event: Event
     error: str
-    chain: BoundChain | None = None
+    chain: BoundChain | RuleChain | None = None
     node: str = ""
     permanent: bool = False
     traceback: str = ""
@@ -136,6 +137,7 @@ class _Run:
         What DATA_COLLECTION_TIMEOUT leaves no time for is missed by the chains that need it, and they fail by its name.
         """
         began = time.monotonic()
+        self._index.look_for(uuid for event in self._batch for uuid in runs.named(event) or ())
         chains = {bound.id: bound for event in self._batch for bound in self._chains_of(event, event.values)}
         references: dict[latest_values.Key, None] = {}
         watches: dict[str, Watch] = {}
@@ -186,6 +188,7 @@ class _Run:
         if event.chains is None:
             self._observe(event, names, bound_chains)
         failures = [failure for bound in bound_chains if (failure := self._run_chain(bound, event))]
+        failures += _stopped(event, bound_chains)
         if failures:
             self.ended.failures += failures
         else:
@@ -209,10 +212,9 @@ class _Run:
         schedules.note_runs(self._ran)
 
     def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> Sequence[BoundChain]:
-        if event.source_type == runs.CHAIN:
-            return self._index.named([event.originator_uuid], organization_id=event.organization_id)
-        if event.chains is not None:
-            return self._index.named(event.chains, organization_id=event.organization_id)
+        chains = runs.named(event)
+        if chains is not None:
+            return self._index.named(chains, organization_id=event.organization_id)
         source = (event.source_type, event.originator_uuid)
         return self._index.triggered(source, names, organization_id=event.organization_id)
 
@@ -340,6 +342,23 @@ class _Run:
     def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
         for source, due_us in outcome.wakes.items():
             self.ended.wakes[timers.of(bound.compiled, source)] = due_us
+
+
+def _stopped(event: Event, ran: Sequence[BoundChain]) -> list[Failure]:
+    """Failures of the chains that the event names and that do not run any more; those that were deleted, nobody misses."""
+    left = set(runs.named(event) or ()) - {bound.uuid for bound in ran}
+    if not left:
+        return []
+    rows = RuleChain.objects.filter(uuid__in=left, organization_id=event.organization_id).order_by("pk")
+    return [
+        Failure(
+            event=event,
+            error=f"{chain} was not run: it is {chain.stopped or 'not valid'}",
+            chain=chain,
+            permanent=bool(chain.stopped),
+        )
+        for chain in rows
+    ]
 
 
 def _failure(error: ChainFailed, bound: BoundChain, event: Event) -> Failure:

@@ -60,7 +60,7 @@ def next_attempts(failures: Iterable[Failure]) -> list[tuple[int, bytes]]:
 
 
 def _next_attempt(group: Sequence[Failure]) -> Event:
-    chains = tuple(failure.chain.uuid for failure in group if failure.chain)
+    chains = tuple(str(failure.chain.uuid) for failure in group if failure.chain)
     # Without a chain the event as a whole failed, and all of it is still to do.
     whole = any(failure.chain is None for failure in group)
     event = group[0].event

@@ -95,13 +95,9 @@ def delete(chain: RuleChain) -> None:
 
 def must_be_judged(chain: RuleChain, stored: RuleChain | None) -> bool:
     """Whether the nodes that it has must do for something new: it is to run again, or is triggered in another way."""
-    if stored is None or not _runs(chain):
+    if stored is None or chain.stopped:
         return False
-    return not _runs(stored) or chain.execution_type != stored.execution_type
-
-
-def _runs(chain: RuleChain) -> bool:
-    return chain.enabled and chain.suspended_at is None
+    return bool(stored.stopped) or chain.execution_type != stored.execution_type
 
 
 def _replace_nodes(chain: RuleChain, nodes: Sequence[RuleNode]) -> None:

@@ -92,10 +92,13 @@ class RuleIndex:
     def by_uuid(self, uuid: str) -> BoundChain | None:
         return self._by_uuid.get(uuid)
 
-    def named(self, uuids: Collection[str], *, organization_id: int) -> list[BoundChain]:
-        """These chains, if they may run; looked for anew, as one may have been switched on a moment ago."""
+    def look_for(self, uuids: Iterable[str]) -> None:
+        """Refreshes at once when one of these chains does not run: it may have been switched on a moment ago."""
         if any(uuid not in self._by_uuid for uuid in uuids):
             self.refresh(at_once=True)
+
+    def named(self, uuids: Iterable[str], *, organization_id: int) -> list[BoundChain]:
+        """Those of these chains that run."""
         found = (self._by_uuid.get(uuid) for uuid in uuids)
         return [bound for bound in found if bound and bound.organization_id == organization_id]
 
@@ -176,15 +179,10 @@ def _heard(bound: BoundChain) -> Iterator[tuple[tuple[int, str, str], str]]:
         yield (bound.organization_id, source_type, uuid), name
 
 
-def running() -> QuerySet[RuleChain]:
-    """The chains that may run."""
-    return RuleChain.objects.filter(enabled=True, suspended_at=None)
-
-
 def _standing(organizations: Collection[int]) -> dict[int, dict[int, int]]:
     """Organization -> chain -> version, of the chains that may run."""
     found: dict[int, dict[int, int]] = {organization: {} for organization in organizations}
-    for rows in _batches(organizations, running(), "organization_id"):
+    for rows in _batches(organizations, RuleChain.objects.running(), "organization_id"):
         for organization, pk, version in rows.values_list("organization_id", "pk", "version"):
             found[organization][pk] = version
     return found

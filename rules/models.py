@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 from django.core.exceptions import ValidationError
 from django.db import models
@@ -12,6 +12,12 @@ from django.utils import timezone
 from devices.models import Identified, Organization
 from rules import cron
 from rules.cron import Schedule
+
+
+class RuleChainQuerySet(models.QuerySet["RuleChain"]):
+    def running(self) -> RuleChainQuerySet:
+        """Those that may run: switched on, and not suspended."""
+        return self.filter(enabled=True, suspended_at=None)
 
 
 class RuleChain(Identified):
@@ -57,12 +63,21 @@ class RuleChain(Identified):
     )
     updated_at = models.DateTimeField(auto_now=True)
 
+    objects: ClassVar = RuleChainQuerySet.as_manager()
+
     class Meta:
         constraints = [models.UniqueConstraint(fields=["organization", "name"], name="chain_name_in_organization")]
         ordering = ["priority", "name"]
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def stopped(self) -> str:
+        """Why it does not run, "switched off" or "suspended"; empty when it may."""
+        if not self.enabled:
+            return "switched off"
+        return "suspended" if self.suspended_at else ""
 
     @property
     def schedule(self) -> Schedule | None:

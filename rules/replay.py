@@ -27,7 +27,7 @@ from devices import catalogue
 from devices.catalogue import Originator
 from devices.exceptions import Overloaded, Refusal
 from devices.models import Organization
-from rules import backpressure, events, filters, journal, tickets
+from rules import backpressure, events, filters, journal, runs, tickets
 from rules.circuit import State
 from rules.events import Event, Lane
 from rules.filters import Criteria
@@ -36,6 +36,7 @@ from rules.models import DeadLetter, RejectedEvent, Replay, Status
 
 log = logging.getLogger(__name__)
 STEP = "rules.replay.step"
+PROTOCOL = "replay"
 STEP_TIMEOUT_SECONDS = 30
 # Time of a worker that one step may take, and rows that are sent between two looks at the clock.
 SLICE_SECONDS = 0.1
@@ -290,13 +291,17 @@ def _of_dead(row: DeadLetter, known: Mapping[tuple[str, str], Originator], now: 
     if "base64" in row.event:
         raise CannotReplay("It is a journal entry that cannot be read.")
     event = msgspec.convert(row.event, Event)
-    originator = _originator(row, known)
+    if event.source_type == runs.CHAIN:
+        # As a person's wish: the schedule, which has moved on, would take it for a time that is over.
+        event = msgspec.structs.replace(event, protocol=PROTOCOL)
+    else:
+        originator = _originator(row, known)
     if event.type in events.CLAIMABLE:
         events.decode(events.as_sent(event), originator, highest_priority=1, now=now, protocol=event.protocol)
     chains = event.chains
     if row.chain:
-        if not row.chain.enabled:
-            raise CannotReplay(f"The rule chain {row.chain} is switched off.")
+        if row.chain.stopped:
+            raise CannotReplay(f"The rule chain {row.chain} is {row.chain.stopped}.")
         chains = (str(row.chain.uuid),)
     elif not row.failure_key.endswith(":"):
         raise CannotReplay("The rule chain in which it failed was deleted.")

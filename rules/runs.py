@@ -29,6 +29,11 @@ def is_run(event: Event) -> bool:
     return event.source_type == CHAIN or event.protocol == TIMER
 
 
+def named(event: Event) -> tuple[str, ...] | None:
+    """The uuids of the chains that the event is for; None when it is for all that wait for it."""
+    return (event.originator_uuid,) if event.source_type == CHAIN else event.chains
+
+
 def refusal() -> Overloaded | None:
     """Why the queue takes no urgent event; None when it does."""
     try:

@@ -43,7 +43,7 @@ def plan(chain: RuleChain, stored: RuleChain | None, *, now: datetime | None = N
         chain.last_run_at, chain.next_run_at = stored.last_run_at, stored.next_run_at
     if is_unchanged(chain, stored) and chain.next_run_at is not None:
         return
-    schedule = chain.schedule if chain.enabled and chain.suspended_at is None else None
+    schedule = None if chain.stopped else chain.schedule
     moment = max(now or timezone.now(), chain.last_run_at or events.EPOCH)
     chain.next_run_at = schedule.next_after(moment) if schedule else None
 
@@ -81,7 +81,7 @@ class Firing:
         self._held: dict[int, tuple[Event, Overloaded]] = {}
 
     def fire(self, now: datetime) -> int:
-        due = RuleChain.objects.filter(next_run_at__lte=now, enabled=True, suspended_at=None)
+        due = RuleChain.objects.running().filter(next_run_at__lte=now)
         turns = [_turn(chain, now) for chain in due.order_by("next_run_at", "pk")[:CHAINS_PER_TICK]]
         if not turns:
             return 0

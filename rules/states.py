@@ -23,10 +23,11 @@ from devices import commands, latest
 from devices.catalogue import Field
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
-from notifications import outbox
+from notifications import messages, outbox
 from notifications.messages import Message
+from notifications.models import Notification
 from notifications.state_messages import message_of
-from rules import events, timers
+from rules import events
 from rules.cooldowns import Permits, Rest, permits_all
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[C
 
 
 def tell(changes: Sequence[Change]) -> None:
-    """After the commit: publishes the messages and refreshes what rules see. What fails here the sweep makes good."""
-    outbox.publish([change.message for change in changes])
+    """After the commit: refreshes what rules see and publishes the messages. What fails here, or is cut off, `sweep` makes
+    good; it knows by the messages, so these come last.
+    """
     for change in changes:
         row = change.row
         metrics.STATE_CHANGES.labels(row.source).inc()
@@ -98,9 +100,27 @@ def tell(changes: Sequence[Change]) -> None:
         log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
     try:
         latest.remember(dict(_latest(change) for change in changes))
-        timers.stir({("device", str(change.row.state.device.uuid)) for change in changes})
     except RedisError as error:
-        log.warning("Rules see %d changed states late: %s", len(changes), redis.explain(error))
+        log.warning("%d changed states wait in the outbox: %s", len(changes), redis.explain(error))
+        return
+    outbox.publish([change.message for change in changes])
+
+
+def sweep(now: datetime | None = None) -> int:
+    """Tells what a crash or an absent Redis left untold, of states and of all else in the outbox; returns how many.
+
+    Called by the scheduler. Raises RedisError or django.db.Error; what was not told then waits for the next time.
+    """
+    return outbox.sweep(now, first=_remember_told)
+
+
+def _remember_told(rows: Sequence[Notification]) -> None:
+    values = {}
+    for row in rows:
+        if row.event == messages.DEVICE_STATE_CHANGE and row.device:
+            key = ("device", str(row.device.uuid), row.payload["stateName"])
+            values[key] = Latest(row.payload["value"], events.microseconds(row.timestamp))
+    latest.remember(values)
 
 
 def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]]:

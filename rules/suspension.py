@@ -21,8 +21,7 @@ def suspend(chain_id: int, reason: str) -> bool:
     False when it does not run anyway: suspended by another worker, switched off or deleted. Raises django.db.Error.
     """
     with transaction.atomic():
-        running = RuleChain.objects.filter(pk=chain_id, enabled=True, suspended_at=None)
-        if not running.update(suspended_at=timezone.now()):
+        if not RuleChain.objects.running().filter(pk=chain_id).update(suspended_at=timezone.now()):
             return False
         chain = RuleChain.objects.get(pk=chain_id)
         catalogue.mark_changed(chain.organization_id)

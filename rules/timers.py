@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 from uuid import UUID, uuid5
 
@@ -108,15 +108,8 @@ def look_for_new() -> None:
         redis.client().zadd(keys.TIMERS, wanted, nx=True)
 
 
-def stir(sources: Collection[Source]) -> None:
-    """Has chains looked at that wait for time to pass over these sources: a rule or a person has switched them, which is no
-    event that would run the chains. Raises RedisError.
-    """
-    if sources:
-        redis.client().sadd(keys.TIMERS_STIRRED, *("|".join(source) for source in sources))
-
-
 def _look_at_stirred() -> None:
+    """Has chains looked at that wait for time to pass over devices whose state changed: see devices.latest."""
     members = redis.client().smembers(keys.TIMERS_STIRRED)
     if not members:
         return

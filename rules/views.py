@@ -216,8 +216,8 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     def trigger(self, request: Request, **_: Any) -> Response:
         """Runs the chain now, for real, with what is known. 409 while it is switched off or suspended."""
         chain = self.get_object()
-        if not chain.enabled or chain.suspended_at:
-            raise Conflict(f"{chain} is {'suspended' if chain.enabled else 'switched off'}; switch it on first.")
+        if chain.stopped:
+            raise Conflict(f"{chain} is {chain.stopped}; switch it on first.")
         try:
             event = schedules.trigger(chain, protocol="http")
         except Overloaded as refusal:

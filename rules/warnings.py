@@ -11,7 +11,7 @@ from functools import partial, reduce
 from operator import or_
 from typing import NamedTuple
 
-from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models import Exists, OuterRef, Q
 
 from devices.models import DeviceState, Reading, Variable
 from devices.values import Datatype
@@ -76,7 +76,7 @@ class Everyone:
 
     def __init__(self, organization_id: int) -> None:
         self._drives: defaultdict[tuple[str, str], list[Drive]] = defaultdict(list)
-        rows = _running(organization_id).prefetch_related("nodes")
+        rows = RuleChain.objects.running().filter(organization_id=organization_id).prefetch_related("nodes")
         for chain in rows.iterator(chunk_size=CHUNK):
             for drive in _drives_of(chain):
                 self._drives[drive.device_uuid, drive.state_name].append(drive)
@@ -285,15 +285,11 @@ def _rivals_of(chain: RuleChain, drives: Sequence[Drive]) -> Iterator[Drive]:
     devices = sorted({drive.device_uuid for drive in drives})
     # People may write a uuid in upper case.
     named = reduce(or_, (Q(config__deviceUuid__iexact=uuid) for uuid in devices[:MAXIMUM_OTHERS]))
-    others = _running(chain.organization_id).exclude(uuid=chain.uuid)
+    others = RuleChain.objects.running().filter(organization_id=chain.organization_id).exclude(uuid=chain.uuid)
     rows = RuleNode.objects.filter(named, type=RuleNode.Type.ACTION, chain__in=others).order_by()
     ids = list(rows.values_list("chain_id", flat=True).distinct()[:MAXIMUM_OTHERS])
     for other in RuleChain.objects.filter(pk__in=ids).prefetch_related("nodes"):
         yield from _drives_of(other)
-
-
-def _running(organization_id: int) -> QuerySet[RuleChain]:
-    return RuleChain.objects.filter(organization_id=organization_id, enabled=True, suspended_at=None)
 
 
 def _drives_of(chain: RuleChain) -> list[Drive]:

@@ -17,7 +17,21 @@ from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
 from notifications import outbox, telemetry
 from notifications.models import Notification
-from rules import backpressure, batch, dead_letters, index, ingest, jobs, journal, recovery, rejections, states, tickets
+from rules import (
+    backpressure,
+    batch,
+    dead_letters,
+    editing,
+    index,
+    ingest,
+    jobs,
+    journal,
+    recovery,
+    rejections,
+    states,
+    suspension,
+    tickets,
+)
 from rules.events import Event
 from rules.journal import Account, Lease, Slot
 from rules.models import DeadLetter
@@ -221,6 +235,47 @@ def test_an_event_whose_chain_fails_keeps_its_reading_and_other_chains_and_is_tr
     assert "ec" in letter.error
     assert letter.event["values"] == {"ph": 6.9}
     assert ledger() == Account(accepted=1, dead=1)
+
+
+@pytest.mark.parametrize("why", ["suspended", "switched off"])
+def test_an_event_whose_chain_stopped_before_its_next_attempt_is_kept_and_says_so(farm: Farm, why: str) -> None:
+    DeviceState.objects.update(name="renamed")
+    farm.post(6.9)
+    drain_all()
+    assert ledger() == Account(accepted=1, depth=1, waiting=1)
+    if why == "suspended":
+        assert suspension.suspend(farm.chain.pk, "it failed")
+    else:
+        editing.switch(farm.chain, enabled=False, by="a test")
+    make_due()
+    drain_all()
+
+    letter = DeadLetter.objects.get()
+    assert (letter.chain, letter.error) == (farm.chain, f"pH down was not run: it is {why}")
+    assert ledger() == Account(accepted=1, dead=1)
+
+
+def test_a_retry_whose_chain_was_deleted_leaves_the_queue_and_is_looked_for_once(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DeviceState.objects.update(name="renamed")
+    farm.post(6.9, 7.0, 7.1)
+    drain_all()
+    editing.delete(farm.chain)
+    make_due()
+    index.shared().refresh(at_once=True)
+    looked: list[bool] = []
+    refresh = index.RuleIndex.refresh
+
+    def counted(rules: index.RuleIndex, *, at_once: bool = False) -> None:
+        looked.append(at_once)
+        refresh(rules, at_once=at_once)
+
+    monkeypatch.setattr(index.RuleIndex, "refresh", counted)
+    jobs.drain(farm.slot.lane, farm.slot.partition)
+
+    assert looked == [False, True]
+    assert (ledger(), DeadLetter.objects.count()) == (Account(accepted=3, processed=3), 0)
 
 
 def test_an_attempt_that_succeeds_later_counts_as_processed(farm: Farm) -> None:

@@ -30,6 +30,7 @@ from rules import (
     rejections,
     replay,
     retention,
+    suspension,
     tickets,
 )
 from rules.circuit import State
@@ -354,7 +355,7 @@ def test_a_dead_letter_that_still_waits_is_not_accepted_twice(farm: Farm) -> Non
     assert ledger() == Account(accepted=2, dead=1, depth=1, waiting=1)
 
 
-@pytest.mark.parametrize("what", ["chain deleted", "chain off", "unreadable"])
+@pytest.mark.parametrize("what", ["chain deleted", "chain off", "chain suspended", "unreadable"])
 def test_a_dead_letter_that_has_nothing_to_run_in_stays(farm: Farm, what: str) -> None:
     chain = break_chain(farm)
     post(farm, 5.0)
@@ -363,6 +364,8 @@ def test_a_dead_letter_that_has_nothing_to_run_in_stays(farm: Farm, what: str) -
         chain.delete()
     elif what == "chain off":
         type(chain).objects.filter(pk=chain.pk).update(enabled=False)
+    elif what == "chain suspended":
+        assert suspension.suspend(chain.pk, "it failed")
     else:
         DeadLetter.objects.update(event={"base64": "", "events": 1}, chain=None)
     row = run(replay.ask(wish(farm, Replay.Kind.DEAD)))

@@ -26,11 +26,11 @@ from deploy.programs import REPOSITORY
 from deploy.servers import free_port
 from devices import catalogue, latest
 from devices.models import DeviceState, StateChange
-from rules import backpressure, editing, events, index, jobs, journal, rejections, schedules
+from rules import backpressure, editing, events, index, jobs, journal, rejections, replay, schedules
 from rules.cron import Schedule
 from rules.exceptions import InvalidChain
 from rules.journal import Account
-from rules.models import DeadLetter, RejectedEvent, RuleChain
+from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain
 from tests import builders
 from tests.mqtt_clients import until
 from tests.test_drain import make_due
@@ -185,7 +185,10 @@ def test_saving_plans_the_next_run_and_only_of_a_chain_that_runs(farm: Farm) -> 
     editing.save(chain)
     assert chain.next_run_at is None
     chain.enabled = True
+    RuleChain.objects.filter(pk=chain.pk).update(suspended_at=timezone.now())
     editing.save(chain)
+    assert chain.next_run_at is None
+    editing.save(chain, lift=True)
     assert chain.next_run_at == planned
     RuleChain.objects.update(suspended_at=SIX, next_run_at=SIX)
     editing.switch(chain, enabled=True, by="a person")
@@ -405,6 +408,26 @@ def test_a_run_that_failed_is_tried_again_and_then_kept_for_people(farm: Farm) -
     letter = DeadLetter.objects.get()
     assert (letter.chain, letter.originator_uuid, letter.attempts) == (chain, chain.uuid, 2)
     assert ledger() == Account(accepted=1, dead=1)
+
+
+def test_a_run_that_was_kept_for_people_is_replayed_although_the_schedule_has_moved_on(farm: Farm) -> None:
+    chain = farm.chain(max_retries=0)
+    DeviceState.objects.filter(pk=farm.power.pk).update(name="renamed")
+    fire(SIX)
+    drain_all()
+    assert DeadLetter.objects.get().chain == chain
+    RuleChain.objects.filter(pk=chain.pk).update(last_run_at=SIX + timedelta(days=1))
+    DeviceState.objects.filter(pk=farm.power.pk).update(name="power")
+    catalogue.mark_changed(farm.organization.pk)
+    catalogue.shared().refresh(at_once=True)
+    wanted = replay.Wish(
+        kind=Replay.Kind.DEAD, criteria={}, organization=farm.organization, actor="ana", with_commands=True
+    )
+    uuid = str(replay.ask(wanted).uuid)
+    replay.step(uuid)
+    drain_all()
+
+    assert (farm.state(), ledger()) == ("on", Account(accepted=2, dead=1, processed=1))
 
 
 def test_a_chain_deleted_after_its_time_came_leaves_the_queue_quietly(farm: Farm) -> None:

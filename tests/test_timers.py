@@ -11,12 +11,14 @@ from uuid import uuid4
 
 import pytest
 import requests
+from redis.exceptions import ConnectionError
 
 from aemos.lib import keys, redis
 from aemos.management.commands.runscheduler import DUTIES
 from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
+from notifications.models import Notification
 from rules import backpressure, editing, events, index, jobs, journal, schedules, states, timers
 from rules.journal import Account
 from rules.models import RuleChain
@@ -252,6 +254,51 @@ class TestInProcess:
         assert state.value == "on"
         assert tick() == 1
         assert due_in_seconds() == [pytest.approx(900, abs=30)]
+
+    @pytest.mark.parametrize("how", ["crash", "Redis away"])
+    def test_a_switched_device_that_was_not_told_is_seen_by_rules_and_looked_at_after_the_sweep(
+        self, farm: Farm, how: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pump = builders.device(farm.organization)
+        state = DeviceState.objects.get(device=pump)
+        stands = {**builders.leaf(pump, "power", "valueOlderThan", "on"), "duration": "15m"}
+        nodes = [builders.node("stands", stands, next="off"), builders.node("off", builders.command(pump, "off"))]
+        builders.chain(farm.organization, nodes, "pump off in time")
+        tick()
+        key = ("device", str(pump.uuid), "power")
+        latest.remember({key: latest.Latest("off", 1)})
+        tick()
+        redis.client().delete(keys.TIMERS)
+
+        def away(*_: object, **__: object) -> None:
+            raise ConnectionError("Redis is away")
+
+        with monkeypatch.context() as patch:
+            if how == "crash":
+                patch.setattr(states, "tell", lambda changes: None)
+            else:
+                patch.setattr(latest, "remember", away)
+            states.change_by_person(state, "on", user=builders.user())
+        assert (latest.recall([key])[key].value, Notification.objects.get(device=pump).published_at) == ("off", None)
+
+        assert states.sweep(datetime.now(UTC) + timedelta(seconds=10)) == 1
+        assert latest.recall([key])[key].value == "on"
+        assert Notification.objects.get(device=pump).published_at is not None
+        timers.fire_due()
+        drain_all()
+        assert pytest.approx(900, abs=30) in due_in_seconds()
+
+    def test_while_redis_is_away_the_sweep_leaves_changes_untold(
+        self, farm: Farm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def away(*_: object, **__: object) -> None:
+            raise ConnectionError("Redis is away")
+
+        monkeypatch.setattr(latest, "remember", away)
+        states.change_by_person(DeviceState.objects.get(device=farm.lamp), "on", user=builders.user())
+        with pytest.raises(ConnectionError):
+            states.sweep(datetime.now(UTC) + timedelta(seconds=10))
+        assert Notification.objects.get().published_at is None
 
     def test_the_scheduler_fires_timers(self) -> None:
         assert timers.fire_due in DUTIES

@@ -60,7 +60,7 @@ TIMERS = (
 )
 TIMERS_LOOKED_FOR = "aemos:timers-looked-for"  # flag that expires: chains that need a timer were looked for
 TIMERS_STIRRED = (
-    "aemos:timers-stirred"  # set: sources that changed without an event of theirs, until the scheduler looks
+    "aemos:timers-stirred"  # set: device|uuid of those with a state that changed, until the scheduler looks at chains
 )
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"

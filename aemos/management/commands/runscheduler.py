@@ -16,9 +16,9 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, redis
 from aemos.lib.leader import Leader
 from devices import commands
-from notifications import outbox, overdue
+from notifications import overdue
 from notifications import retention as history
-from rules import alarms, backpressure, recovery, replay, retention, schedules, timers
+from rules import alarms, backpressure, recovery, replay, retention, schedules, states, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -26,7 +26,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     schedules.fire_due,
     timers.fire_due,
     recovery.reissue_lost_tickets,
-    outbox.sweep,
+    states.sweep,
     commands.expire_overdue,
     overdue.settle,
     backpressure.keep_watch,

@@ -40,7 +40,7 @@ class Command(BaseCommand):
         began = time.perf_counter()
         invalid: list[str] = []
         chains = nodes = references = 0
-        ids = list(index.running().order_by("pk").values_list("pk", flat=True))
+        ids = list(RuleChain.objects.running().order_by("pk").values_list("pk", flat=True))
         for done, (row, result) in enumerate(index.compiled(ids), start=1):
             if isinstance(result, InvalidChain):
                 invalid.append(_complaint(row, result))
