@@ -147,6 +147,7 @@ def _summary(installation: Installation, *, mqtt: bool) -> str:
     rows = {
         "Admin": f"{web}/admin/   log in as {admin['username']} with {admin['password']}",
         "API": f"{web}/api/v1/docs",
+        "Live page": f"{web}/static/notifications/socketio.html   the same login",
         "Health": f"{web}/api/v1/health",
         "Socket.IO": f"http://{hosts['SOCKETIO_HOST']}:{ports['SOCKETIO_PORT']}",
         "MQTT": f"mqtt://127.0.0.1:{ports['MQTT_PORT']}" if mqtt else "off",
@@ -154,6 +155,7 @@ def _summary(installation: Installation, *, mqtt: bool) -> str:
         "Token": f"{sensor['token']}   (sensor {sensor['name']}; all of them: {installation.demo_file})",
         "Data, logs": f"{installation.var} and its log/; kept for the next run",
         "Stop": "Ctrl-C",
+        "Next": "examples/README.md",
     }
     return "\n".join(["", "AEMOS runs.", *(f"  {name:<11} {value}" for name, value in rows.items()), ""])
 

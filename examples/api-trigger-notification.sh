@@ -2,9 +2,14 @@
 # Switches the demo's pump over REST, as a person would; every listener on every protocol is told.
 # Usage: examples/api-trigger-notification.sh [on|off]     Needs: make run, curl, python3
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 value="${1:-on}"
+case "$value" in
+  on | off) ;;
+  -h | --help) sed -n '2,3s/^# //p' "$0"; exit 0 ;;
+  *) echo "The pump is on or off, not $value. Usage: $0 [on|off]" >&2; exit 2 ;;
+esac
+cd "$(dirname "$0")/.."
 web="http://127.0.0.1:${PORT:-3000}/api/v1"
 demo="${VAR_DIR:-var}/demo.json"
 [ -r "$demo" ] || { echo "$demo is not there. Start 'make run' first." >&2; exit 1; }

@@ -61,10 +61,14 @@ def _show(device: dict[str, str], message: Any) -> None:
         connection.say(f"not observing {device['name']}: {message.code} {message.payload.decode('utf-8', 'replace')}")
         return
     states = json.loads(message.payload)["states"]
-    line = ", ".join(f"{name} = {state['value']}" for name, state in states.items())
+    line = ", ".join(f"{name} {_in_words(state['value'])}" for name, state in states.items())
     if line != shown.get(device["uuid"]):
         shown[device["uuid"]] = line
         connection.say(f"received on coap: {device['name']}: {line}")
+
+
+def _in_words(value: Any) -> str:
+    return "was never set" if value is None else f"= {value}"
 
 
 if __name__ == "__main__":

@@ -46,5 +46,17 @@ def coap_authority() -> str:
     return f"{os.environ.get('COAP_HOST', '127.0.0.1')}:{os.environ.get('COAP_PORT', '5683')}"
 
 
+def in_words(message: dict[str, Any]) -> str:
+    """What a message says: what its data hold depends on its event."""
+    data = message["data"]
+    if "stateName" in data:
+        return f"{data['deviceName']}: {data['stateName']} = {data['value']}"
+    if "alarm" in data:
+        return f"{data['severity']} alarm {data['change']}: {data['type']} at {data['originatorName']}"
+    if "status" in data:
+        return f"{data['deviceName']} is {data['status']}"
+    return ": ".join(data[name] for name in ("title", "message") if data.get(name))
+
+
 def say(line: str) -> None:
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Listens over MQTT as the demo's pump and fan would: each logs in with its own token and prints its state topic."""
+"""Listens over MQTT as the demo's pump and fan would: each logs in with its own token and prints what it is told."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from examples import connection
 
 
 def main() -> None:
-    parser = connection.parser("Subscribe to devices/<uuid>/state of every demo device and print what arrives.")
+    parser = connection.parser(
+        "Subscribe to the state of every demo device and to its farm's broadcast; print what arrives."
+    )
     host, port = connection.mqtt_address()
     parser.add_argument("--host", default=host, help="broker (default: %(default)s)")
     parser.add_argument("--port", type=int, default=port, help="port of the broker (default: %(default)s)")
     options = parser.parse_args()
-    clients = [_connect(device, options.host, options.port) for device in connection.farm(options)["devices"]]
+    farm = connection.farm(options)
+    devices = [{**device, "broadcast": f"organizations/{farm['organization']}/broadcast"} for device in farm["devices"]]
+    clients = [_connect(device, options.host, options.port) for device in devices]
     for client in clients[1:]:
         client.loop_start()
     clients[0].loop_forever(retry_first_connection=True)
@@ -36,15 +40,16 @@ def _connect(device: dict[str, str], host: str, port: int) -> mqtt.Client:
 
 def _subscribe(client: mqtt.Client, device: dict[str, str], _flags: Any, reason: Any, _properties: Any) -> None:
     if reason.is_failure:
-        connection.say(f"not connected as {device['name']}: {reason}; trying again")
+        # The broker knows a new device within five seconds, so this is no fault yet.
+        connection.say(f"waiting for the broker to know {device['name']} ({reason}); trying again")
         return
+    client.subscribe([(f"devices/{device['uuid']}/state", 1), (device["broadcast"], 1)])
     connection.say(f"listening on devices/{device['uuid']}/state as {device['name']}")
-    client.subscribe(f"devices/{device['uuid']}/state", qos=1)
 
 
 def _show(_client: mqtt.Client, device: dict[str, str], message: mqtt.MQTTMessage) -> None:
-    data = json.loads(message.payload)["data"]
-    connection.say(f"received on mqtt: {message.topic}: {device['name']}: {data['stateName']} = {data['value']}")
+    what = connection.in_words(json.loads(message.payload))
+    connection.say(f"received on mqtt: {message.topic} as {device['name']}: {what}")
 
 
 if __name__ == "__main__":

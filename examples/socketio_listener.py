@@ -10,7 +10,7 @@ import socketio
 
 from examples import connection
 
-EVENTS = ("device-state-change", "alert", "notification")
+EVENTS = ("device-state-change", "device-status", "alert", "notification")
 
 
 class Listener:
@@ -43,9 +43,7 @@ class Listener:
     def printer(self, event: str) -> Any:
         def show(message: dict[str, Any]) -> None:
             self.reached(message)
-            data = message["data"]
-            what = f"{data['deviceName']}: {data['stateName']} = {data['value']}" if "stateName" in data else data
-            connection.say(f"received on socket: {event}: {what}")
+            connection.say(f"received on socket: {event}: {connection.in_words(message)}")
 
         return show
 

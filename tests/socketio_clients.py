@@ -44,11 +44,15 @@ class Client:
 
 
 @contextmanager
-def connected(gateway: GatewayProcess, token: str, *, transport: str = "websocket", **options: Any) -> Iterator[Client]:
+def connected(
+    gateway: GatewayProcess | str, token: str, *, transport: str = "websocket", **options: Any
+) -> Iterator[Client]:
+    """To a gateway's process, or to an address."""
     client = Client()
     try:
         client.io.connect(
-            url(gateway), **{"auth": {"token": token}, "transports": [transport], "wait_timeout": 10, **options}
+            gateway if isinstance(gateway, str) else url(gateway),
+            **{"auth": {"token": token}, "transports": [transport], "wait_timeout": 10, **options},
         )
         yield client
     finally:

@@ -31,7 +31,7 @@ from rules.circuit import State
 from rules.circuit_store import force
 from rules.exceptions import ErrorCode
 from tests import builders
-from tests.test_end_to_end import coap_post
+from tests.system_clients import coap_post, reading
 from tests.test_monitoring import redis_away
 
 PAGE = REPOSITORY / "docs" / "monitoring.md"
@@ -449,7 +449,7 @@ def test_redis_that_hangs_costs_a_scrape_less_than_three_seconds(system: LocalSy
 
 def test_what_a_gateway_takes_in_is_counted_beside_what_the_web_takes_in(system: LocalSystem) -> None:
     system.start("gateway")
-    coap_post(system, system.farm["sensors"][0], ph=6.9)
+    assert coap_post(system, system.farm["sensors"][0], reading(ph=6.9)) == ("2.04", "")
     until(lambda: value(scrape(system), "telemetry_ingestion_total", protocol="coap", result="accepted") == 1)
     system.kill("gateway")
     assert value(scrape(system), "telemetry_ingestion_total", protocol="coap", result="accepted") == 1
