@@ -160,12 +160,20 @@ _VERBS: Mapping[str, Verb] = {
     "acknowledge": "change",
     "clear": "change",
     "destroy": "delete",
+    # These change nothing, or look themselves whether the organization that the body names lets one.
+    "import_chain": "view",
+    "execute": "view",
+    "execute_unsaved": "view",
 }
 
 
 def verb_of(request: Request, view: APIView) -> Verb:
-    """The verb of the action under way. An action that does not exist needs no right: it is a 405 for everybody."""
-    if request.method in SAFE_METHODS:
+    """The verb of the action under way; KeyError when nobody has said which verb a new action is.
+
+    A method that does not exist needs no right: it is a 405 for everybody.
+    """
+    action = getattr(view, "action", None)
+    if request.method in SAFE_METHODS or action is None:
         return "view"
     verbs: Mapping[str, Verb] = getattr(view, "verbs", _VERBS)
-    return verbs.get(getattr(view, "action", None) or "", "view")
+    return verbs[action]

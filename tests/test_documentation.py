@@ -57,6 +57,19 @@ def test_files_and_commands_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in commands if name not in known and name != "with"] == []
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
+
+
+def test_decisions_are_numbered_one_after_the_other() -> None:
+    pages = sorted((ROOT / "docs" / "adr").glob("*.md"))
+
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    assert [page.name for page in pages if not page.read_text().startswith(f"# {int(page.name[:4])}. ")] == []
+
+
 def test_the_backpressure_pages_name_every_reason_threshold_and_default() -> None:
     from django.conf import settings
 
