@@ -228,6 +228,7 @@ def _batch(device: Any, first: int, count: int) -> tuple[list[Any], tuple[int, f
             payload={
                 "number": number,
                 "sent": now,
+                "source": "rule",  # what a rule switches goes to the device as a command, too
                 "title": "pH is high",
                 "message": "Reservoir A: pH 7.9 is above 6.5.",
             },
