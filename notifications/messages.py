@@ -28,9 +28,6 @@ PRIORITY_BY_SEVERITY = {"info": 7, "warning": 4, "critical": 1}
 # What is at most this number overtakes everything that is not, as an event of the critical lane does.
 LEAST_URGENT = 2
 
-# How urgent a message about something of that severity is: 1 is the most urgent, 10 the least.
-PRIORITY_BY_SEVERITY = {"info": 7, "warning": 4, "critical": 1}
-
 # The names that callers of the predecessor's notification API used for a choice of protocols.
 _BY_TYPE = {
     "socket": (Protocol.SOCKETIO,),
