@@ -328,7 +328,7 @@ def _cursor(transport: Transport, shared_protocols: Collection[Protocol]) -> Cur
             leader=Leader(keys.MQTT_PUBLISHER_LEADER),
             on_lead=getattr(transport, "lead", lambda _: None),
         )
-    return FanOutCursor(redis.blocking_client())
+    return FanOutCursor(redis.blocking_client(), on_hole=getattr(transport, "fill_hole", lambda: None))
 
 
 def _may_read_ahead(lane: Lane) -> bool:

@@ -25,6 +25,8 @@ from aemos.lib.leader import Leader
 
 log = logging.getLogger(__name__)
 READ_COUNT = 500
+# The position before every entry, and the newest id of a stream that does not exist.
+NOTHING = b"0-0"
 # How long a read waits for news; a gateway that is to stop notices within this time.
 BLOCK_MS = 1_000
 # A stream that lost its newest entries, or is a new one behind a clock that is late, is read again from this far back.
@@ -66,11 +68,22 @@ class Cursor(Protocol):
 
 
 class FanOutCursor:
-    """Everything that is published from the first `open` on."""
+    """Everything that is published from the first `open` on.
 
-    def __init__(self, client: Redis, *, wall_clock: Callable[[], float] = time.time) -> None:
+    `on_hole` is called before entries are given in front of which others may have been lost: the stream was emptied, or
+    is shorter than this reader is late.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        on_hole: Callable[[], None] = lambda: None,
+    ) -> None:
         self._client = client
         self._wall_clock = wall_clock
+        self._on_hole = on_hole
         self._position: bytes | None = None
 
     def open(self) -> None:
@@ -86,13 +99,22 @@ class FanOutCursor:
             self._position = b"%d-0" % max(_parts(self._position)[0] - REWIND_MS, 0)
 
     def read(self, *, wait: bool = True) -> list[Entry]:
+        position = self._position or NOTHING
         reply: Any = self._client.xread(
-            {keys.NOTIFICATIONS: self._position or b"0-0"}, count=READ_COUNT, block=BLOCK_MS if wait else None
+            {keys.NOTIFICATIONS: position}, count=READ_COUNT, block=BLOCK_MS if wait else None
         )
         entries = _entries(reply)
         if entries:
+            if position != NOTHING and not self._holds(position):
+                log.warning("The stream of notifications has a hole after %s", position.decode())
+                self._on_hole()
             self._position = entries[-1].id
         return entries
+
+    def _holds(self, position: bytes) -> bool:
+        """Whether what follows the position is still there whole. Asked after the reading: nothing is cut off in between."""
+        oldest: Any = self._client.xrange(keys.NOTIFICATIONS, count=1)
+        return not oldest or _parts(before(oldest[0][0])) <= _parts(position)
 
     def owns(self, entry_id: bytes) -> bool:
         return True
@@ -297,7 +319,7 @@ def newest_id(client: Redis) -> bytes:
     except ResponseError as error:
         if "no such key" not in str(error):
             raise
-        return b"0-0"
+        return NOTHING
     newest: bytes = information["last-generated-id"]
     return newest
 

@@ -268,6 +268,9 @@ def _run_operator() -> None:
             switch_and_die,
             measure,
             deliveries,
+            deliveries_of_device,
+            settle_deliveries,
+            wanted,
             revoke,
             deactivate,
             leave,
@@ -437,6 +440,35 @@ def deliveries(*, message: str) -> dict[str, list[Any]]:
 
     rows = Delivery.objects.filter(notification__uuid=message)
     return {row.protocol: [row.state, row.attempts, row.last_error] for row in rows}
+
+
+def deliveries_of_device(*, device: str) -> dict[str, dict[str, str]]:
+    """Per protocol, the id of each message about the device and what became of it."""
+    from notifications.models import Delivery
+
+    found: dict[str, dict[str, str]] = {}
+    rows = Delivery.objects.filter(notification__device__uuid=device).order_by("notification_id")
+    for protocol, uuid, state in rows.values_list("protocol", "notification__uuid", "state"):
+        found.setdefault(protocol, {})[str(uuid)] = state
+    return found
+
+
+def settle_deliveries(*, seconds: float) -> int:
+    """What the scheduler does for lost deliveries so many seconds from now; how many it published again."""
+    from datetime import timedelta
+
+    from django.utils import timezone
+
+    from notifications import overdue
+
+    return overdue.publish_lost(timezone.now() + timedelta(seconds=seconds))
+
+
+def wanted(*, device: str) -> Any:
+    """The value that the state `power` of the device should have."""
+    from devices.models import DeviceState
+
+    return DeviceState.objects.get(device__uuid=device, name="power").value
 
 
 def revoke(*, token: str) -> int:

@@ -54,6 +54,11 @@ class Follower(threading.Thread):
     def ids(self) -> list[str]:
         return list(self.received)
 
+    @property
+    def position(self) -> str:
+        """The last one seen; empty before the first."""
+        return str(self._auth.get("position", ""))
+
     def run(self) -> None:
         while not self._stopping.is_set():
             address = urlsplit(self._urls[self.connections % len(self._urls)])

@@ -204,11 +204,20 @@ class SocketIoTransport:
             return _refusal(refusal.detail)
         if session is None or not session.is_live:
             return _refusal("What you missed is being sent already.")
+        self._replay(sid, session, position)
+        return {"ok": True}
+
+    def fill_hole(self) -> None:
+        """The stream has lost messages after `position`: everybody is given them from the table, as after an absence."""
+        for sid, session in self.sessions.items():
+            if not self._replayer.serves(sid):  # a replay sees the hole by itself
+                self._replay(sid, session, self.position)
+
+    def _replay(self, sid: str, session: Session, position: str) -> None:
         for room in session.rooms:
             self._server.leave_room(sid, room)
         session.is_live = False
         self._replayer.begin(sid, position)
-        return {"ok": True}
 
     def subscribe(self, sid: str, *arguments: object) -> dict[str, Any]:
         """The acknowledgement of `subscribe` {"room": ...}: {"ok": true} or {"ok": false, "error": a sentence}."""

@@ -93,8 +93,13 @@ class Replayer:
 
     def begin(self, sid: str, position: str) -> None:
         """Replays what follows the position to a session that is not live any more."""
+        self._waiting.pop(sid, None)
         self._replays[sid] = Replay(sid=sid, session=self._outlet.sessions[sid], position=position)
         self._news.set()
+
+    def serves(self, sid: str) -> bool:
+        """Whether the session is still being given what it missed."""
+        return sid in self._replays
 
     def forget(self, sid: str) -> None:
         self._replays.pop(sid, None)
