@@ -18,6 +18,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from aemos.lib import keys, redis
+from aemos.lib import retention as chunks
 from deploy.local import local_system
 from deploy.servers import free_port
 from devices.exceptions import BadPayload, Overloaded
@@ -246,8 +247,8 @@ def test_what_is_too_old_is_deleted_but_no_dead_letter_that_waits_for_a_decision
 def test_retention_works_in_chunks_and_rests_for_an_hour_when_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retention, "CHUNK_ROWS", 2)
-    monkeypatch.setattr(retention, "CHUNKS_PER_TURN", 2)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(chunks, "CHUNKS_PER_TURN", 2)
     for _ in range(5):
         make_old(40)
     assert [retention.delete_expired() for _ in range(3)] == [4, 1, 0]
