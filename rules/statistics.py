@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
 # A row has eight values, and SQLite takes 32,766 in one statement.
 STATEMENT_ROWS = 4_000
-LAST_ERROR_CHARACTERS = ChainStatistics._meta.get_field("last_error").max_length
+LAST_ERROR_CHARACTERS = 500
 
 
 @dataclass(slots=True)
