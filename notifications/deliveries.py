@@ -19,6 +19,7 @@ from django.db.models.functions import Greatest
 from django.utils import timezone
 from gevent.event import Event
 
+from aemos.lib.text import storable
 from notifications.messages import Protocol
 from notifications.models import Delivery
 
@@ -126,6 +127,6 @@ def _update(message_ids: Iterable[UUID], protocol: Protocol, outcome: Outcome) -
     Delivery.objects.filter(notification__uuid__in=message_ids, protocol=protocol, state__in=behind).update(
         state=outcome.state,
         attempts=Greatest("attempts", Value(outcome.attempts)),
-        last_error=outcome.error.replace("\0", "")[:500],  # PostgreSQL takes no NUL
+        last_error=storable(outcome.error, 500),
         updated_at=timezone.now(),
     )

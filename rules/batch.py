@@ -173,9 +173,8 @@ class _Run:
                 names = list(event.values) if event.chains is not None else reported.get(position, [])
                 for name, key in keys.get(position, {}).items():
                     if key in new:
-                        new.discard(
-                            key
-                        )  # of two events of one batch with the same reading, the second is the duplicate
+                        # Of two events of one batch with the same reading, the second is the duplicate.
+                        new.discard(key)
                         names.append(name)
                 names = names or None
             self.ended.duplicate += names is None

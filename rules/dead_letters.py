@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from aemos.lib.text import storable
 from rules import events
 from rules.batch import Failure
 from rules.events import Event
@@ -17,6 +18,7 @@ from rules.models import DeadLetter
 
 DEFAULT_RETRIES = 3
 RETRY_SECONDS = (1, 5, 25)
+MAXIMUM_TRACEBACK = 20_000
 
 
 def is_final(failure: Failure) -> bool:
@@ -44,7 +46,7 @@ def keep_unreadable(entry: Entry, *, lane: str, error: str) -> None:
             "event_id": uuid.uuid4(),
             "lane": lane,
             "event": {"base64": base64.b64encode(entry.data).decode(), "events": entry.count},
-            "error": error[:500],
+            "error": storable(error, 500),
             "attempts": 1,
         },
     )
@@ -81,9 +83,9 @@ def _row(failure: Failure, lane: str) -> DeadLetter:
         lane=lane,
         originator_uuid=uuid.UUID(event.originator_uuid),
         event=msgspec.to_builtins(event),
-        error=failure.error[:500],
+        error=storable(failure.error, 500),
         chain_id=chain.id if chain else None,
         node=failure.node,
         attempts=event.attempt + 1,
-        traceback=failure.traceback,
+        traceback=storable(failure.traceback, MAXIMUM_TRACEBACK),
     )

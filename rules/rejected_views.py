@@ -22,14 +22,14 @@ from devices.viewsets import Conflict, ReadViewSet, Row
 from rules import filters, replay
 from rules.filters import DeadLetterFilter, RejectedEventFilter
 from rules.models import DeadLetter, RejectedEvent, Replay
-from rules.replay import CannotReplay, Wish
-from rules.serializers import (
+from rules.rejected_serializers import (
     DeadLetterSerializer,
     DeadReplayWishSerializer,
     RejectedEventSerializer,
     RejectedReplayWishSerializer,
     ReplaySerializer,
 )
+from rules.replay import CannotReplay, Wish
 
 
 class BoundedPagination(Pagination):

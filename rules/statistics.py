@@ -21,6 +21,7 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from aemos.lib import metrics
+from aemos.lib.text import storable
 from rules import suspension
 from rules.chains import Outcome
 from rules.exceptions import ChainFailed, ErrorCode
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
 # A row has eight values, and SQLite takes 32,766 in one statement.
 STATEMENT_ROWS = 4_000
-LAST_ERROR_CHARACTERS = ChainStatistics._meta.get_field("last_error").max_length
+LAST_ERROR_CHARACTERS = 500
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class Runs:
         count.failures += 1
         # When Redis is slow, every chain fails: switching them all off would turn a bad minute into a dry greenhouse.
         count.failures_in_a_row += not is_retry and error.code != ErrorCode.DATA_COLLECTION_TIMEOUT
-        count.last_error = f"{error.node}: {error.cause}".replace("\0", "")[:LAST_ERROR_CHARACTERS]
+        count.last_error = storable(f"{error.node}: {error.cause}", LAST_ERROR_CHARACTERS)
         if error.code:
             self._timeouts[error.code] += 1
 

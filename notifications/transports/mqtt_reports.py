@@ -20,6 +20,7 @@ from django.utils import timezone
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from aemos.lib import keys
+from aemos.lib.text import storable
 from devices import commands, presence
 from devices.commands import Acknowledgement
 from devices.exceptions import BadPayload
@@ -206,5 +207,5 @@ def _acknowledgement(payload: bytes, device_uuid: UUID) -> Acknowledgement:
         device_uuid=device_uuid,
         command_uuid=said.id,
         state=commands.State(said.status),
-        error=said.error.replace("\0", "")[:MAXIMUM_ERROR_LENGTH],  # PostgreSQL takes no NUL
+        error=storable(said.error, MAXIMUM_ERROR_LENGTH),
     )
