@@ -21,6 +21,8 @@ CHUNK_ROWS = 1_000
 CHUNKS_PER_TURN = 5
 # Before, a gateway may still have the message; it also covers clocks that differ.
 LOST_AGE = timedelta(seconds=60)
+# By then a gateway has noted that the broker has the message.
+NOTED_AGE = timedelta(seconds=5)
 
 
 def settle(now: datetime | None = None) -> int:
@@ -32,25 +34,46 @@ def settle(now: datetime | None = None) -> int:
 
 
 def publish_lost(now: datetime) -> int:
-    """Publishes again what was published for the broker, is not delivered, and is not in the stream any more.
+    """Publishes again, for the broker alone, what it did not get and what is not in the stream any more.
 
-    The stream is lost with an emptied Redis, or cut off when a broker was away for very long. The other protocols told
-    their clients long ago, or had none to tell.
+    The stream is lost with an emptied Redis, in part with one that was killed, or cut off when a broker was away for very
+    long. Where the gateways have worked off all that it holds, whatever still waits is lost.
     """
     if not settings.MQTT_ENABLED:
         return 0
-    begin, end = _span_of_stream()
-    before = min(begin, now - LOST_AGE)
     waiting = Delivery.objects.filter(protocol=Protocol.MQTT, state=Delivery.State.PENDING)
     lost = Notification.objects.filter(deliveries__in=waiting)
-    # Also what Redis forgot at the end, when it came back with less than it had.
-    lost = lost.filter(published_at__lt=before) | lost.filter(
-        published_at__gt=end + LOST_AGE, published_at__lt=now - LOST_AGE
-    )
+    if _is_worked_off():
+        lost = lost.filter(published_at__lt=now - NOTED_AGE)
+    else:
+        begin, end = _span_of_stream()
+        # Also what Redis forgot at the end, when it came back with less than it had.
+        lost = lost.filter(published_at__lt=min(begin, now - LOST_AGE)) | lost.filter(
+            published_at__gt=end + LOST_AGE, published_at__lt=now - LOST_AGE
+        )
     rows = outbox.oldest(outbox.unexpired(lost, now=now))
     if rows:
-        log.warning("%d notifications for the broker are not in the stream any more and are published again", len(rows))
+        log.warning("%d notifications are not in the stream any more and are published again", len(rows))
     return outbox.publish_late(rows, protocols=(Protocol.MQTT,))
+
+
+def _is_worked_off() -> bool:
+    """Whether the gateways have handed all of the stream to the broker."""
+    client = redis.client()
+    try:
+        stream: Any = client.xinfo_stream(keys.NOTIFICATIONS)
+        groups: Any = client.xinfo_groups(keys.NOTIFICATIONS)
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return False
+    newest = stream["last-generated-id"]
+    return any(
+        group["name"] == keys.NOTIFICATIONS_MQTT_GROUP.encode()
+        and group["pending"] == 0
+        and group["last-delivered-id"] == newest
+        for group in groups
+    )
 
 
 def _span_of_stream() -> tuple[datetime, datetime]:
