@@ -26,7 +26,6 @@ from rules import suspension
 from rules.chains import Outcome
 from rules.exceptions import ChainFailed, ErrorCode
 from rules.index import BoundChain
-from rules.models import ChainStatistics
 
 log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
