@@ -99,7 +99,7 @@ def tell(changes: Sequence[Change]) -> None:
             log.info("rule fired: %s", row.actor)
         log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
     try:
-        latest.remember(dict(_latest(change) for change in changes))
+        latest.remember(dict(_latest(change.row) for change in changes))
     except RedisError as error:
         log.warning("%d changed states wait in the outbox: %s", len(changes), redis.explain(error))
         return
@@ -111,16 +111,15 @@ def sweep(now: datetime | None = None) -> int:
 
     Called by the scheduler. Raises RedisError or django.db.Error; what was not told then waits for the next time.
     """
-    return outbox.sweep(now, first=_remember_told)
+    return outbox.sweep(now, first=_remember_untold)
 
 
-def _remember_told(rows: Sequence[Notification]) -> None:
-    values = {}
-    for row in rows:
-        if row.event == messages.DEVICE_STATE_CHANGE and row.device:
-            key = ("device", str(row.device.uuid), row.payload["stateName"])
-            values[key] = Latest(row.payload["value"], events.microseconds(row.timestamp))
-    latest.remember(values)
+def _remember_untold(rows: Sequence[Notification]) -> None:
+    """The message of a change bears its uuid."""
+    uuids = [row.uuid for row in rows if row.event == messages.DEVICE_STATE_CHANGE]
+    if uuids:
+        changes = StateChange.objects.filter(uuid__in=uuids).select_related("state__device").order_by("id")
+        latest.remember(dict(map(_latest, changes)))
 
 
 def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]]:
@@ -202,7 +201,6 @@ def _change(request: Request, state: DeviceState, previous: Any) -> Change:
     return Change(row=row, message=message_of(row, priority=request.priority))
 
 
-def _latest(change: Change) -> tuple[latest.Key, Latest]:
-    state = change.row.state
-    key = ("device", str(state.device.uuid), state.name)
-    return key, Latest(change.row.value, events.microseconds(change.row.timestamp))
+def _latest(row: StateChange) -> tuple[latest.Key, Latest]:
+    key = ("device", str(row.state.device.uuid), row.state.name)
+    return key, Latest(row.value, events.microseconds(row.timestamp))

@@ -126,7 +126,7 @@ class _Facts:
         self._given = self._histories(given.latest)
         self._own = {Reference(*source, key): Sample(value, self._when_us) for key, value in given.values.items()}
         self.samples = self._latest(compiled.references)
-        self.memory = {watch.key: self._remembered(watch) for watch in compiled.watches}
+        self.memory = self._memory(compiled.watches)
 
     def _latest(self, references: Iterable[Reference]) -> dict[Reference, Sample]:
         known = latest.recall([each for each in references if each not in self._given and each not in self._own])
@@ -139,6 +139,20 @@ class _Facts:
             at_us = events.microseconds(each.timestamp) if each.timestamp else self._when_us
             found.setdefault(each.reference, []).append(Sample(each.value, at_us))
         return {reference: sorted(history, key=lambda each: each.timestamp_us) for reference, history in found.items()}
+
+    def _memory(self, watches: Sequence[Watch]) -> dict[str, Any]:
+        """Each may read ten thousand stored readings, while others wait for this process: so it has its time, no more."""
+        deadline = time.monotonic() + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000
+        found = {}
+        for watch in watches:
+            if time.monotonic() > deadline:
+                within = f"{settings.DATA_COLLECTION_TIMEOUT_MS} ms"
+                problem = (
+                    f"what {len(watches)} conditions over time remember could not be read within {within}; give it"
+                )
+                raise ValidationError({"latest": problem})
+            found[watch.key] = self._remembered(watch)
+        return found
 
     def _remembered(self, watch: Watch) -> Any:
         """Of what is given, else of what is stored, and of the event itself."""

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command, get_commands, load_command_class
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
+from aemos.management.commands import runscheduler
 from deploy.programs import REPOSITORY
 from deploy.servers import free_port
 from devices.models import Device, DeviceState, Organization, Sensor
@@ -236,3 +237,28 @@ def test_an_audit_names_every_problem_of_every_chain_and_fails() -> None:
 def test_an_audit_of_an_organization_that_does_not_exist_says_so(uuid: str) -> None:
     with pytest.raises(CommandError, match=f"no organization with the uuid {uuid}"):
         run("audit_rule_chains", "--organization", uuid)
+
+
+def stumbles() -> None:
+    raise KeyError("stateName")
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("empty_redis")
+def test_a_duty_of_the_scheduler_that_fails_does_not_keep_the_others_from_their_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    done: list[str] = []
+
+    monkeypatch.setattr(runscheduler, "DUTIES", (stumbles, lambda: done.append("next")))
+    runscheduler._do_duties()
+
+    assert done == ["next"]
+    assert "stumbles failed and is tried again" in caplog.text
+    counted = {
+        sample.labels.get("duty", ""): sample.value
+        for each in metrics.collect()
+        for sample in each.samples
+        if sample.name == "scheduler_failures_total"
+    }
+    assert [number for duty, number in counted.items() if "stumbles" in duty] == [1.0]

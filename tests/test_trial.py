@@ -228,6 +228,18 @@ def test_a_condition_over_time_remembers_what_is_stored(farm: Farm) -> None:
     assert farm.tried(chain, values={"ph": 6.4}, timestamp=later)["trace"][0]["conditions"][0]["passed"] is False
 
 
+def test_a_trial_that_would_read_for_too_long_is_refused_and_can_be_given_what_it_needs(
+    farm: Farm, settings: Any
+) -> None:
+    settings.DATA_COLLECTION_TIMEOUT_MS = -1
+    leaf = builders.leaf(farm.sensor, operator=">", value=6.5) | {"for": "5m"}
+    chain = builders.chain(farm.organization, [builders.node("long", leaf)])
+    answer = farm.client.post(f"{API}/{chain.uuid}/execute", {"values": {"ph": 7}})
+
+    assert answer.status_code == 400
+    assert "1 conditions over time" in answer.json()["latest"][0]
+
+
 def test_the_time_at_which_the_outcome_may_change_by_itself_is_told(farm: Farm) -> None:
     silent = builders.leaf(farm.sensor, operator="olderThan") | {"duration": "10m"}
     del silent["value"]

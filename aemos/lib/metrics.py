@@ -133,6 +133,9 @@ RULE_TIMEOUTS = Counter(
 CHAINS_SUSPENDED = Counter(
     "rule_chains_suspended_total", "Rule chains that were suspended because they failed too often in a row."
 )
+SCHEDULER_FAILURES = Counter(
+    "scheduler_failures_total", "Duties of the scheduler that failed in a way nobody foresaw.", ["duty"]
+)
 COLLECTION_SECONDS = Histogram(
     "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
 )
@@ -175,6 +178,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_FILTERS,
     RULE_TIMEOUTS,
     CHAINS_SUSPENDED,
+    SCHEDULER_FAILURES,
     COLLECTION_SECONDS,
     STATE_CHANGES,
     NOTIFICATIONS_SENT,

@@ -13,7 +13,7 @@ from django.db import Error as DatabaseError
 from django.db import close_old_connections
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import commands
 from notifications import overdue
@@ -75,11 +75,18 @@ def _run(stop: threading.Event) -> None:
 
 
 def _do_duties() -> None:
-    """Each on its own: the database being away must not keep tickets from being queued."""
+    """Each on its own: what one of them stumbles over must not keep the others from their work."""
     for duty in DUTIES:
+        name = f"{duty.__module__}.{duty.__qualname__}"
         try:
             duty()
+        except RedisError:
+            raise  # the others need it, too
         except DatabaseError as error:
-            log.warning("%s waits, the database is away: %s", duty.__name__, error)
+            log.warning("%s waits, the database is away: %s", name, error)
+        except Exception:  # the process loop: a standby would stumble over the same
+            metrics.SCHEDULER_FAILURES.labels(name).inc()
+            log.exception("%s failed and is tried again", name)
         finally:
             close_old_connections()
+    metrics.flush()  # no greenlet of this process would
