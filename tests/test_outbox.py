@@ -169,6 +169,25 @@ def test_what_an_emptied_redis_held_for_the_broker_is_published_again_to_the_bro
     assert overdue.publish_lost(timezone.now()) == 0
 
 
+def test_what_redis_lost_in_the_middle_of_the_stream_is_published_again_once_gateways_have_nothing_else_to_do(
+    box: Outbox,
+) -> None:
+    lost, later = box.message(), box.message()
+    box.publish(lost, later)
+    entries = redis.client().xrange(keys.NOTIFICATIONS)
+    redis.client().xdel(keys.NOTIFICATIONS, entries[0][0])
+    made(later, State.ACKNOWLEDGED, Protocol.MQTT)
+    redis.client().xgroup_create(keys.NOTIFICATIONS, keys.NOTIFICATIONS_MQTT_GROUP, id="0-0")
+    soon = timezone.now() + timedelta(seconds=10)
+    assert overdue.publish_lost(soon) == 0, "a gateway is still to read what follows"
+    taken = redis.client().xreadgroup(keys.NOTIFICATIONS_MQTT_GROUP, "gateway", {keys.NOTIFICATIONS: ">"})
+    assert overdue.publish_lost(soon) == 0, "nor has it finished"
+    redis.client().xack(keys.NOTIFICATIONS, keys.NOTIFICATIONS_MQTT_GROUP, *(entry for entry, _ in taken[0][1]))
+    assert overdue.publish_lost(timezone.now()) == 0, "it may still be noting what the broker has"
+    assert overdue.publish_lost(soon) == 1
+    assert [message.id for message in stream()] == [later.id, lost.id]
+
+
 def test_what_is_still_in_the_stream_is_not_published_again(box: Outbox) -> None:
     message = box.message()
     box.publish(message)
