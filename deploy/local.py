@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ class LocalSystem:
                 self._running[name] = spawn(process, output=log, directory=REPOSITORY)
             self._wait_until_ready(process)
 
+    def add_second(self, *names: str) -> None:
+        """Describes another one of each, with ports of its own: "web" gets a "web 2", and so on."""
+        ports = {
+            listener.variable: free_port(socket.SOCK_DGRAM if listener.udp else socket.SOCK_STREAM)
+            for listener in LISTENERS
+            if listener.process.partition(" ")[0] in names
+        }
+        installation = replace(self._installation, ports={**self._installation.ports, **ports})
+        environment = {**self.environment, **{variable: str(port) for variable, port in ports.items()}}
+        for process in run.system(installation, environment=environment):
+            if process.name in names:
+                name = f"{process.name} 2"
+                self._described[name] = replace(process, name=name)
+
     def kill(self, name: str) -> None:
         """SIGKILL, as a crash would be."""
         kill(self._running.pop(name))
@@ -80,6 +95,13 @@ class LocalSystem:
 
     def pid(self, name: str) -> int:
         return self._running[name].pid
+
+    def running(self) -> list[str]:
+        return list(self._running)
+
+    def url(self, name: str, variable: str) -> str:
+        """Where a process listens on the port that the variable names."""
+        return f"http://127.0.0.1:{self._described[name].environment[variable]}"
 
     def log(self, name: str) -> str:
         return tail(self._log(name), lines=1_000)
