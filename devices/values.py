@@ -7,6 +7,8 @@ import math
 from django.db import models
 
 MAXIMUM_TEXT_LENGTH = 1_000
+# What the journal can hold; floats may be larger.
+MAXIMUM_INTEGER = 2**63 - 1
 
 
 class Datatype(models.TextChoices):
@@ -39,11 +41,9 @@ def measured(number: float | None, text: str | None, datatype: str) -> float | s
 
 
 def _number_problem(value: float) -> str:
-    try:
-        finite = math.isfinite(float(value))
-    except OverflowError:
-        finite = False
-    return "" if finite else "is not a finite number"
+    if isinstance(value, int):
+        return "" if abs(value) <= MAXIMUM_INTEGER else "is too large for a whole number of 64 bits"
+    return "" if math.isfinite(value) else "is not a finite number"
 
 
 def _kind(value: object) -> str:
