@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import django_filters  # type: ignore[import-untyped]
-from django_filters import BooleanFilter, CharFilter, ChoiceFilter, IsoDateTimeFilter, UUIDFilter
+from django.core.exceptions import ValidationError
+from django_filters import BooleanFilter, CharFilter, ChoiceFilter, UUIDFilter
+from django_filters.fields import IsoDateTimeField
 
 __all__ = ["BooleanFilter", "CharFilter", "ChoiceFilter", "FilterSet", "IsoDateTimeFilter", "UUIDFilter", "by_uuid"]
+
+
+class _StorableTime(IsoDateTimeField):
+    def clean(self, value: Any) -> datetime | None:
+        """A time that is none any more in UTC, as in the first hours of the year 1 or the last ones of 9999, is refused."""
+        moment: datetime | None = super().clean(value)
+        try:
+            return moment.astimezone(UTC) if moment else None
+        except OverflowError:
+            raise ValidationError("This time is out of range.", code="out-of-range") from None
+
+
+class IsoDateTimeFilter(django_filters.IsoDateTimeFilter):  # type: ignore[misc]
+    """A time with its zone."""
+
+    field_class = _StorableTime
 
 
 class FilterSet(django_filters.FilterSet):

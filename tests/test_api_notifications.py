@@ -92,6 +92,8 @@ def test_notifications_come_newest_first_and_are_filtered(farm: Organization, vi
     assert found(device=device.uuid, event="alert") == [str(first.uuid)]
     assert found(organization=builders.organization().uuid) == []
     assert viewer.get(URL, {"since": "noon"}).json().keys() == {"since"}
+    for moment in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert viewer.get(URL, {"until": moment}).json() == {"until": ["This time is out of range."]}
 
 
 def test_since_asks_for_what_was_written_since_then_however_long_ago_it_happened(
