@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from typing import IO, Any
 
@@ -12,8 +12,13 @@ from rest_framework import status
 from rest_framework.exceptions import APIException, ParseError
 from rest_framework.parsers import BaseParser, JSONParser
 
+# Levels of lists and objects in each other. No chain needs so many, and all that reads the value can go so deep.
+MAXIMUM_DEPTH = 100
 # The escapes of NUL and of surrogates: what JSON can say and no database can store.
 _SUSPICIOUS = re.compile(rb"\\u(0000|[dD][89a-fA-F])")
+
+
+_TOO_DEEP = f"JSON parse error - nested too deeply, at most {MAXIMUM_DEPTH} levels"
 
 
 class RequestTooLarge(APIException):
@@ -40,10 +45,27 @@ class BoundedJSONParser(BaseParser):
         try:
             data: dict[str, Any] = JSONParser().parse(BytesIO(body), media_type, parser_context)
         except RecursionError as error:
-            raise ParseError("JSON parse error - nested too deeply") from error
+            raise ParseError(_TOO_DEEP) from error
+        if body.count(b"[") + body.count(b"{") > MAXIMUM_DEPTH:
+            _refuse_deep(data)
         if _SUSPICIOUS.search(body):
             _refuse_unstorable(data)
         return data
+
+
+def _refuse_deep(data: object) -> None:
+    level: list[object] = [data]
+    for _ in range(MAXIMUM_DEPTH + 1):
+        level = [each for value in level for each in _inner(value)]
+        if not level:
+            return
+    raise ParseError(_TOO_DEEP)
+
+
+def _inner(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_unstorable(data: object) -> None:

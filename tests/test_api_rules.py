@@ -815,3 +815,13 @@ def test_dead_letters_are_listed_and_filtered_without_their_tracebacks(farm: Far
     (found,) = farm.client.get(f"{API}/dead-letters", {"event": rows[1]["eventId"]}).json()["results"]
     assert found["uuid"] == rows[1]["uuid"]
     assert farm.client.get(f"{API}/dead-letters", {"chain": chain.uuid, "lane": "normal"}).json()["count"] == 1
+
+
+@pytest.mark.parametrize("levels", [200, 900, 10_000])
+@pytest.mark.parametrize("path", ["rule-chains", "rule-chains/import", "rule-chains/execute"])
+def test_a_body_of_hopelessly_many_levels_is_refused_and_not_followed(farm: Farm, path: str, levels: int) -> None:
+    deep = '{"type":"AND","expressions":[' * levels + "]}" * levels
+    body = f'{{"document": {deep}, "nodes": [{{"config": {deep}}}]}}'
+    answer = farm.client.post(f"{API}/{path}", body, content_type="application/json")
+    assert answer.status_code == 400
+    assert "nested too deeply" in answer.json()["detail"]
