@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import django_filters  # type: ignore[import-untyped]
 from django.core.exceptions import ValidationError
 from django_filters import BooleanFilter, CharFilter, ChoiceFilter, UUIDFilter
-from django_filters.fields import IsoDateTimeField
+from django_filters.fields import IsoDateTimeField  # type: ignore[import-untyped]
 
 __all__ = ["BooleanFilter", "CharFilter", "ChoiceFilter", "FilterSet", "IsoDateTimeFilter", "UUIDFilter", "by_uuid"]
 
@@ -23,7 +23,7 @@ class _StorableTime(IsoDateTimeField):
             raise ValidationError("This time is out of range.", code="out-of-range") from None
 
 
-class IsoDateTimeFilter(django_filters.IsoDateTimeFilter):  # type: ignore[misc]
+class IsoDateTimeFilter(django_filters.IsoDateTimeFilter):
     """A time with its zone."""
 
     field_class = _StorableTime
