@@ -59,4 +59,6 @@ def in_words(message: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """In one piece, which print() does not do: two clients in two threads would end up in one line."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
