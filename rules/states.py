@@ -73,7 +73,7 @@ def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[C
         state = states.get(request.state_id)
         if state is None or request.effect_key in done:
             continue
-        previous, is_wanted = state.newest[0], _is_wanted(request, state)
+        previous, is_wanted = state.newest, _is_wanted(request, state)
         if request.source == StateChange.Source.DEVICE:
             heard[state.pk] = state
             obeyed += _hear(request, state)
@@ -99,7 +99,7 @@ def tell(changes: Sequence[Change]) -> None:
             log.info("rule fired: %s", row.actor)
         log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
     try:
-        latest.remember(dict(_latest(change.row) for change in changes))
+        latest.remember(dict(latest_of(change.row.state) for change in changes))
     except RedisError as error:
         log.warning("%d changed states wait in the outbox: %s", len(changes), redis.explain(error))
         return
@@ -119,7 +119,7 @@ def _remember_untold(rows: Sequence[Notification]) -> None:
     uuids = [row.uuid for row in rows if row.event == messages.DEVICE_STATE_CHANGE]
     if uuids:
         changes = StateChange.objects.filter(uuid__in=uuids).select_related("state__device").order_by("id")
-        latest.remember(dict(map(_latest, changes)))
+        latest.remember(dict(latest_of(change.state) for change in changes))
 
 
 def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]]:
@@ -185,22 +185,31 @@ def _not_ahead(request: Request) -> datetime:
     return min(events.moment(request.timestamp_us), timezone.now())
 
 
-def _change(request: Request, state: DeviceState, previous: Any) -> Change:
+def _not_before(previous_at: datetime | None, at: datetime) -> datetime:
+    """An event that comes late switches all the same; dated before the last word about the state, it would not count as the
+    last one."""
+    return max(previous_at, at) if previous_at else at
+
+
+def _change(request: Request, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
+    previous_value, previous_at = previous
     row = StateChange(
         effect_key=request.effect_key,
         state=state,
         value=request.value,
-        previous=previous,
+        previous=previous_value,
         source=request.source,
         actor=request.actor[:200],
         timestamp=events.moment(request.timestamp_us),
     )
     if request.source != StateChange.Source.DEVICE:
-        state.wish(request.value, at=_not_ahead(request), command_uuid=row.uuid)
+        state.wish(request.value, at=_not_before(previous_at, _not_ahead(request)), command_uuid=row.uuid)
         commands.queue(row)
     return Change(row=row, message=message_of(row, priority=request.priority))
 
 
-def _latest(row: StateChange) -> tuple[latest.Key, Latest]:
-    key = ("device", str(row.state.device.uuid), row.state.name)
-    return key, Latest(row.value, events.microseconds(row.timestamp))
+def latest_of(state: DeviceState) -> tuple[latest.Key, Latest]:
+    """What rules see of the state: the last word about it, with its time as the row has it."""
+    value, said_at = state.newest
+    key = ("device", str(state.device.uuid), state.name)
+    return key, Latest(value, events.microseconds(said_at or events.EPOCH))
