@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -22,6 +23,7 @@ from devices.models import StateChange
 from notifications import telemetry
 from notifications.telemetry import Reading
 from rules import effects, events, index, readings, runs, schedules, states, statistics, timers
+from rules.actions import DeviceCommand
 from rules.chains import Outcome
 from rules.effects import Performed
 from rules.events import Event
@@ -103,6 +105,7 @@ def process(
         for event, names in run.store():
             if begin:
                 begin(event)
+            run.note(event, names)
             if names is not None:
                 run.decide(event, names)
             elif taken_over:
@@ -127,6 +130,7 @@ class _Run:
         self._latest: dict[latest_values.Key, Latest] = {}
         self._uncollected: frozenset[latest_values.Key] = frozenset()
         self._wishes: list[effects.Wish] = []
+        self._wished: set[Reference] = set()  # states that the wishes are about
         self._failed: set[int] = set()
         self._ran: list[Event] = []
         self._now_us = events.microseconds(timezone.now())
@@ -169,7 +173,6 @@ class _Run:
             if runs.is_run(event):
                 names = None if position in over else []
             else:
-                self._note_latest(event)
                 names = list(event.values) if event.chains is not None else reported.get(position, [])
                 for name, key in keys.get(position, {}).items():
                     if key in new:
@@ -184,6 +187,8 @@ class _Run:
     def decide(self, event: Event, names: Sequence[str]) -> None:
         """Runs the chains of one event. A chain that fails neither stops the others nor undoes the reading."""
         bound_chains = self._chains_of(event, names)
+        if self._wished and any(self._wished & bound.compiled.references for bound in bound_chains):
+            self._perform()
         if event.chains is None:
             self._observe(event, names, bound_chains)
         failures = [failure for bound in bound_chains if (failure := self._run_chain(bound, event))]
@@ -207,8 +212,15 @@ class _Run:
 
     def act(self) -> None:
         """Does what the chains asked for."""
-        self.ended.performed += effects.perform(self._wishes)
+        self._perform()
         schedules.note_runs(self._ran)
+
+    def _perform(self) -> None:
+        """At the end, and before an event whose chains read what one before it has switched."""
+        performed = effects.perform(self._wishes)
+        self._latest.update(states.latest_of(change.row.state) for change in performed.changes)
+        self.ended.performed += performed
+        self._wishes, self._wished = [], set()
 
     def _chains_of(self, event: Event, names: Sequence[str] | dict[str, object]) -> Sequence[BoundChain]:
         chains = runs.named(event)
@@ -279,15 +291,20 @@ class _Run:
             changed.setdefault(position, []).append(name)
         return changed
 
-    def _note_latest(self, event: Event) -> None:
-        """Of telemetry, also when it is a duplicate: the run that stored it may have died before it told Redis."""
-        if event.source_type != "sensor":
-            return
-        for name, value in event.values.items():
-            key = (event.source_type, event.originator_uuid, name)
-            for known in (self.ended.latest, self._latest):
-                if key not in known or known[key].timestamp_us <= event.timestamp_us:
-                    known[key] = Latest(value, event.timestamp_us)
+    def note(self, event: Event, names: Sequence[str] | None) -> None:
+        """What the event says is the latest from here on, not before: those ahead of it in the batch must not see it.
+
+        Of telemetry also when it is a duplicate: the run that stored it may have died before it told Redis. What a device
+        reports is told to Redis with the change that it is.
+        """
+        if event.source_type == "sensor":
+            for name, value in event.values.items():
+                for known in (self.ended.latest, self._latest):
+                    _put_if_newer(known, (event.source_type, event.originator_uuid, name), value, event.timestamp_us)
+        elif event.source_type == "device" and event.chains is None:
+            for name in names or ():
+                key = (event.source_type, event.originator_uuid, name)
+                _put_if_newer(self._latest, key, event.values[name], min(event.timestamp_us, self._now_us))
 
     def _look_up(self, reference: Reference) -> Sample | None:
         found = self._latest.get(reference)
@@ -308,6 +325,11 @@ class _Run:
             log.info("%s would have done %d actions for an event that is too old now", bound.name, len(wishes))
         else:
             self._wishes += wishes
+            self._wished |= {
+                Reference("device", effect.device_uuid, effect.state_name)
+                for effect in outcome.effects
+                if isinstance(effect, DeviceCommand)
+            }
         return None
 
     def _trigger(self, bound: BoundChain, event: Event) -> Trigger:
@@ -341,6 +363,11 @@ class _Run:
     def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
         for source, due_us in outcome.wakes.items() if bound.timers else ():
             self.ended.wakes[timers.of(bound.compiled, source)] = due_us
+
+
+def _put_if_newer(known: dict[latest_values.Key, Latest], key: latest_values.Key, value: Any, at_us: int) -> None:
+    if key not in known or known[key].timestamp_us <= at_us:
+        known[key] = Latest(value, at_us)
 
 
 def _stopped(event: Event, ran: Sequence[BoundChain]) -> list[Failure]:

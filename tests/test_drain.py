@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -526,6 +526,73 @@ def test_what_a_device_repeats_it_has_had_since_its_last_change(farm: Farm) -> N
         drain_all()
 
     assert StateChange.objects.get(state__device=fan).timestamp == datetime(2026, 5, 1, 12, 0, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("second", [0, 3_600], ids=["late", "by a clock that is ahead"])
+def test_rules_see_the_value_that_was_set_last_whatever_the_time_of_the_event(farm: Farm, second: int) -> None:
+    taken = datetime.now(UTC) + timedelta(seconds=second)
+    first, then = ("on", "off") if second else ("off", "on")
+    if not second:
+        states.change_by_person(farm.power, first, user=builders.user())
+    farm.post(7.0, timestamp=taken.isoformat() if second else at(0))
+    drain_all()
+    if second:
+        states.change_by_person(farm.power, then, user=builders.user())
+    key = ("device", str(farm.pump.uuid), "power")
+
+    assert farm.state() == then
+    assert latest.recall([key])[key].value == then
+    redis.client().flushdb()
+    assert latest.recall([key])[key].value == then, "and what the database gives when Redis was emptied"
+
+
+def test_an_event_sees_of_its_own_sensor_nothing_that_came_after_it_in_the_same_batch(farm: Farm) -> None:
+    words = {
+        "type": "AND",
+        "expressions": [builders.leaf(farm.sensor, "ph", ">", 6.0), builders.leaf(farm.sensor, "mode", "==", "auto")],
+    }
+    nodes = [builders.node("words", words, next="off"), builders.node("off", builders.command(farm.pump, "off"))]
+    builders.chain(farm.organization, nodes)
+    for second, values in enumerate([{"mode": "auto"}, {"ph": 6.2}, {"mode": "manual"}]):
+        farm.post(values, timestamp=at(second))
+    drain_all()
+
+    assert [row.timestamp.second for row in StateChange.objects.all()] == [1]
+
+
+def test_an_event_sees_what_the_one_before_it_in_the_batch_has_switched(farm: Farm) -> None:
+    farm.chain.delete()
+    states.change_by_person(farm.power, "off", user=builders.user())
+    low = {
+        "type": "AND",
+        "expressions": [builders.leaf(farm.sensor, "ph", ">", 6.5), builders.leaf(farm.pump, "power", "==", "off")],
+    }
+    dose = {**builders.command(farm.pump, "on"), "force": True}
+    builders.chain(farm.organization, [builders.node("low", low, next="dose"), builders.node("dose", dose)])
+    farm.post(7.0, 7.1, 7.2)
+    drain_all()
+
+    assert [row.value for row in StateChange.objects.order_by("id")] == ["off", "on"]
+
+
+def test_an_event_sees_what_the_device_reported_before_it_in_the_batch(farm: Farm) -> None:
+    farm.chain.delete()
+    DeviceState.objects.create(device=farm.pump, name="level", datatype="number")
+    fan = builders.device(farm.organization, "Fan")
+    both = {
+        "type": "AND",
+        "expressions": [builders.leaf(farm.pump, "level", ">", 1), builders.leaf(farm.pump, "power", "==", "on")],
+    }
+    builders.chain(
+        farm.organization, [builders.node("both", both, next="fan"), builders.node("fan", builders.command(fan))]
+    )
+    catalogue.shared().refresh(at_once=True)
+    token = builders.token(farm.pump)
+    for second, values in enumerate([{"power": "on"}, {"level": 2}, {"power": "off"}]):
+        farm.post(values, token=token, timestamp=at(second))
+    drain_all()
+
+    assert [row.timestamp.second for row in StateChange.objects.filter(state__device=fan)] == [1]
 
 
 def test_a_chain_over_two_sensors_uses_the_latest_value_of_the_other(farm: Farm) -> None:
