@@ -148,14 +148,15 @@ class _Run:
         for bound in chains.values():
             references |= dict.fromkeys(bound.compiled.references)
             watches |= {watch.key: watch for watch in bound.compiled.watches}
-        if watches:
-            self._memory.collect(watches.values(), since_us=min(event.timestamp_us for event in self._batch))
         wanted = list(references)
         for start in range(0, len(wanted), RECALL_AT_ONCE):
             if time.monotonic() - began > settings.DATA_COLLECTION_TIMEOUT_MS / 1_000:
                 self._uncollected = frozenset(wanted[start:])
                 break
             self._latest |= latest_values.recall(wanted[start : start + RECALL_AT_ONCE])
+        if watches:
+            since_us = min(event.timestamp_us for event in self._batch)
+            self._memory.collect(watches.values(), since_us=since_us, latest=self._latest)
         metrics.COLLECTION_SECONDS.observe(time.monotonic() - began)
 
     def store(self) -> list[tuple[Event, Sequence[str] | None]]:

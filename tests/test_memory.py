@@ -10,12 +10,14 @@ import msgspec
 import pytest
 
 from aemos.lib import redis
+from devices.latest import Latest
 from devices.models import DeviceState, Reading, StateChange
-from rules import batch, editing, effects, events, index, jobs, journal
+from rules import batch, editing, effects, events, index, jobs, journal, memory, schedules
 from rules.events import Event, EventType
+from rules.index import BoundChain
 from rules.journal import Account, Lease, Slot
 from rules.memory import Memory
-from rules.models import DeadLetter
+from rules.models import DeadLetter, RuleChain
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -70,6 +72,13 @@ def farm() -> Farm:
 def drain(slot: Slot) -> None:
     index.shared().refresh(at_once=True)
     jobs.drain(slot.lane, slot.partition)
+
+
+def index_of(farm: Farm) -> BoundChain:
+    index.shared().refresh(at_once=True)
+    bound = index.shared().by_uuid(str(farm.chain.uuid))
+    assert bound
+    return bound
 
 
 def forget_all() -> None:
@@ -161,6 +170,40 @@ def test_an_edit_elsewhere_in_the_chain_forgets_nothing(farm: Farm) -> None:
 
     assert len(before) == len(remembered()) == 1
     assert farm.changes() == [(1, "on")]
+
+
+def test_what_a_chain_missed_while_it_was_switched_off_counts_when_it_is_on_again(farm: Farm) -> None:
+    drain(farm.append((1, 6.6)))
+    editing.switch(farm.chain, enabled=False, by="grower")
+    drain(farm.append((2, 6.1)))
+    editing.switch(farm.chain, enabled=True, by="grower")
+    drain(farm.append((3, 6.3)))
+
+    assert farm.changes() == [(1, "on"), (3, "off")]
+
+
+def test_a_chain_that_only_the_clock_runs_judges_by_every_reading(farm: Farm) -> None:
+    farm.chain.execution_type, farm.chain.cron = RuleChain.ExecutionType.SCHEDULE_ONLY, "0 6 * * *"
+    editing.save(farm.chain)
+    ago = int((datetime.now(UTC) - NOON).total_seconds())
+    for second, value in [(-300, 6.6), (-200, 6.3), (-100, 6.1), (-50, 6.3)]:
+        drain(farm.append((ago + second, value)))
+        if second in (-200, -50):
+            schedules.trigger(farm.chain, protocol="http")
+            drain(Slot("critical", journal.partition_of(str(farm.chain.uuid))))
+
+    assert [value for _, value in farm.changes()] == ["on", "off"]
+
+
+def test_a_source_that_was_silent_for_long_is_looked_up_once(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = []
+    monkeypatch.setattr(memory, "stored", lambda watch, **_: looked_up.append(watch) or [])
+    (watch,) = index_of(farm).compiled.watches
+    newest = {watch.reference: Latest(6.6, 1)}
+    for _ in range(3):
+        Memory().collect([watch], since_us=10**15, latest=newest)
+
+    assert len(looked_up) == 1
 
 
 def test_an_edit_of_the_condition_begins_anew_with_the_stored_readings(farm: Farm) -> None:
