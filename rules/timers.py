@@ -72,27 +72,44 @@ def fire_due() -> int:
     """
     look_for_new()
     _look_at_stirred()
-    rows = redis.client().zrangebyscore(
-        keys.TIMERS, "-inf", int(time.time() * 1_000), start=0, num=TIMERS_PER_TICK, withscores=True
-    )
-    due = {Waiting(*member.decode().split("|")): int(due_ms) for member, due_ms in rows}
-    if not due:
+    ready = _ready()
+    if not ready:
         return 0
-    index.shared().refresh()
-    gone = [waiting for waiting in due if _chain(waiting) is None]
-    if gone:
-        redis.client().zrem(keys.TIMERS, *map(str, gone))
-    ready = _not_overtaken({waiting: due_ms for waiting, due_ms in due.items() if waiting not in gone})
     fired = {waiting: _event(waiting, due_ms) for waiting, due_ms in ready.items()}
-    refusal = runs.refusal() if fired else None
+    refusal = runs.refusal()
     if refusal:
         log.warning("%d timers wait: %s", len(fired), refusal.detail)
         return 0
     runs.append(list(fired.values()))
-    if fired:
-        parked = [part for waiting in fired for part in (str(waiting), due[waiting])]
-        redis.client().eval(_PARK, 1, keys.TIMERS, *parked)
+    parked = [part for waiting, due_ms in ready.items() for part in (str(waiting), due_ms)]
+    redis.client().eval(_PARK, 1, keys.TIMERS, *parked)
     return len(fired)
+
+
+def _ready() -> dict[Waiting, int]:
+    """Timers to fire now with their times, the earliest first; drops those of chains that are gone.
+
+    Looks past those that are held back: the timers of a partition that is stuck must not keep the others waiting.
+    """
+    index.shared().refresh()
+    found: dict[Waiting, int] = {}
+    gone: list[Waiting] = []
+    oldest: dict[int, float] = {}
+    seen = 0
+    now_ms = int(time.time() * 1_000)
+    while len(found) < TIMERS_PER_TICK and (due := _due(now_ms, after=seen)):
+        seen += len(due)
+        gone += [waiting for waiting in due if _chain(waiting) is None]
+        found |= _not_overtaken({waiting: at_ms for waiting, at_ms in due.items() if _chain(waiting)}, oldest)
+    if gone:
+        redis.client().zrem(keys.TIMERS, *map(str, gone))
+    return found
+
+
+def _due(now_ms: int, *, after: int) -> dict[Waiting, int]:
+    """The next of those that are due, beginning behind so many."""
+    rows = redis.client().zrangebyscore(keys.TIMERS, "-inf", now_ms, start=after, num=TIMERS_PER_TICK, withscores=True)
+    return {Waiting(*member.decode().split("|")): int(due_ms) for member, due_ms in rows}
 
 
 def look_for_new() -> None:
@@ -132,9 +149,11 @@ def _chain(waiting: Waiting) -> BoundChain | None:
     return bound if bound and bound.timers and bound.compiled.timers_key == waiting.conditions else None
 
 
-def _not_overtaken(due: Mapping[Waiting, int]) -> dict[Waiting, int]:
-    """Without those whose source has older events in the queue: what it said must not count as silence."""
-    oldest: dict[int, float] = {}
+def _not_overtaken(due: Mapping[Waiting, int], oldest: dict[int, float]) -> dict[Waiting, int]:
+    """Without those whose source has older events in the queue: what it said must not count as silence.
+
+    `oldest` is filled with what was asked for, by partition.
+    """
     found = {}
     for waiting, due_ms in due.items():
         partition = journal.partition_of(waiting.uuid)

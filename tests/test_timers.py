@@ -46,6 +46,10 @@ class Farm:
         del leaf["value"]
         return leaf
 
+    @property
+    def partition(self) -> int:
+        return journal.partition_of(str(self.sensor.uuid))
+
     def said(self, minutes_ago: float, value: float = 6.0) -> None:
         """As if a worker had processed a reading that old."""
         at_us = events.microseconds(datetime.now(UTC) - timedelta(minutes=minutes_ago))
@@ -138,6 +142,23 @@ class TestInProcess:
         farm.said(minutes_ago=20)
         assert tick() == 0
         assert farm.switched() == 0
+
+    def test_timers_of_a_stuck_partition_do_not_keep_the_others_waiting(
+        self, farm: Farm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(timers, "TIMERS_PER_TICK", 1)
+        stuck = farm.partition
+        monkeypatch.setattr(timers, "_oldest_ms", lambda partition: 0.0 if partition == stuck else float("inf"))
+        farm.silence_chain("11m")
+        index.shared().refresh(at_once=True)
+        timers.look_for_new()
+        let_time_pass(1)
+        while farm.partition == stuck:
+            farm.sensor = builders.sensor(farm.organization)
+        farm.silence_chain("10m")
+
+        assert tick() == 1
+        assert farm.switched() == 1
 
     def test_a_reading_moves_the_timer_on(self, farm: Farm) -> None:
         tick()
