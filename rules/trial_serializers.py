@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
+from django.core.validators import MaxValueValidator
 from rest_framework import serializers
 
 from devices.serializers import StrictMixin, ValueField
@@ -13,6 +15,14 @@ from rules.serializers import NodeSerializer
 from rules.trial import Given, Known
 
 
+# What a trial reckons with may lie a year after the time that is given, and is told as a date.
+LATEST = datetime(9000, 1, 1, tzinfo=UTC)
+
+
+def _moment(**fields: Any) -> serializers.DateTimeField:
+    return serializers.DateTimeField(required=False, validators=[MaxValueValidator(LATEST)], **fields)
+
+
 class KnownSerializer(StrictMixin):
     """A value that a sensor or device is taken to have had; at the time of the trial unless `timestamp` says when."""
 
@@ -20,7 +30,7 @@ class KnownSerializer(StrictMixin):
     UUID = serializers.UUIDField()
     key = serializers.CharField()
     value = ValueField(allow_null=True)
-    timestamp = serializers.DateTimeField(required=False)
+    timestamp = _moment()
 
 
 class TrialSerializer(StrictMixin):
@@ -33,7 +43,7 @@ class TrialSerializer(StrictMixin):
     originator = serializers.UUIDField(
         required=False, help_text="Who reports it; may be left out where only one source can be meant."
     )
-    timestamp = serializers.DateTimeField(required=False, help_text="When; now if left out.")
+    timestamp = _moment(help_text="When; now if left out.")
     latest = KnownSerializer(
         many=True,
         required=False,

@@ -265,6 +265,22 @@ def test_without_values_it_is_a_run_by_schedule(farm: Farm) -> None:
         ({"values": [7]}, "values", "Expected a dictionary"),
         ({"valeus": {"ph": 7}}, "valeus", "There is no such field"),
         ({"values": {"ph": 7}, "timestamp": "noon"}, "timestamp", "wrong format"),
+        ({"values": {"ph": 7}, "timestamp": "9999-12-31T23:59:59Z"}, "timestamp", "9000"),
+        (
+            {
+                "latest": [
+                    {
+                        "sourceType": "sensor",
+                        "UUID": str(uuid4()),
+                        "key": "ph",
+                        "value": 7,
+                        "timestamp": "9999-12-31T23:59:59Z",
+                    }
+                ]
+            },
+            "latest",
+            "9000",
+        ),
         ({"values": {"ph": 7}, "sourceType": "chain"}, "sourceType", "not a valid choice"),
         ({"values": {"ph": 7}, "latest": [{"key": "ph"}]}, "latest", "required"),
     ],
