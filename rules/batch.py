@@ -129,6 +129,7 @@ class _Run:
         self._known = catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch})
         self._latest: dict[latest_values.Key, Latest] = {}
         self._uncollected: frozenset[latest_values.Key] = frozenset()
+        self._commanded: set[int] = set()
         self._wishes: list[effects.Wish] = []
         self._wished: set[Reference] = set()  # states that the wishes are about
         self._failed: set[int] = set()
@@ -148,6 +149,7 @@ class _Run:
         for bound in chains.values():
             references |= dict.fromkeys(bound.compiled.references)
             watches |= {watch.key: watch for watch in bound.compiled.watches}
+            self._commanded |= bound.commanded
         wanted = list(references)
         for start in range(0, len(wanted), RECALL_AT_ONCE):
             if time.monotonic() - began > settings.DATA_COLLECTION_TIMEOUT_MS / 1_000:
@@ -284,7 +286,7 @@ class _Run:
                 request = _report(event, originator.fields[name].id, name, value)
                 requests.append(request)
                 places[request.effect_key] = (position, name)
-        changes = states.apply(requests)
+        changes = states.apply(requests, to_come=self._commanded)
         self.ended.performed.changes += changes
         changed: dict[int, list[str]] = {}
         for change in changes:

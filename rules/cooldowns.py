@@ -43,13 +43,17 @@ _Key = tuple[int, str, UUID]
 
 
 class Cooldowns:
-    """Of the actions of one batch. Their rows are locked until the transaction ends; without any there is no query."""
+    """Of the actions of one batch. Without any there is no query.
+
+    Their rows are locked from the first question on until the transaction ends: after the states that the actions set, in the
+    order in which a batch with reports of devices locks them, too.
+    """
 
     def __init__(self, rests: Iterable[Rest | None], *, now: datetime | None = None) -> None:
-        wanted = {_key(rest) for rest in rests if rest}
+        self._wanted = {_key(rest) for rest in rests if rest}
         self.suppressed = 0
         self._now = now or timezone.now()
-        self._rows = _locked(wanted)
+        self._rows: dict[_Key, ActionCooldown] = {}
         self._begun_by: dict[_Key, str] = {}
         self._changed: dict[int, ActionCooldown] = {}
 
@@ -60,6 +64,7 @@ class Cooldowns:
         key = _key(rest)
         if self._begun_by.get(key) == effect_key:
             return True
+        self._rows = self._rows or _locked(self._wanted)
         row = self._rows[key]
         self._changed[row.pk] = row
         if self._rests(row, rest):

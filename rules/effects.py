@@ -84,9 +84,10 @@ def perform(wishes: Sequence[Wish]) -> Performed:
     cooldowns = Cooldowns(each.rest for each in wishes)
     commands = [each for each in wishes if isinstance(each, states.Request)]
     others = _untold([each for each in wishes if not isinstance(each, states.Request)])
+    changes = states.apply(commands, cooldowns.permits)
     notes = [each for each in others if isinstance(each, Note) and cooldowns.permits(each.rest, each.effect_key)]
     performed = Performed(
-        changes=states.apply(commands, cooldowns.permits),
+        changes=changes,
         notes=_write(notes),
         alarms=alarms.apply([each for each in others if not isinstance(each, Note)], cooldowns.permits),
     )

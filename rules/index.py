@@ -63,6 +63,12 @@ class BoundChain:
         return self.compiled.timers if self.hears_events else ()
 
     @property
+    def commanded(self) -> set[int]:
+        """Ids of the states that its actions may set."""
+        named = ((command.device_uuid, command.state_name) for command in self.compiled.commands)
+        return {self.states[name] for name in named if name in self.states}
+
+    @property
     def turn(self) -> tuple[int, int]:
         """What sorts the chains of one event: the most urgent first, then the oldest."""
         return self.priority, self.id

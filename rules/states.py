@@ -6,7 +6,7 @@ A change, its StateChange and its Notification are written in one transaction, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -60,11 +60,16 @@ class Change:
     message: Message
 
 
-def apply(requests: Sequence[Request], permits: Permits = permits_all) -> list[Change]:
-    """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`."""
+def apply(
+    requests: Sequence[Request], permits: Permits = permits_all, *, to_come: Collection[int] = ()
+) -> list[Change]:
+    """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`.
+
+    `to_come`: ids of states that the same transaction may change later. They are locked at once, in the one order.
+    """
     if not requests:
         return []
-    states = _locked({request.state_id for request in requests})
+    states = _locked({request.state_id for request in requests}.union(to_come))
     done = _effect_keys_done(requests)
     changes: list[Change] = []
     heard: dict[int, DeviceState] = {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -15,11 +16,11 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from aemos.lib import keys, metrics, redis
-from devices import catalogue
-from devices.models import DeviceState, StateChange
+from devices import catalogue, latest
+from devices.models import Device, DeviceState, StateChange
 from notifications import messages
 from notifications.models import Notification
-from rules import batch, editing, effects, events, index
+from rules import batch, editing, effects, events, index, runs, states
 from rules.batch import Ended
 from rules.cooldowns import CLOCK_TOLERANCE, Cooldowns, Rest
 from rules.events import Event, EventType
@@ -406,3 +407,81 @@ def test_of_workers_that_want_the_same_action_at_once_one_does_it(farm: Farm) ->
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(work, range(4))) == 1
     assert ActionCooldown.objects.get().suppressed == 3
+
+
+def process_at_once(first: Event, second: Event) -> list[Exception | None]:
+    """What two workers raise that are at these events at the same time."""
+
+    def work(event: Event) -> Exception | None:
+        try:
+            batch.process([event], lambda failures: None, memory=Memory())
+        except Exception as error:
+            return error
+        finally:
+            connection.close()
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, (first, second)))
+
+
+def report(farm: Farm, device: Device, **fields: Any) -> Event:
+    of_device = {"source_type": "device", "originator_uuid": str(device.uuid), "type": EventType.DEVICE_STATE_CHANGE}
+    return farm.event(**({"values": {"power": "on"}} | of_device | fields))
+
+
+def test_devices_that_switch_one_another_do_not_wait_for_one_another_in_a_circle(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if connection.vendor == "sqlite":
+        pytest.skip("SQLite lets one transaction write at a time")
+    other = builders.device(farm.organization)
+    for one, target in ((farm.doser, other), (other, farm.doser)):
+        switch = builders.node("off", builders.command(target, "off"))
+        builders.chain(
+            farm.organization, [builders.node("on", builders.leaf(one, "power", "==", "on"), next="off"), switch]
+        )
+    index.shared().refresh(at_once=True)
+    both, real = Barrier(2), effects.perform
+
+    def perform(wishes: Any) -> Any:
+        with contextlib.suppress(BrokenBarrierError):  # one is held back by the other's lock, as it should be
+            both.wait(1)
+        return real(wishes)
+
+    monkeypatch.setattr(effects, "perform", perform)
+
+    assert process_at_once(report(farm, farm.doser), report(farm, other)) == [None, None]
+
+
+def test_a_report_and_a_timer_of_a_device_do_not_wait_for_one_another_in_a_circle(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if connection.vendor == "sqlite":
+        pytest.skip("SQLite lets one transaction write at a time")
+    off = builders.node("off", {**builders.command(farm.doser, "off"), "cooldown": "1m", "force": True})
+    leaf = builders.leaf(farm.doser, "power", "!=", "dimmed")
+    chain = builders.chain(farm.organization, [builders.node("on", leaf, next="off"), off])
+    index.shared().refresh(at_once=True)
+    latest.remember({("device", str(farm.doser.uuid), "power"): latest.Latest("on", 1)})
+    both, perform, apply = Barrier(2), effects.perform, states.apply
+    timer = report(farm, farm.doser, values={}, protocol=runs.TIMER, chains=(str(chain.uuid),))
+
+    def meet() -> None:
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(1)
+
+    def of_report(wishes: Any) -> Any:
+        if wishes and not wishes[0].effect_key.startswith(str(timer.id)):
+            meet()  # its state is locked
+        return perform(wishes)
+
+    def of_timer(requests: Any, *args: Any, **more: Any) -> Any:
+        if requests and requests[0].effect_key.startswith(str(timer.id)):
+            meet()  # before it locks a state
+        return apply(requests, *args, **more)
+
+    monkeypatch.setattr(effects, "perform", of_report)
+    monkeypatch.setattr(states, "apply", of_timer)
+
+    assert process_at_once(report(farm, farm.doser), timer) == [None, None]
