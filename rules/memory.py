@@ -64,10 +64,8 @@ class Memory:
             held = redis.journal_client(partition).mget([_key(watch) for watch in group])
             for watch, raw in zip(group, held, strict=True):
                 newest = latest.get(watch.reference)
-                seen_us = newest.timestamp_us if newest else 0
-                if raw is None or _decoded(raw).seen_us < seen_us:
-                    raw = _remember_anew(watch, raw or b"", since_us=since_us, seen_us=seen_us)
-                self._take(watch, raw, _decoded(raw))
+                found = _up_to_date(watch, raw, since_us=since_us, seen_us=newest.timestamp_us if newest else 0)
+                self._take(watch, found, _decoded(found))
 
     def _take(self, watch: Watch, raw: bytes, kept: Kept) -> None:
         self._was[watch.key] = raw
@@ -105,7 +103,7 @@ class Memory:
 
     def catch_up(self) -> None:
         """Observes the same samples on what is remembered by now. Raises RedisError, django.db.Error."""
-        for key, (watch, samples) in self._observed.items():
+        for watch, samples in self._observed.values():
             if not samples:
                 continue
             raw = redis.journal_client(journal.partition_of(watch.reference.uuid)).get(_key(watch))
@@ -131,6 +129,13 @@ def _key(watch: Watch) -> str:
 
 def _lifetime_ms(watch: Watch) -> int:
     return min(max(2 * watch.window_us // 1_000, SHORTEST_LIFETIME_MS), LONGEST_LIFETIME_MS)
+
+
+def _up_to_date(watch: Watch, raw: bytes | None, *, since_us: int, seen_us: int) -> bytes:
+    """What is remembered, if it has seen the newest reading that is known of; else what is stored leads to."""
+    if raw is not None and _decoded(raw).seen_us >= seen_us:
+        return raw
+    return _remember_anew(watch, raw or b"", since_us=since_us, seen_us=seen_us)
 
 
 def _remember_anew(watch: Watch, was: bytes, *, since_us: int, seen_us: int = 0) -> bytes:

@@ -14,7 +14,6 @@ from rules.conditions import SOURCE_TYPES
 from rules.serializers import NodeSerializer
 from rules.trial import Given, Known
 
-
 # What a trial reckons with may lie a year after the time that is given, and is told as a date.
 LATEST = datetime(9000, 1, 1, tzinfo=UTC)
 

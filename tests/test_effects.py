@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -415,7 +415,7 @@ def process_at_once(first: Event, second: Event) -> list[Exception | None]:
     def work(event: Event) -> Exception | None:
         try:
             batch.process([event], lambda failures: None, memory=Memory())
-        except Exception as error:
+        except OperationalError as error:
             return error
         finally:
             connection.close()

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from aemos.lib import redis
-from devices.latest import Latest
+from devices.latest import Key, Latest
 from devices.models import DeviceState, Reading, StateChange
 from rules import batch, editing, effects, events, index, jobs, journal, memory, schedules
 from rules.events import Event, EventType
@@ -18,6 +18,7 @@ from rules.index import BoundChain
 from rules.journal import Account, Lease, Slot
 from rules.memory import Memory
 from rules.models import DeadLetter, RuleChain
+from rules.scope import Sample, Watch
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -197,9 +198,14 @@ def test_a_chain_that_only_the_clock_runs_judges_by_every_reading(farm: Farm) ->
 
 def test_a_source_that_was_silent_for_long_is_looked_up_once(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = []
-    monkeypatch.setattr(memory, "stored", lambda watch, **_: looked_up.append(watch) or [])
+
+    def stored(watch: Watch, **_: int) -> list[Sample]:
+        looked_up.append(watch)
+        return []
+
+    monkeypatch.setattr(memory, "stored", stored)
     (watch,) = index_of(farm).compiled.watches
-    newest = {watch.reference: Latest(6.6, 1)}
+    newest: dict[Key, Latest] = {watch.reference: Latest(6.6, 1)}
     for _ in range(3):
         Memory().collect([watch], since_us=10**15, latest=newest)
 
