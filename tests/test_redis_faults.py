@@ -1,20 +1,19 @@
 """Redis that is killed and started again at twenty random moments, or emptied: effects go on, and every client hears of them.
 
-The moments follow from seeds. Commands are made, published, swept and delivered by processes of their own; Redis keeps an
-append-only file. What a client hears twice it knows by its id.
+The moments follow from seeds. Commands are made, published, swept and delivered by processes of their own; Redis syncs its
+append-only file at every write. What a client hears twice it knows by its id.
 """
 
 from __future__ import annotations
 
 import json
-import queue
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from deploy.processes import Process, kill, spawn
 from deploy.servers import Server
 from notifications import messages, topics
 from tests.gateway_process import REPOSITORY, GatewayProcess, operator, running, until
+from tests.listeners import AIOCOAP, Lines
 from tests.mqtt_clients import operator as mqtt_operator
 from tests.tcp_relay import Relay
-from tests.test_end_to_end import AIOCOAP_OBSERVER, lines_of
 from tests.test_mqtt import forget_sessions
 from tests.test_mqtt_faults import MQTT, Pump
 from tests.test_socketio_faults import Follower
@@ -59,24 +58,14 @@ class Observer:
     def __init__(self, gateway: GatewayProcess, farm: dict[str, Any]) -> None:
         host, port = gateway.addresses()["coap"]
         uri = f"coap://{host}:{port}/devices/{farm['device']}/state?token={farm['device_token']}"
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._child = lines_of((sys.executable, "-u", "-c", AIOCOAP_OBSERVER, uri), self._lines, {})
-        self.value: Any = self._value_of(self._lines.get(timeout=20))
+        self._output = Lines((sys.executable, "-u", "-c", AIOCOAP, uri), {})
+        until(lambda: self._output.lines)
 
     def newest(self) -> Any:
-        with suppress(queue.Empty):
-            while True:
-                self.value = self._value_of(self._lines.get_nowait())
-        return self.value
-
-    def _value_of(self, line: str) -> Any:
-        return json.loads(line)["states"]["power"]["value"]
+        return json.loads(self._output.lines[-1])["states"]["power"]["value"]
 
     def close(self) -> None:
-        self._child.kill()
-        self._child.wait()
-        assert self._child.stdout is not None
-        self._child.stdout.close()
+        self._output.close()
 
 
 class Farm:

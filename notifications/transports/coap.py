@@ -101,6 +101,11 @@ class CoapTransport:
             self.endpoint.notify(_state_path(message.device_uuid))
         delivered(message)
 
+    def fill_hole(self) -> None:
+        """The stream has lost messages: whatever they told of, every observer is sent the newest state."""
+        for uuid in {watch.uuid for watch in self._watches.values()}:
+            self.endpoint.notify(_state_path(uuid))
+
     def handle(self, request: CoapRequest) -> CoapResponse:
         try:
             return self._route(request)
