@@ -147,8 +147,7 @@ def main() -> int:
         type=float,
         default=LIMIT_MB_PER_HOUR,
         metavar="MB",
-        help="how fast a process and Redis may grow (default: %(default)s; "
-        "runs shorter than ten minutes are noisier and need more)",
+        help="how fast a process and Redis may grow (default: %(default)s; meant for ten minutes and more)",
     )
     options = parser.parse_args()
     if options.minutes < 1:
