@@ -148,6 +148,19 @@ def test_the_sweep_does_not_send_a_device_back_to_a_state_that_was_changed_since
     assert "superseded" in Delivery.objects.get(notification__uuid=late.id, protocol="mqtt").last_error
 
 
+def test_the_sweep_does_not_send_a_device_back_to_a_state_that_is_changed_while_it_publishes(
+    box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer change may be on the stream and not yet noted as published, or be decided in this moment."""
+    late, noted_late = box.change("on"), box.change("off")
+    box.write(late)
+    outbox.append_to_stream(box.write(noted_late))
+    outbox.sweep(timezone.now() + timedelta(seconds=10))
+    assert states_of(late)["mqtt"] == "expired"
+    told = [each for each in stream() if Protocol.MQTT in each.protocols]
+    assert [each.payload["value"] for each in told] == ["off", "off"]
+
+
 def test_the_sweep_leaves_what_has_expired_but_tells_states(box: Outbox) -> None:
     alert, change = box.message(expires_at=1.0), box.change("on", expires_at=1.0)
     box.write(alert, change)
