@@ -240,3 +240,7 @@ def test_resending_tells_it_again_on_all_its_protocols_with_a_new_deadline(farm:
     (message,) = published()
     assert (message.id, set(message.protocols)) == (row.uuid, set(Protocol))
     assert message.expires_at == pytest.approx(time.time() + 86_400, abs=60)
+
+
+def test_what_is_for_roles_is_shown_to_nobody_else(api: APIClient) -> None:
+    pass
