@@ -341,7 +341,7 @@ class _Run:
             raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
     def _note_wakes(self, bound: BoundChain, outcome: Outcome) -> None:
-        for source, due_us in outcome.wakes.items():
+        for source, due_us in outcome.wakes.items() if bound.timers else ():
             self.ended.wakes[timers.of(bound.compiled, source)] = due_us
 
 

@@ -24,6 +24,7 @@ from rules import chains, validation
 from rules.chains import Chain
 from rules.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
+from rules.scope import Timer
 
 log = logging.getLogger(__name__)
 # With a slice of work of 0.2 s under way, a chain that was saved runs within a second.
@@ -55,6 +56,11 @@ class BoundChain:
     @property
     def uuid(self) -> str:
         return self.compiled.spec.uuid
+
+    @property
+    def timers(self) -> Sequence[Timer]:
+        """What time alone can make true, and so run the chain."""
+        return self.compiled.timers if self.hears_events else ()
 
     @property
     def turn(self) -> tuple[int, int]:

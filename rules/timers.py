@@ -101,9 +101,7 @@ def look_for_new() -> None:
         return
     index.shared().refresh()
     now_ms = int(time.time() * 1_000)
-    wanted = {
-        str(of(bound.compiled, timer.source)): now_ms for bound in index.shared() for timer in bound.compiled.timers
-    }
+    wanted = {str(of(bound.compiled, timer.source)): now_ms for bound in index.shared() for timer in bound.timers}
     if wanted:
         redis.client().zadd(keys.TIMERS, wanted, nx=True)
 
@@ -119,7 +117,7 @@ def _look_at_stirred() -> None:
     wanted = {
         str(of(bound.compiled, timer.source)): now_ms
         for bound in index.shared()
-        for timer in bound.compiled.timers
+        for timer in bound.timers
         if timer.source in stirred
     }
     if wanted:
@@ -131,7 +129,7 @@ def _look_at_stirred() -> None:
 def _chain(waiting: Waiting) -> BoundChain | None:
     """The chain, if it is still there, switched on, and waits for the same."""
     bound = index.shared().by_uuid(waiting.chain_uuid)
-    return bound if bound and bound.compiled.timers_key == waiting.conditions else None
+    return bound if bound and bound.timers and bound.compiled.timers_key == waiting.conditions else None
 
 
 def _not_overtaken(due: Mapping[Waiting, int]) -> dict[Waiting, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -230,7 +232,17 @@ def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
 
 
 @pytest.mark.parametrize(
-    "named", [None, {}, {"position": None}, {"position": 5}, {"position": "yesterday"}, {"position": "1-2-3"}, "1-2"]
+    "named",
+    [
+        None,
+        {},
+        {"position": None},
+        {"position": 5},
+        {"position": "yesterday"},
+        {"position": "1-2-3"},
+        "1-2",
+        {"position": f"1-{2**64}"},
+    ],
 )
 def test_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm, named: object) -> None:
     with connected(gateway, farm["access_token"]) as client:
@@ -356,6 +368,24 @@ def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> 
         stranger.settimeout(20)
         while stranger.recv(4096):
             pass
+
+
+def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_is_not(
+    gateway: GatewayProcess, farm: Farm
+) -> None:
+    post = b"POST /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nContent-Length: 9\r\n\r\n4"
+    with ExitStack() as stack:
+        quiet = stack.enter_context(raw_websocket(gateway, token=farm["access_token"]))
+        strangers = [
+            stack.enter_context(socket.create_connection(gateway.addresses()["socketio"], timeout=30)) for _ in range(3)
+        ]
+        for stranger, begun in zip(strangers, (b"", b"GET /socket.io/", post), strict=True):
+            stranger.sendall(begun)
+        for stranger in strangers:
+            while stranger.recv(4096):
+                pass
+        sent = operator().ask("publish", organization=farm["organization"])
+        assert sent in [data.get("id") for _, data in itertools.islice(events(quiet), 2)]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,29 @@ class TestInProcess:
         assert farm.switched() == 1
         assert tick() == 0
 
+    def test_a_chain_that_runs_by_the_clock_alone_is_run_by_no_timer(self, farm: Farm) -> None:
+        tick()
+        farm.chain.execution_type, farm.chain.cron = RuleChain.ExecutionType.SCHEDULE_ONLY, "0 6 * * *"
+        editing.save(farm.chain)
+        redis.client().delete(keys.TIMERS)
+        assert tick() == 0
+        farm.said(minutes_ago=4)
+        schedules.trigger(farm.chain, protocol="http")
+        drain_all()
+        let_time_pass(10)
+        assert tick() == 0
+        assert farm.switched() == 1, "as long as events ran it"
+
+    def test_a_timer_of_a_chain_that_now_runs_by_the_clock_alone_is_dropped(self, farm: Farm) -> None:
+        farm.said(minutes_ago=4)
+        tick()
+        farm.chain.execution_type, farm.chain.cron = RuleChain.ExecutionType.SCHEDULE_ONLY, "0 6 * * *"
+        editing.save(farm.chain)
+        let_time_pass(10)
+        farm.said(minutes_ago=20)
+        assert tick() == 0
+        assert farm.switched() == 0
+
     def test_a_reading_moves_the_timer_on(self, farm: Farm) -> None:
         tick()
         farm.said(minutes_ago=9)

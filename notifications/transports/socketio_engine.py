@@ -32,6 +32,8 @@ from wsproto.utilities import ProtocolError
 log = logging.getLogger(__name__)
 # A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
 WRITE_SECONDS = 20.0
+# So long a request may take to go on, and the next one on the same connection to begin: who says nothing costs a socket.
+REQUEST_SECONDS = 20.0
 # Packets of one client. The burst lets it join every room it may be in at once.
 PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
 # What clients of python-engineio take in one answer; those of JavaScript take any number.
@@ -75,6 +77,7 @@ class WholeWrites:
 
 class _Connection(simple_websocket.Server):
     def handshake(self) -> None:
+        self.sock.settimeout(None)  # from here on pings tell whether somebody is there
         self.sock: Any = WholeWrites(self.sock)
         super().handshake()
 
@@ -105,6 +108,7 @@ class RequestHandler(WSGIHandler):
     """One connection of the web server."""
 
     def handle(self) -> None:
+        self.socket.settimeout(REQUEST_SECONDS)
         # A client that goes before it has its answer is nothing to tell anybody.
         with suppress(OSError):
             super().handle()
