@@ -49,6 +49,7 @@ SLICE_SECONDS, PAUSE_SECONDS = 0.003, 0.001
 # Redis is asked again at most this long after it came back.
 LONGEST_RECONNECT_SECONDS = 2.0
 RESTART_SECONDS = 1.0
+TOO_LATE = "it could not be sent in time"
 # A loop that ends when the event it is given is set; gevent's and threading's events are the same to it.
 Companion = Callable[[Any], None]
 
@@ -238,7 +239,7 @@ class Gateway:
         if not messages.has_expired(item.message, time.time()):
             return False
         log.info("%s did not send message %s: it has expired", lane.protocol, item.message.id)
-        self._put_aside(lane, item, Outcome(State.EXPIRED, attempts, "it could not be sent in time"))
+        self._put_aside(lane, item, Outcome(State.EXPIRED, attempts, TOO_LATE))
         return True
 
     def _decode(self, lane: Lane, entry: Entry) -> Message | None:
@@ -282,6 +283,10 @@ class Gateway:
         lane.cursor.done(item.entry_id)
 
     def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message) -> None:
+        if lane.is_shared and messages.has_expired(message, time.time()):
+            # It waited in the transport, which leaves out what is too late.
+            self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.EXPIRED, attempt, TOO_LATE))
+            return
         lane.counts["delivered"] += 1
         state = State.ACKNOWLEDGED if lane.is_shared else State.SENT
         metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, state.value).inc()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import msgspec
 import paho.mqtt.client as mqtt
 import pytest
 from django.conf import settings
@@ -193,7 +195,7 @@ def sender(broker: Server) -> Iterator[Client]:
 
 def test_state_change_by_rule_or_person_is_state_and_command_and_the_device_is_not_told_its_own_report() -> None:
     state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
-    command = topics.Address(f"devices/{DEVICE}/commands", 2)
+    command = topics.Address(f"devices/{DEVICE}/commands", 2, is_command=True)
     assert topics.addresses(state_change("rule")) == [state, command]
     assert topics.addresses(state_change("person")) == [state, command]
     assert topics.addresses(state_change("device")) == [topics.Address(f"devices/{DEVICE}/reported", 1)]
@@ -350,6 +352,53 @@ def test_refused_publication_is_tried_again(
     until(lambda: delivered == [sent])
     assert transport.counts["refused"] == 1
     assert "Quota exceeded" in caplog.text
+
+
+@needs_broker
+def test_refused_publication_keeps_its_place_before_later_ones_on_its_topic(
+    broker: Server, transport: MqttTransport, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.5)
+    assert sender.subscribe(topics.broadcast(ORGANIZATION))
+    acknowledged = transport._outbound._acknowledged
+
+    def first_is_refused(acknowledgement: Any) -> None:
+        monkeypatch.setattr(transport._outbound, "_acknowledged", acknowledged)
+        acknowledged(outbound._Acknowledgement(acknowledgement.mid, "Quota exceeded"))
+
+    monkeypatch.setattr(transport._outbound, "_acknowledged", first_is_refused)
+    first, second = message(), message()
+    delivered: list[Message] = []
+    transport.deliver(first, delivered.append)
+    until(lambda: transport.counts["refused"])
+    transport.deliver(second, delivered.append)
+    until(lambda: len(delivered) == 2)
+    until(lambda: len(sender.received) == 3)
+    assert delivered == [first, second]
+    heard = [json.loads(payload)["id"] for payload in sender.payloads()]
+    assert heard == [str(first.id), str(first.id), str(second.id)]
+
+
+@needs_broker
+def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
+    broker: Server, transport: MqttTransport
+) -> None:
+    broker.kill()
+    until(lambda: not transport.connected)
+    late = msgspec.structs.replace(message(), expires_at=time.time() + 1)
+    done: list[Message] = []
+    transport.deliver(late, done.append)
+    until(lambda: time.time() > late.expires_at)  # type: ignore[operator]
+    broker.start()
+    with operator(broker) as listener:
+        assert listener.subscribe(topics.broadcast(ORGANIZATION))
+        next_one = message()
+        until(lambda: done == [late], seconds=15)
+        transport.deliver(next_one, done.append)
+        until(lambda: done == [late, next_one])
+        until(lambda: listener.received)
+        assert [json.loads(payload)["id"] for payload in listener.payloads()] == [str(next_one.id)]
+    assert transport.counts["expired"] == 1
 
 
 @needs_broker

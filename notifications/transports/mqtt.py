@@ -163,7 +163,8 @@ class Outbound:
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
         self._in_flight: dict[int, _Publication] = {}
-        self._refused: deque[tuple[float, _Publication]] = deque()
+        # By topic, with the time of the next attempt: what follows on the topic waits behind what was refused.
+        self._refused: dict[str, tuple[float, deque[_Publication]]] = {}
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -267,13 +268,17 @@ class Outbound:
             self._repeat_at = time.monotonic()
         if self._is_open and self._leads and self._repeat_at <= time.monotonic():
             self._repeat()
-        while self._refused and self._refused[0][0] <= time.monotonic():
-            self._waiting.append(self._refused.popleft()[1])
+        self._try_the_refused_again()
         in_flight = min(MAXIMUM_IN_FLIGHT, self._connection.receive_maximum)
         while self._is_open and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
             self._waiting.popleft()
         if not (self._waiting or self._in_flight or self._refused or self._news.qsize()):
             self._idle.set()
+
+    def _try_the_refused_again(self) -> None:
+        now = time.monotonic()
+        for topic in [topic for topic, (at, _) in self._refused.items() if at <= now]:
+            self._waiting.extendleft(reversed(self._refused.pop(topic)[1]))
 
     def _repeat(self) -> None:
         """Tells the newest states again, and after a lost connection first the commands that no device has acknowledged.
@@ -301,8 +306,12 @@ class Outbound:
         address, seconds = publication.address, publication.seconds_left()
         if seconds is not None and seconds <= 0:
             self.counts["expired"] += 1
-            self._reports.expired(publication.delivery.message_id)
+            if address.is_command:
+                self._reports.expired(publication.delivery.message_id)
             self._done_with(publication)
+            return True
+        if address.topic in self._refused:
+            self._refused[address.topic][1].append(publication)
             return True
         properties = _expiry(seconds) if seconds is not None else None
         sent = self._client.publish(
@@ -321,10 +330,11 @@ class Outbound:
             self.counts["refused"] += 1
             topic, problem = publication.address.topic, acknowledgement.problem
             self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
-            self._refused.append((time.monotonic() + REFUSED_AGAIN_SECONDS, publication))
+            again_at = time.monotonic() + REFUSED_AGAIN_SECONDS
+            self._refused.setdefault(topic, (again_at, deque()))[1].append(publication)
             return
         self.counts["published"] += 1
-        if publication.address.deadline:
+        if publication.address.is_command:
             self._reports.sent(publication.delivery.message_id)
         self._done_with(publication)
 
