@@ -18,7 +18,7 @@ from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import keys, redis
 from notifications.messages import decode
-from notifications.transports.socketio import SocketIoTransport
+from notifications.transports.socketio import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.transports.socketio_sessions import Session
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
@@ -229,6 +229,23 @@ def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
         assert published(farm) not in client.ids()
         published(other, client)
         assert not client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
+
+
+@pytest.mark.parametrize("event", ["connect", "disconnect"])
+def test_who_names_an_event_of_the_library_keeps_no_room_beyond_its_right(
+    gateway: GatewayProcess, farm: Farm, event: str
+) -> None:
+    other = operator().ask("seed")
+    operator().ask("add_membership", user=farm["user"], organization=other["organization"])
+    with connected(gateway, farm["access_token"]) as client:
+        client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})
+        client.io.emit(event, ({}, {"token": farm["access_token"]}))
+        published(farm, client)
+        operator().ask("leave", user=farm["user"], organization=farm["organization"])
+        time.sleep(RIGHTS_SECONDS + 2 * SWEEP_SECONDS)
+        foreign = sent_to_all(farm, device=farm["device"])
+        published(other, client)
+        assert foreign not in client.ids()
 
 
 @pytest.mark.parametrize(

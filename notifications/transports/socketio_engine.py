@@ -252,6 +252,11 @@ class Server(socketio.Server):
             del self._paces[eio_sid]
             self._on_excess(eio_sid)
 
+    def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: list[Any]) -> None:
+        """The library would take an event named `connect` or `disconnect` for its own: a session without its rooms' rights."""
+        if data[0] not in self.reserved_events:
+            super()._handle_event(eio_sid, namespace, id, data)
+
     def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
         self._paces.pop(eio_sid, None)
         super()._handle_eio_disconnect(eio_sid, reason)
