@@ -27,6 +27,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from aemos.lib import metrics
 from notifications.topics import Grant
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ class Connection:
                 callback(*arguments)
             except Exception:  # process loop: the network thread must outlive any single callback
                 self.counts["callback-failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("A callback of the MQTT connection for %s failed", self._purpose)
 
         return call

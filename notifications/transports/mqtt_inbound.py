@@ -29,7 +29,7 @@ from django.db import connection as database
 from paho.mqtt.subscribeoptions import SubscribeOptions
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import catalogue
 from devices.exceptions import Overloaded, Refusal
@@ -222,6 +222,7 @@ class Inbound:
                 self._step()
             except Exception:  # process loop: the channel would stand still without a word
                 self.counts["failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Taking %s over MQTT failed and goes on", self._channel.name)
                 self._stopping.wait(TICK_SECONDS)
         while self._under_way:
@@ -293,6 +294,7 @@ class Inbound:
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
             self.counts["failed"] += 1
+            metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             self._sparingly.say("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         arrival.attempts += 1
