@@ -654,6 +654,18 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
 
 
 @needs_broker
+def test_message_too_large_for_any_telemetry_never_reaches_the_gateway_and_holds_up_nothing(
+    broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    until(lambda: transport.telemetry.connected)
+    topic = topics.datastream(DEVICE)
+    for payload in (b"x" * 3_000_000, b"after", b"x" * 3_000_000, b"last"):
+        sender.publish(topic, payload)
+    until(lambda: b"last" in ingested.payloads())
+    assert ingested.payloads() == [b"after", b"last"]
+
+
+@needs_broker
 def test_retained_telemetry_is_not_taken_again_at_every_start(
     broker: Server, sender: Client, ingested: Ingested
 ) -> None:

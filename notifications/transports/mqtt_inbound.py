@@ -41,6 +41,9 @@ from notifications.transports.base import Ingest, Pending
 log = logging.getLogger(__name__)
 # So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt.
 RECEIVE_MAXIMUM = 1_000
+# Twice of what telemetry may take, so that one a little too large is refused and recorded; MQTT allows 256 MB, and what
+# is larger than this the broker drops.
+MAXIMUM_PACKET_BYTES = 2 * 1024 * 1024
 # QoS 0 cannot be held back by the broker: beyond this it is dropped, as its sender allows, and counted.
 MAXIMUM_HELD = 5_000
 MAXIMUM_UNDER_WAY = 256
@@ -170,7 +173,9 @@ class Inbound:
         self._connection = Connection(
             channel.name,
             client_id=session_id(channel.name),
-            session=Session(expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM),
+            session=Session(
+                expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM, maximum_bytes=MAXIMUM_PACKET_BYTES
+            ),
             on_ready=self._on_ready,
             on_lost=self._on_lost,
         )
