@@ -161,6 +161,7 @@ class Gateway:
                 serve(self._stopping)
             except Exception:  # the process loop
                 log.exception("The %s died and is started again", name)
+                metrics.GATEWAY_FAILURES.labels("gateway").inc()
                 if counts is not None:
                     counts["restarted"] += 1
                 self._stopping.wait(RESTART_SECONDS)
@@ -259,6 +260,7 @@ class Gateway:
         except Exception as error:
             # Per item: a message that a transport chokes on must not stop those behind it.
             log.exception("%s could not deliver message %s, attempt %d", lane.protocol, item.message.id, attempt)
+            metrics.GATEWAY_FAILURES.labels(lane.protocol.value).inc()
             final = attempt >= self._maximum_attempts
             return self._failed(lane, item, Outcome(State.PENDING, attempt, repr(error)), final=final)
         return True
@@ -299,6 +301,7 @@ class Gateway:
             lane.transport.stop(timeout_seconds=timeout_seconds)
         except Exception:  # per transport: the others and the last acknowledgements still have their turn
             log.exception("%s did not stop in order", lane.protocol)
+            metrics.GATEWAY_FAILURES.labels(lane.protocol.value).inc()
 
     def _settle(self) -> None:
         try:

@@ -19,7 +19,7 @@ from django.conf import settings
 from django.db import connection
 from paho.mqtt.enums import CallbackAPIVersion
 
-from aemos.lib import keys
+from aemos.lib import keys, metrics
 from aemos.lib.leader import Leader
 from deploy.servers import Server
 from devices import catalogue
@@ -403,8 +403,11 @@ def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
 
 @needs_broker
 def test_callback_that_fails_does_not_stop_the_messages_behind_it(
-    broker: Server, transport: MqttTransport, caplog: pytest.LogCaptureFixture
+    broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+
     def fails(_: Message) -> None:
         raise RuntimeError("nobody foresaw this")
 
@@ -413,6 +416,7 @@ def test_callback_that_fails_does_not_stop_the_messages_behind_it(
     transport.deliver(message(), delivered.append)
     until(lambda: delivered)
     assert transport.counts["callback-failed"] == 1
+    assert counted == ["gateway_failures_total|mqtt"]
 
 
 @needs_broker
@@ -647,6 +651,18 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
     ingested.released.set()
     until(lambda: ingested.accepted and ingested.payloads()[-1] == b"kept")
     assert transport.telemetry.counts["dropped"] + transport.telemetry.counts["accepted"] == 11
+
+
+@needs_broker
+def test_message_too_large_for_any_telemetry_never_reaches_the_gateway_and_holds_up_nothing(
+    broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    until(lambda: transport.telemetry.connected)
+    topic = topics.datastream(DEVICE)
+    for payload in (b"x" * 3_000_000, b"after", b"x" * 3_000_000, b"last"):
+        sender.publish(topic, payload)
+    until(lambda: b"last" in ingested.payloads())
+    assert ingested.payloads() == [b"after", b"last"]
 
 
 @needs_broker

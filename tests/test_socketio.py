@@ -16,7 +16,7 @@ import requests
 import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from notifications.messages import decode
 from notifications.transports.socketio import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.transports.socketio_sessions import Session
@@ -342,6 +342,23 @@ def test_a_connection_that_ended_while_its_token_was_checked_leaves_no_session()
     assert list(manager.get_participants("/", None)) == []
 
 
+def test_a_handler_that_fails_is_told_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+    transport = SocketIoTransport(port=0)
+
+    def fails(_sid: str) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    transport._server.on("subscribe", fails)
+    with pytest.raises(RuntimeError):
+        transport._server._trigger_event("subscribe", "/", "a")
+    assert counted == ["gateway_failures_total|socketio"]
+    assert "nobody foresaw this" in caplog.text
+
+
 def test_one_person_may_not_take_all_connections(gateway: GatewayProcess, farm: Farm) -> None:
     other = operator().ask("seed")
     with ExitStack() as held:
@@ -414,6 +431,7 @@ def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_i
         b"42",
         b"42[",
         b'42["subscribe"]',
+        b"42[[]]",
         b'451-["a",{"_placeholder":true,"num":0}]',
         b"40/admin,",
         b"\xf0\x9f",

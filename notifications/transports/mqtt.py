@@ -28,6 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from aemos.lib import metrics
 from notifications import messages, repetition, topics
 from notifications.broker import Connection, Sparingly
 from notifications.messages import Message
@@ -242,6 +243,7 @@ class Outbound:
                 self._step()
             except Exception:  # process loop: messages would wait for ever without a word
                 self.counts["failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Publishing over MQTT failed and goes on")
                 self._stopping.wait(TICK_SECONDS)
             if self._stopping.is_set() and not self.connected:
@@ -349,6 +351,7 @@ class Outbound:
             delivered(message)
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
+            metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
 
 

@@ -271,6 +271,7 @@ class SocketIoTransport:
                 self._sweep(time.time(), time.monotonic())
             except Exception:  # the process loop: without it nobody would be cut off any more
                 log.exception("Looking after Socket.IO connections failed")
+                metrics.GATEWAY_FAILURES.labels("socketio").inc()
             finally:
                 close_old_connections()
 

@@ -26,8 +26,11 @@ from engineio.payload import Payload
 from gevent.lock import Semaphore
 from gevent.pywsgi import WSGIHandler
 from gevent.queue import Empty, JoinableQueue
+from socketio.exceptions import ConnectionRefusedError
 from socketio.packet import Packet
 from wsproto.utilities import ProtocolError
+
+from aemos.lib import metrics
 
 log = logging.getLogger(__name__)
 # A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
@@ -254,8 +257,18 @@ class Server(socketio.Server):
 
     def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: list[Any]) -> None:
         """The library would take an event named `connect` or `disconnect` for its own: a session without its rooms' rights."""
-        if data[0] not in self.reserved_events:
+        if isinstance(data[0], str) and data[0] not in self.reserved_events:
             super()._handle_event(eio_sid, namespace, id, data)
+
+    def _trigger_event(self, event: str, namespace: str, *args: Any) -> Any:
+        try:
+            return super()._trigger_event(event, namespace, *args)
+        except ConnectionRefusedError:
+            raise
+        except Exception:  # per event: the library would say nothing of it, because its log is silent
+            log.exception("The handler of the Socket.IO event %r failed", event)
+            metrics.GATEWAY_FAILURES.labels("socketio").inc()
+            raise
 
     def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
         self._paces.pop(eio_sid, None)
