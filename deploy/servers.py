@@ -219,8 +219,6 @@ def _mosquitto_conf(data: Path, *, port: int, plugin: Path, security: Path) -> s
         f"plugin {plugin}\nplugin_opt_config_file {security}\n"
         # Held back telemetry waits here; beyond the broker's own bounds it would drop what devices have an acknowledgement for.
         "max_queued_messages 100000\nmax_inflight_messages 1000\n"
-        # What the gateway does not take, Mosquitto would acknowledge and drop.
-        "message_size_limit 2097152\n"
         f"persistence true\npersistence_location {data}/\nautosave_interval 60\n"
         "log_dest stderr\nlog_type error\nlog_type warning\nlog_type notice\nconnection_messages false\n"
     )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -27,6 +28,7 @@ from devices.catalogue import Credential
 from devices.exceptions import BadPayload, Overloaded, Refusal, Unauthorized
 from devices.models import Device
 from notifications import topics
+from notifications.broker import CONTROL
 from notifications.broker_sync import sync_once
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
 from notifications.transports import mqtt as outbound
@@ -377,6 +379,45 @@ def test_refused_publication_keeps_its_place_before_later_ones_on_its_topic(
     assert delivered == [first, second]
     heard = [json.loads(payload)["id"] for payload in sender.payloads()]
     assert heard == [str(first.id), str(first.id), str(second.id)]
+
+
+@contextmanager
+def broker_that_refuses(topic: str, operator: Client) -> Iterator[None]:
+    """Nobody with the gateway's role may publish there for as long as the block lasts."""
+    acl = {"rolename": "gateway", "acltype": "publishClientSend", "topic": topic}
+
+    def ask(**command: Any) -> None:
+        connections = operator.connections
+        operator.publish(CONTROL, json.dumps({"commands": [{**command, **acl}]}), qos=0)
+        until(lambda: operator.connections > connections)  # whoever has the role is sent away to come back with it
+
+    ask(command="addRoleACL", priority=10, allow=False)
+    try:
+        yield
+    finally:
+        ask(command="removeRoleACL")
+
+
+@needs_broker
+def test_what_the_broker_refuses_too_often_is_given_up_with_its_reason(
+    transport: MqttTransport, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(settings, "NOTIFICATION_MAX_ATTEMPTS", 3)
+    ended: list[str] = []
+
+    def delivered(_message: Message, *, given_up: str = "") -> None:
+        ended.append(given_up)
+
+    topic = topics.broadcast(ORGANIZATION)
+    with broker_that_refuses(topic, sender):
+        transport.deliver(message(), delivered)
+        until(lambda: ended)
+    assert ended == [f"the broker refused it on {topic}: Not authorized"]
+    assert transport.counts["refused"] == 3
+    transport.deliver(message(), delivered)
+    until(lambda: len(ended) == 2)
+    assert ended[1] == ""
 
 
 @needs_broker

@@ -104,11 +104,15 @@ class MqttTransport:
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A message on its way: how many of its topics the broker has not acknowledged, and what follows when it has."""
+    """A message on its way: how many of its topics the broker has not acknowledged, how often it refused one of them, why
+    it was given up, if it was, and what follows when it is done with.
+    """
 
     message_id: UUID
     unacknowledged: int
-    finish: Callable[[], None]
+    finish: Callable[[str], None]
+    refusals: int = 0
+    given_up: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -329,26 +333,39 @@ class Outbound:
         if publication is None:
             return
         if acknowledgement.problem:
-            self.counts["refused"] += 1
-            topic, problem = publication.address.topic, acknowledgement.problem
-            self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
-            again_at = time.monotonic() + REFUSED_AGAIN_SECONDS
-            self._refused.setdefault(topic, (again_at, deque()))[1].append(publication)
+            self._was_refused(publication, acknowledgement.problem)
             return
         self.counts["published"] += 1
         if publication.address.is_command:
             self._reports.sent(publication.delivery.message_id)
         self._done_with(publication)
 
-    def _done_with(self, publication: _Publication) -> None:
-        publication.delivery.unacknowledged -= 1
-        if not publication.delivery.unacknowledged:
-            publication.delivery.finish()
+    def _was_refused(self, publication: _Publication, problem: str) -> None:
+        """By a broker that is there: after some attempts, which are those of all its topics together, it is given up."""
+        self.counts["refused"] += 1
+        topic, delivery = publication.address.topic, publication.delivery
+        self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
+        delivery.refusals += 1
+        if delivery.refusals >= settings.NOTIFICATION_MAX_ATTEMPTS:
+            delivery.given_up = f"the broker refused it on {topic}: {problem}"
+            self._done_with(publication)
+            return
+        again_at = time.monotonic() + REFUSED_AGAIN_SECONDS
+        self._refused.setdefault(topic, (again_at, deque()))[1].append(publication)
 
-    def _finish(self, message: Message, delivered: Delivered) -> None:
+    def _done_with(self, publication: _Publication) -> None:
+        delivery = publication.delivery
+        delivery.unacknowledged -= 1
+        if not delivery.unacknowledged:
+            delivery.finish(delivery.given_up)
+
+    def _finish(self, message: Message, delivered: Delivered, given_up: str) -> None:
         self._room.release()
         try:
-            delivered(message)
+            if given_up:
+                delivered(message, given_up=given_up)
+            else:
+                delivered(message)
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
             metrics.GATEWAY_FAILURES.labels("mqtt").inc()
@@ -362,7 +379,7 @@ def _expiry(seconds: float) -> Properties:
     return properties
 
 
-def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[], None]) -> list[_Publication]:
+def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[str], None]) -> list[_Publication]:
     delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
     return [_Publication(delivery, address, body) for address in addresses]
 
@@ -371,11 +388,11 @@ def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]
     return _publications(message, addresses, _told_again)
 
 
-def _said() -> None:
+def _said(_given_up: str) -> None:
     """What a gateway says of itself: nobody waits for it."""
 
 
-def _told_again() -> None:
+def _told_again(_given_up: str) -> None:
     """What is repeated: nobody waits for it, and a later repetition takes its place."""
 
 
