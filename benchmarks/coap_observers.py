@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import selectors
 import socket
-import statistics
 import subprocess
 import sys
 import time
+
+from benchmarks import percentiles
 
 SERVER = """
 from gevent import monkey; monkey.patch_all()
@@ -48,12 +49,10 @@ def main() -> int:
     parser.add_argument("--interval", type=float, default=0.05, help="seconds between them (default: %(default)s)")
     options = parser.parse_args()
     print(f"change -> notification received, ms; {options.observers} observers, {options.rounds} changes")
-    print(f"{'silent':<8}{'received':>10}{'p50':>8}{'p95':>8}{'p99':>8}{'max':>8}")
+    print(f"{'silent':<8}{'received':>10}{percentiles.HEADER}")
     for silent in (0, options.silent, 0, options.silent):
         found = measure(options.observers, silent=silent, rounds=options.rounds, interval=options.interval)
-        cuts = statistics.quantiles(found, n=100)
-        cells = "".join(f"{value:>8.1f}" for value in (cuts[49], cuts[94], cuts[98], max(found)))
-        print(f"{silent:<8}{len(found):>10}{cells}")
+        print(f"{silent:<8}{len(found):>10}{percentiles.cells(found)}")
     return 0
 
 

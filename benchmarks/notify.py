@@ -8,156 +8,58 @@ observers see: they are told the newest state, not every change.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import multiprocessing
 import os
-import statistics
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import requests
-
-from deploy.local import LocalSystem, local_system
+from benchmarks import percentiles
+from benchmarks.listeners import PATIENCE_SECONDS, Child, Received, listening
+from benchmarks.system import memory_mb, own_system, processor_seconds
+from deploy.local import LocalSystem
 
 SLICE_SECONDS = 1 / 30
 SWITCH_EVERY = 10
 SHOW_EVERY_SECONDS = 5.0
-# How long the last message may take.
-PATIENCE_SECONDS = 30.0
 # So many messages wait when an urgent one comes; a multiple of SWITCH_EVERY.
 BACKLOG = 10_000
-START_SECONDS = 20.0
-_spawning = multiprocessing.get_context("spawn")
 
 
-class Child:
-    """A process that is told to stop and then gives one answer. `target` gets the connection, then the arguments."""
-
-    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
-        self._ours, theirs = _spawning.Pipe()
-        self._process = _spawning.Process(target=target, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-
-    def ready(self) -> None:
-        if not self._ours.poll(START_SECONDS) or self._ours.recv() != "ready":
-            raise TimeoutError(f"{self._process.name} did not get ready")
-
-    def ask(self, what: str) -> Any:
-        self.tell(what)
-        return self.answer()
-
-    def tell(self, what: str) -> None:
-        self._ours.send(what)
-
-    def answer(self) -> Any:
-        if not self._ours.poll(PATIENCE_SECONDS):
-            raise TimeoutError("a listener or the publisher does not answer")
-        return self._ours.recv()
-
-    def is_silent(self, seconds: float) -> bool:
-        """Whether it says nothing for so long."""
-        return not self._ours.poll(seconds)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.join(5)
-
-
-class Tally:
-    """What one listener received: the numbers of the messages, when each came, and how old it was then, in ms."""
+class Tally(Received):
+    """The numbers of the messages that one listener received, when each came, and how old it was then, in ms."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.numbers: dict[int, float] = {}
-        self.received = 0
         self.ages: list[float] = []
         self.newest = 0.0
 
-    def add(self, number: int, sent: float) -> None:
-        self.received += 1
+    def add(self, body: Mapping[str, Any]) -> None:
+        published = as_published(body)
+        if published is None:
+            return
+        number, sent = published
+        super().add(body)
         self.numbers.setdefault(number, time.time())
         self.ages.append((time.time() - sent) * 1000)
         self.newest = max(self.newest, sent)
 
-    def serve(self, connection: Connection) -> None:
-        """Says how far it is whenever it is asked, until it is terminated."""
-        connection.send("ready")
-        while True:
-            wanted = connection.recv()
-            if wanted == "arrivals":
-                connection.send(dict(self.numbers))
-                continue
-            distinct = len(self.numbers)
-            connection.send((distinct, self.received, self.newest, self.ages if wanted == "all" else []))
+    def answer(self, asked: Any) -> Any:
+        if asked == "arrivals":
+            return dict(self.numbers)
+        return len(self.numbers), self.count, self.newest, self.ages if asked == "all" else []
 
 
-def listen_socketio(connection: Connection, url: str, token: str) -> None:
-    import engineio
-    import socketio
-
-    class Engine(engineio.Client):
-        """Handles messages one after the other: a thread for each, as it comes, cannot keep up with thousands."""
-
-        def _trigger_event(self, event: str, *args: Any, **options: Any) -> Any:
-            return super()._trigger_event(event, *args, **{**options, "run_async": False})
-
-    class Client(socketio.Client):
-        def _engineio_client_class(self) -> type[Engine]:
-            return Engine
-
-    tally, client = Tally(), Client()
-    for event in ("alert", "device-state-change"):
-        client.on(event, lambda body: tally.add(body["data"]["number"], body["data"]["sent"]))
-    client.connect(url, auth={"token": token}, transports=["websocket"])
-    tally.serve(connection)
-
-
-def listen_mqtt(connection: Connection, port: int, username: str, password: str) -> None:
-    import paho.mqtt.client as mqtt
-    from paho.mqtt.enums import CallbackAPIVersion
-
-    tally, ready = Tally(), threading.Event()
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.username_pw_set(username, password)
-    topics = [("organizations/+/broadcast", 1), ("devices/+/state", 1)]
-    client.on_connect = lambda client, *_: client.subscribe(topics)
-    client.on_subscribe = lambda *_: ready.set()
-
-    def tell(_client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
-        data = json.loads(message.payload)["data"]
-        tally.add(data["number"], data["sent"])
-
-    client.on_message = tell
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    if ready.wait(START_SECONDS):
-        tally.serve(connection)
-
-
-def listen_coap(connection: Connection, uri: str) -> None:
-    tally = Tally()
-
-    async def observe() -> None:
-        import aiocoap
-
-        context = await aiocoap.Context.create_client_context()
-        request = context.request(aiocoap.Message(code=aiocoap.GET, uri=uri, observe=0))
-        await request.response
-        threading.Thread(target=tally.serve, args=(connection,), daemon=True).start()
-        async for message in request.observation:
-            value = json.loads(message.payload)["states"]["power"]["value"]
-            if isinstance(value, str) and ":" in value:
-                number, sent = value.split(":")
-                tally.add(int(number), float(sent))
-
-    asyncio.run(observe())
+def as_published(body: Mapping[str, Any]) -> tuple[int, float] | None:
+    """The number and the time of a message of the publisher's; None of another, which says nothing of them."""
+    if "states" in body:
+        number, _, sent = str(body["states"]["power"]["value"]).partition(":")
+        return (int(number), float(sent)) if sent else None
+    return (body["data"]["number"], body["data"]["sent"]) if "number" in body["data"] else None
 
 
 def publish(connection: Connection, environment: Mapping[str, str], plan: Mapping[str, Any]) -> None:
@@ -260,52 +162,42 @@ RUNS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    kinds = "; ".join(f"{name} is {what}" for name, what in RUNS.items())
     parser.add_argument("--rate", type=int, default=3_000, help="messages a second (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=30, help="how long (default: %(default)s)")
-    parser.add_argument("--only", choices=list(RUNS), help="one of the runs, instead of all")
+    parser.add_argument("--only", choices=list(RUNS), help=f"instead of all: {kinds}")
     options = parser.parse_args()
     for name in [options.only] if options.only else RUNS:
         plan = {"rate": options.rate, "seconds": options.seconds, "run": name}
-        with tempfile.TemporaryDirectory(prefix="aemos-bench-") as folder, local_system(Path(folder)) as system:
+        with own_system() as system:
             run(system, plan)
     return 0
 
 
 def run(system: LocalSystem, plan: dict[str, Any]) -> None:
     system.start("web", "gateway")
-    listeners = start_listeners(system)
-    system.stop("web")
-    publisher = Child(publish, system.environment, {**plan, "device": system.farm["devices"][0]["uuid"]})
-    try:
-        publisher.ready()
-        if plan["run"] == "urgent":
-            print_urgent(publisher, listeners)
-            return
-        kind = RUNS[plan["run"]]
-        print(f"{plan['rate']} messages/s for {plan['seconds']} s, each for all three protocols, {kind}", flush=True)
-        used = processor_seconds(system.pid("gateway"))
-        sent = watch(system, publisher, listeners, patience=plan["seconds"] + PATIENCE_SECONDS)
-        wait_for_the_rest(listeners, sent)
-        print(f"the gateway used {processor_seconds(system.pid('gateway')) - used:.1f} s of a processor")
-        print_table(sent, {name: child.ask("all") for name, child in listeners.items()})
-        if plan["run"] == "database":
-            print_states(system)
-    finally:
-        for child in (publisher, *listeners.values()):
-            child.end()
-
-
-def start_listeners(system: LocalSystem) -> dict[str, Child]:
-    login = requests.post(f"{system.web}/api/v1/auth/login", json=system.farm["admin"], timeout=5).json()
     pump = system.farm["devices"][0]
-    listeners = {
-        "socketio": Child(listen_socketio, system.socketio, login["access"]),
-        "mqtt": Child(listen_mqtt, system.broker.port, system.broker.username, system.broker.password),
-        "coap": Child(listen_coap, f"coap://{system.coap}/devices/{pump['uuid']}/state?token={pump['token']}"),
-    }
-    for child in listeners.values():
-        child.ready()
-    return listeners
+    with listening(system, Tally, pump=pump) as listeners:
+        system.stop("web")
+        plan = {**plan, "device": pump["uuid"]}
+        with closing(Child("the publisher", publish, system.environment, plan)) as publisher:
+            publisher.ready()
+            if plan["run"] == "urgent":
+                print_urgent(publisher, listeners)
+                return
+            print_run(system, publisher, listeners=listeners, plan=plan)
+    if plan["run"] == "database":
+        print_states(system)
+
+
+def print_run(system: LocalSystem, publisher: Child, *, listeners: dict[str, Child], plan: dict[str, Any]) -> None:
+    kind = RUNS[plan["run"]]
+    print(f"{plan['rate']} messages/s for {plan['seconds']} s, each for all three protocols, {kind}", flush=True)
+    used = processor_seconds(system.pid("gateway"))
+    sent = watch(system, publisher, listeners, patience=plan["seconds"] + PATIENCE_SECONDS)
+    wait_for_the_rest(listeners, sent)
+    print(f"the gateway used {processor_seconds(system.pid('gateway')) - used:.1f} s of a processor")
+    print_table(sent, {name: child.ask("all") for name, child in listeners.items()})
 
 
 def print_urgent(publisher: Child, listeners: dict[str, Child]) -> None:
@@ -332,19 +224,12 @@ def watch(system: LocalSystem, publisher: Child, listeners: dict[str, Child], *,
     while publisher.is_silent(SHOW_EVERY_SECONDS) and time.perf_counter() - began < patience:
         received = ", ".join(f"{name} {child.ask('count')[1]}" for name, child in listeners.items())
         seconds = time.perf_counter() - began
-        print(f"{seconds:6.1f} s  gateway {memory_mb(system.pid('gateway')):6.1f} MB  received: {received}", flush=True)
+        print(
+            f"{seconds:6.1f} s  gateway {sum(memory_mb(system.pid('gateway'))):6.1f} MB  received: {received}",
+            flush=True,
+        )
     sent: Sent = publisher.answer()
     return sent
-
-
-def memory_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-def processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_the_rest(listeners: dict[str, Child], sent: Sent) -> None:
@@ -352,7 +237,7 @@ def wait_for_the_rest(listeners: dict[str, Child], sent: Sent) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         counts = {name: child.ask("count") for name, child in listeners.items()}
-        if counts["socketio"][0] == counts["mqtt"][0] == published and counts["coap"][2] == switched_at:
+        if counts["Socket.IO"][0] == counts["MQTT"][0] == published and counts["CoAP"][2] == switched_at:
             return
         time.sleep(0.2)
 
@@ -360,13 +245,11 @@ def wait_for_the_rest(listeners: dict[str, Child], sent: Sent) -> None:
 def print_table(sent: Sent, received: Mapping[str, Any]) -> None:
     published, (_, switched_at), worked, lasted = sent
     print(f"published {published} in {lasted:.1f} s; the publisher worked {100 * worked / lasted:.0f} % of the time")
-    print(f"{'':<10}{'received':>10}{'lost':>8}{'twice':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'max ms':>10}")
+    print(f"{'':<10}{'received':>10}{'lost':>8}{'twice':>8}{percentiles.HEADER}  ms")
     for name, (distinct, count, newest, ages) in received.items():
-        cuts = statistics.quantiles(ages, n=100)
-        lost = published - distinct if name != "coap" else ("-" if newest == switched_at else "STALE")
-        twice = count - distinct if name != "coap" else "-"
-        ends = f"{cuts[49]:>10.1f}{cuts[94]:>10.1f}{cuts[98]:>10.1f}{max(ages):>10.1f}"
-        print(f"{name:<10}{count:>10}{lost:>8}{twice:>8}{ends}", flush=True)
+        lost = published - distinct if name != "CoAP" else ("-" if newest == switched_at else "STALE")
+        twice = count - distinct if name != "CoAP" else "-"
+        print(f"{name:<10}{count:>10}{lost:>8}{twice:>8}{percentiles.cells(ages)}", flush=True)
 
 
 def print_states(system: LocalSystem) -> None:

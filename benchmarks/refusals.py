@@ -8,21 +8,16 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import sqlite3
-import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from deploy.local import LocalSystem, local_system
+from benchmarks import percentiles
+from benchmarks.system import memory_mb, own_system
+from deploy.local import LocalSystem
 
 FULL = 1_000
 LIMITS = {
@@ -44,28 +39,17 @@ def main() -> int:
     options = parser.parse_args()
     runs = [("batches", options.batch, options.rate), ("single events", 1, options.single_rate)]
     for name, batch, rate in runs:
-        with (
-            tempfile.TemporaryDirectory(prefix="aemos-bench-") as folder,
-            local_system(Path(folder), **LIMITS) as system,
-        ):
+        with own_system(**LIMITS) as system:
             system.start("web")
             fill(system)
             load = Load(system, batch, options.connections)
             load.run(rate / batch, options.seconds)
-            peak_mb = peak_memory_mb(system)
+            peak_mb = max(memory_mb(system.pid("web"), field="VmHWM"))
             unanswered = load.sent - len(load.milliseconds)
             waited = wait_until_recorded(system, load.refused)
             report(name, load, options.seconds, peak_mb)
             print(f"  accounted for after {waited:.1f} s: {account(system)}; requests without an answer: {unanswered}")
     return 0
-
-
-@contextmanager
-def kept_open(folder: Path) -> Iterator[None]:
-    """A connection to the database like the worker's: when the last one closes, SQLite moves its whole log, and all wait."""
-    with closing(sqlite3.connect(folder / "aemos.sqlite3")) as connection:
-        connection.execute("SELECT count(*) FROM django_migrations").fetchone()
-        yield
 
 
 def body(system: LocalSystem, count: int) -> tuple[bytes, dict[str, str]]:
@@ -135,20 +119,6 @@ class Load:
             due += interval
 
 
-def peak_memory_mb(system: LocalSystem) -> float:
-    """The largest resident size that any process of the web process's group ever had."""
-    group = os.getpgid(system._running["web"].pid)
-    peaks = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == group:
-                lines = (folder / "status").read_text().splitlines()
-                peaks += [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
-        except OSError:
-            continue
-    return max(peaks)
-
-
 def wait_until_recorded(system: LocalSystem, refused: int) -> float:
     began = time.monotonic()
     while time.monotonic() - began < SETTLE_SECONDS:
@@ -176,11 +146,9 @@ def account(system: LocalSystem) -> dict[str, int]:
 
 
 def report(name: str, load: Load, seconds: float, peak_mb: float) -> None:
-    cuts = statistics.quantiles(load.milliseconds, n=100)
     print(
         f"{name}: {load.refused / seconds:,.0f} refusals/s for {seconds:g} s, statuses {dict(load.statuses)}, "
-        f"ms p50 {cuts[49]:.1f}  p95 {cuts[94]:.1f}  p99 {cuts[98]:.1f}  max {max(load.milliseconds):.0f}, "
-        f"peak memory {peak_mb:.0f} MB",
+        f"peak memory {peak_mb:.0f} MB\n  ms{percentiles.HEADER}\n    {percentiles.cells(load.milliseconds)}",
         flush=True,
     )
 

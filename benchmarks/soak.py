@@ -1,45 +1,44 @@
-"""Two of everything under load for minutes: a rate in, memory and queue every 30 s and whether they stay flat out.
+"""Two of everything under load for minutes: a rate in, memory and queue every 30 s and how fast memory grows out.
 
 A system of its own is started on free ports of this machine: web, worker, gateway and scheduler twice. Sensors report over
 both web processes. Their chains remember (a dead band, "for", "times"), wait for time to pass, rest, raise and clear alarms,
-switch pumps and notify; somebody listens on each of the three protocols at either gateway.
+switch pumps and notify; somebody listens on each of the three protocols at either gateway. Memory is read every 5 s. A straight
+line through what follows the warm-up, the first four tenths, says how many MB an hour each process grows.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import itertools
 import json
 import random
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection
-from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import requests
 from redis import Redis
 
-from benchmarks.notify import START_SECONDS, Child, memory_mb
-from deploy.local import LocalSystem, local_system
+from benchmarks.listeners import Child, Received, listening
+from benchmarks.system import memory_mb, own_system
+from deploy.local import LocalSystem
 
 SENSORS = 40
 PROCESSES = ("web", "worker", "gateway", "scheduler")
-SHOW_EVERY_SECONDS = 30.0
+SAMPLE_EVERY_SECONDS = 5.0
+SHOW_EVERY = 6
 BATCH = 10
 DRAIN_SECONDS = 120.0
 # Short, so that the stream is as long as it becomes before the warm-up is over.
 STREAM_LENGTH = "5000"
-# Caches fill in the first part of the run. Of the rest, the later half may have so much more than the earlier one.
+# Caches fill in this part of the run.
 WARM_UP = 0.4
-TOLERATED_MB = 6.0
+LIMIT_MB_PER_HOUR = 12.0
 
 MAKE_FARM = f"""
 import json
@@ -72,7 +71,7 @@ for number in range({SENSORS}):
         builders.node("on", builders.command(pump, "on", state="fan")),
         builders.node("off", builders.command(pump, "off", state="fan")),
     ])
-    made.append({{"token": builders.token(sensor), "pump": str(pump.uuid), "pump_token": builders.token(pump)}})
+    made.append({{"token": builders.token(sensor), "pump": {{"uuid": str(pump.uuid), "token": builders.token(pump)}}}})
 print(json.dumps(made))
 """
 
@@ -99,6 +98,11 @@ class Load:
         self._stopping.set()
         for thread in self._threads:
             thread.join(10)
+
+    def check(self) -> None:
+        """RuntimeError when a thread has given up: less load would pass for flat memory."""
+        if not all(thread.is_alive() for thread in self._threads):
+            raise RuntimeError("a sender gave up; its error is above")
 
     def _send(self, url: str, tokens: list[str]) -> None:
         chance, session = random.Random(url), requests.Session()
@@ -131,82 +135,89 @@ class Row:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Ends with 1 when memory grows faster than the limit, "
+        "something is left in the queue, a listener hears nothing or the ledger does not close.",
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long, 1 at least (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=200.0, help="events a second (default: %(default)s)")
+    parser.add_argument(
+        "--limit-mb-per-hour",
+        type=float,
+        default=LIMIT_MB_PER_HOUR,
+        metavar="MB",
+        help="how fast a process and Redis may grow (default: %(default)s; meant for ten minutes and more)",
+    )
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="aemos-soak-") as folder,
-        local_system(Path(folder), LOG_LEVEL="ERROR", NOTIFICATION_STREAM_LENGTH=STREAM_LENGTH) as system,
-    ):
-        return run(system, minutes=options.minutes, rate=options.rate)
+    if options.minutes < 1:
+        parser.error("--minutes: below 1 there are too few samples to draw a line through")
+    with own_system(LOG_LEVEL="ERROR", NOTIFICATION_STREAM_LENGTH=STREAM_LENGTH) as system:
+        return run(system, minutes=options.minutes, rate=options.rate, limit_mb_per_hour=options.limit_mb_per_hour)
 
 
-def run(system: LocalSystem, *, minutes: float, rate: float) -> int:
-    """0 when memory is flat, nothing is left in the queue and the ledger closes, else 1."""
+def run(system: LocalSystem, *, minutes: float, rate: float, limit_mb_per_hour: float) -> int:
+    """0 when memory is flat, the queue is empty, every listener heard something and the ledger closes, else 1."""
     system.add_second(*PROCESSES)
     made = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
     system.start()
     load = Load([system.web, system.url("web 2", "PORT")], [each["token"] for each in made], rate)
-    server = system.redis
-    redis = Redis(port=server.port, password=server.password)
-    with listening(system, made[0]) as listeners:
+    second = system.url("gateway 2", "SOCKETIO_PORT")
+    with listening(system, Received, pump=made[0]["pump"], socketio=second) as listeners:
         load.start()
         try:
-            rows = watch(system, redis, load, seconds=minutes * 60)
+            rows = watch(system, load, seconds=minutes * 60)
         finally:
             load.stop()
-        drained = wait_until_drained(system)
-        for name, child in listeners.items():
-            print(f"{name}: {child.ask('count')} messages received", flush=True)
+        kept = [print_growth(mb_per_hour(rows), limit=limit_mb_per_hour), print_drained(system), print_heard(listeners)]
     print(f"{load.accepted} events accepted, {load.refused} refused", flush=True)
     ledger = system.manage("ledger", check=False)
     print(ledger.stdout or ledger.stderr, flush=True)
-    grown = growth(rows)
-    for name, megabytes in grown.items():
-        verdict = "flat" if megabytes <= TOLERATED_MB else "GROWS"
-        print(f"{name:<12}{megabytes:+7.1f} MB after the warm-up  {verdict}", flush=True)
-    print("the queue is empty" if drained else "the queue is NOT EMPTY", flush=True)
-    return 0 if drained and not ledger.returncode and max(grown.values()) <= TOLERATED_MB else 1
+    return 0 if all(kept) and not ledger.returncode else 1
 
 
-def watch(system: LocalSystem, redis: Any, load: Load, *, seconds: float) -> list[Row]:
-    """A row every 30 s, printed as it comes."""
+def watch(system: LocalSystem, load: Load, *, seconds: float) -> list[Row]:
+    """A row every 5 s; each sixth is printed as it comes."""
+    redis = Redis(port=system.redis.port, password=system.redis.password)
     rows: list[Row] = []
     began = time.monotonic()
     while (elapsed := time.monotonic() - began) < seconds:
-        memory = {name: group_mb(system.pid(name)) for name in system.running()}
-        memory["Redis"] = redis.info("memory")["used_memory"] / 1024**2
-        rows.append(Row(elapsed, memory, depth(system)))
+        load.check()
+        memory = {name: sum(memory_mb(system.pid(name))) for name in system.running()}
+        used: Any = redis.info("memory")
+        rows.append(Row(elapsed, {**memory, "Redis": used["used_memory"] / 1024**2}, depth(system)))
         if len(rows) == 1:
-            print("seconds   queue" + "".join(f"{name:>13}" for name in memory), flush=True)
-        print(f"{rows[-1]}   {load.accepted} accepted", flush=True)
-        time.sleep(max(0.0, min(SHOW_EVERY_SECONDS, seconds - elapsed)))
+            print("seconds   queue" + "".join(f"{name:>13}" for name in rows[0].memory), flush=True)
+        if len(rows) % SHOW_EVERY == 1:
+            print(f"{rows[-1]}   {load.accepted} accepted", flush=True)
+        time.sleep(max(0.0, min(len(rows) * SAMPLE_EVERY_SECONDS, seconds) - (time.monotonic() - began)))
     return rows
 
 
-def growth(rows: list[Row]) -> dict[str, float]:
-    """By process, how much the later half of what follows the warm-up has more than the earlier half, in MB."""
-    warm = rows[int(len(rows) * WARM_UP) :]
-    middle = len(warm) // 2
-    earlier, later = warm[: max(middle, 1)], warm[middle:]
-    return {
-        name: _mean([row.memory[name] for row in later]) - _mean([row.memory[name] for row in earlier])
-        for name in rows[0].memory
-    }
+def mb_per_hour(rows: Sequence[Row]) -> dict[str, float]:
+    """By process, the slope of the straight line through its memory after the warm-up (least squares)."""
+    warm = [row for row in rows if row.seconds >= WARM_UP * rows[-1].seconds]
+    hours = [row.seconds / 3600 for row in warm]
+    return {name: linear_regression(hours, [row.memory[name] for row in warm]).slope for name in warm[0].memory}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def print_growth(growth: Mapping[str, float], *, limit: float) -> bool:
+    for name, slope in growth.items():
+        print(f"{name:<12}{slope:+7.1f} MB/h after the warm-up  {'flat' if slope <= limit else 'GROWS'}", flush=True)
+    return max(growth.values()) <= limit
 
 
-def group_mb(pid: int) -> float:
-    """A process with its children: the web process has workers."""
-    found = memory_mb(pid)
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with contextlib.suppress(FileNotFoundError):  # it has ended
-            found += memory_mb(int(child))
-    return found
+def print_drained(system: LocalSystem) -> bool:
+    drained = wait_until_drained(system)
+    print("the queue is empty" if drained else "the queue is NOT EMPTY", flush=True)
+    return drained
+
+
+def print_heard(listeners: Mapping[str, Child]) -> bool:
+    counts = {name: child.ask("count") for name, child in listeners.items()}
+    for name, count in counts.items():
+        print(f"{name}: {count or 'NO'} messages received", flush=True)
+    return all(counts.values())
 
 
 def depth(system: LocalSystem) -> int:
@@ -220,82 +231,6 @@ def wait_until_drained(system: LocalSystem) -> bool:
     while depth(system) and time.monotonic() < deadline:
         time.sleep(1.0)
     return depth(system) == 0
-
-
-class Received:
-    """How many messages a listener was given."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, *_: object) -> None:
-        self.count += 1
-
-    def serve(self, connection: Connection) -> None:
-        """Says how many whenever it is asked, until it is terminated."""
-        connection.send("ready")
-        while True:
-            connection.recv()
-            connection.send(self.count)
-
-
-def listen_socketio(connection: Connection, url: str, token: str) -> None:
-    import socketio
-
-    received, client = Received(), socketio.Client()
-    client.on("*", received.add)
-    client.connect(url, auth={"token": token}, transports=["websocket"])
-    received.serve(connection)
-
-
-def listen_mqtt(connection: Connection, port: int, username: str, password: str) -> None:
-    import paho.mqtt.client as mqtt
-    from paho.mqtt.enums import CallbackAPIVersion
-
-    received, ready = Received(), threading.Event()
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.username_pw_set(username, password)
-    client.on_connect = lambda client, *_: client.subscribe([("organizations/+/broadcast", 1), ("devices/+/state", 1)])
-    client.on_subscribe = lambda *_: ready.set()
-    client.on_message = received.add
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    if ready.wait(START_SECONDS):
-        received.serve(connection)
-
-
-def listen_coap(connection: Connection, uri: str) -> None:
-    received = Received()
-
-    async def observe() -> None:
-        import aiocoap
-
-        context = await aiocoap.Context.create_client_context()
-        request = context.request(aiocoap.Message(code=aiocoap.GET, uri=uri, observe=0))
-        await request.response
-        threading.Thread(target=received.serve, args=(connection,), daemon=True).start()
-        async for _ in request.observation:
-            received.add()
-
-    asyncio.run(observe())
-
-
-@contextlib.contextmanager
-def listening(system: LocalSystem, farm: dict[str, str]) -> Iterator[dict[str, Child]]:
-    token = requests.post(f"{system.web}/api/v1/auth/login", json=system.farm["admin"], timeout=5).json()["access"]
-    path = f"devices/{farm['pump']}/state?token={farm['pump_token']}"
-    listeners = {
-        "Socket.IO": Child(listen_socketio, system.url("gateway 2", "SOCKETIO_PORT"), token),
-        "MQTT": Child(listen_mqtt, system.broker.port, system.broker.username, system.broker.password),
-        "CoAP": Child(listen_coap, f"coap://{system.coap}/{path}"),
-    }
-    try:
-        for child in listeners.values():
-            child.ready()
-        yield listeners
-    finally:
-        for child in listeners.values():
-            child.end()
 
 
 if __name__ == "__main__":

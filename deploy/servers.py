@@ -108,7 +108,7 @@ def redis(data: Path, *, port: int = 0, password: str = "") -> Server:
     write_private(
         conf,
         f'bind {LOOPBACK}\nport {port}\nrequirepass {password}\ndir "{data}"\n'
-        'daemonize no\nappendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n',
+        'daemonize no\nappendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n',
     )
     process = Process(
         name="redis",

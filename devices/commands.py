@@ -100,7 +100,9 @@ def acknowledge(said: Sequence[Acknowledgement]) -> list[Acknowledgement]:
     foreign = [each for each in said if not _is_of(each.device_uuid, known.get(each.command_uuid))]
     accepted = [each for each in said if each not in foreign]
     with transaction.atomic():
-        reported = _report([known[each.command_uuid] for each in accepted if each.state is State.APPLIED])
+        applied = [known[each.command_uuid] for each in accepted if each.state is State.APPLIED]
+        # Who says it again answers a repetition, and may have done the opposite since.
+        reported = _report([row for row in applied if row.command_state != State.APPLIED])
         for (state, error), uuids in _alike(accepted).items():
             _advance(uuids, state, error=error)
     _remember(reported)

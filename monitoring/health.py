@@ -79,8 +79,10 @@ def problems_of(view: View) -> list[str]:
     problems = []
     if view.known is None:
         problems.append("Redis does not answer: events are refused, and nothing is known of the queue.")
-    elif view.known.snapshot.memory_full:
-        problems.append("The memory of Redis is nearly full: events are refused.")
+    else:
+        if view.known.snapshot.memory_full:
+            problems.append("The memory of Redis is nearly full: events are refused.")
+        problems += view.known.weaknesses
     if view.stale:
         problems.append("The database does not answer: the circuit stays in its last known state.")
     if not view.enabled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -48,11 +48,12 @@ def health_of(depth: int, thresholds: Thresholds, *, memory_full: bool = False) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What Redis knows. `rejected`: reason -> refused events."""
+    """What Redis knows. `rejected`: reason -> refused events; `weaknesses`: sentences about its own settings."""
 
     snapshot: Snapshot
     load: Load
     rejected: Mapping[str, int]
+    weaknesses: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,7 @@ def look() -> View:
 def _known() -> Known | None:
     try:
         snapshot = backpressure.shared().snapshot()
-        measured, rejected = load.measure(), rejections.counts()
+        measured, rejected, weaknesses = load.measure(), rejections.counts(), redis.weaknesses()
     except Overloaded as refusal:
         log.warning("the queue cannot be seen: %s", refusal.detail)
     except RedisError as error:
@@ -123,7 +124,7 @@ def _known() -> Known | None:
     else:
         # A part of the others, not a reason of its own.
         rejected.pop(rejections.UNRECORDED, None)
-        return Known(snapshot=snapshot, load=measured, rejected=rejected)
+        return Known(snapshot=snapshot, load=measured, rejected=rejected, weaknesses=weaknesses)
     return None
 
 

@@ -92,7 +92,8 @@ class NotificationAdmin(RecordAdmin):
     actions = ("resend",)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        return super().get_queryset(request).prefetch_related("deliveries")
+        rows, access = super().get_queryset(request).prefetch_related("deliveries"), access_of(request)
+        return rows if access.superuser else rows & Notification.objects.meant_for(access.roles)
 
     def has_resend_permission(self, request: HttpRequest) -> bool:
         return access_of(request).may_somewhere("change", self.resource)

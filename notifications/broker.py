@@ -27,6 +27,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from aemos.lib import metrics
 from notifications.topics import Grant
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,12 @@ class Session:
     """What the broker keeps of a client that is away: nothing, or subscriptions and messages for `expiry_seconds`.
 
     `receive_maximum`: so many messages may be unacknowledged before the broker holds the rest back; then the receiver
-    acknowledges each message itself.
+    acknowledges each message itself. The broker passes on no packet of more than `maximum_bytes`.
     """
 
     expiry_seconds: int = 0
     receive_maximum: int | None = None
+    maximum_bytes: int | None = None
 
     @property
     def properties(self) -> Properties:
@@ -99,6 +101,8 @@ class Session:
         properties.SessionExpiryInterval = self.expiry_seconds
         if self.receive_maximum:
             properties.ReceiveMaximum = self.receive_maximum
+        if self.maximum_bytes:
+            properties.MaximumPacketSize = self.maximum_bytes
         return properties
 
 
@@ -154,6 +158,7 @@ class Connection:
                 callback(*arguments)
             except Exception:  # process loop: the network thread must outlive any single callback
                 self.counts["callback-failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("A callback of the MQTT connection for %s failed", self._purpose)
 
         return call

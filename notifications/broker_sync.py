@@ -21,7 +21,7 @@ from django.db.models import Min
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import tokens
 from devices.models import CatalogueVersion, DeviceToken
@@ -289,6 +289,7 @@ class BrokerSync:
             )
             self._next_sweep = float("-inf")
         except Exception:  # noqa: BLE001  process loop: one bad row must not end the revoking of tokens
+            metrics.GATEWAY_FAILURES.labels("accounts").inc()
             self._sparingly.say("failure", logging.ERROR, "The broker could not be brought in step", trace=True)
             self._verified = 0
         finally:

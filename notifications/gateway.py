@@ -49,6 +49,7 @@ SLICE_SECONDS, PAUSE_SECONDS = 0.003, 0.001
 # Redis is asked again at most this long after it came back.
 LONGEST_RECONNECT_SECONDS = 2.0
 RESTART_SECONDS = 1.0
+TOO_LATE = "it could not be sent in time"
 # A loop that ends when the event it is given is set; gevent's and threading's events are the same to it.
 Companion = Callable[[Any], None]
 
@@ -160,6 +161,7 @@ class Gateway:
                 serve(self._stopping)
             except Exception:  # the process loop
                 log.exception("The %s died and is started again", name)
+                metrics.GATEWAY_FAILURES.labels("gateway").inc()
                 if counts is not None:
                     counts["restarted"] += 1
                 self._stopping.wait(RESTART_SECONDS)
@@ -238,7 +240,7 @@ class Gateway:
         if not messages.has_expired(item.message, time.time()):
             return False
         log.info("%s did not send message %s: it has expired", lane.protocol, item.message.id)
-        self._put_aside(lane, item, Outcome(State.EXPIRED, attempts, "it could not be sent in time"))
+        self._put_aside(lane, item, Outcome(State.EXPIRED, attempts, TOO_LATE))
         return True
 
     def _decode(self, lane: Lane, entry: Entry) -> Message | None:
@@ -258,6 +260,7 @@ class Gateway:
         except Exception as error:
             # Per item: a message that a transport chokes on must not stop those behind it.
             log.exception("%s could not deliver message %s, attempt %d", lane.protocol, item.message.id, attempt)
+            metrics.GATEWAY_FAILURES.labels(lane.protocol.value).inc()
             final = attempt >= self._maximum_attempts
             return self._failed(lane, item, Outcome(State.PENDING, attempt, repr(error)), final=final)
         return True
@@ -281,7 +284,15 @@ class Gateway:
         self._deliveries.record(item.message.id, lane.protocol, outcome)
         lane.cursor.done(item.entry_id)
 
-    def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message) -> None:
+    def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message, *, given_up: str = "") -> None:
+        if given_up:
+            log.error("%s gave message %s up: %s", lane.protocol, message.id, given_up)
+            self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.FAILED, self._maximum_attempts, given_up))
+            return
+        if lane.is_shared and messages.has_expired(message, time.time()):
+            # It waited in the transport, which leaves out what is too late.
+            self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.EXPIRED, attempt, TOO_LATE))
+            return
         lane.counts["delivered"] += 1
         state = State.ACKNOWLEDGED if lane.is_shared else State.SENT
         metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, state.value).inc()
@@ -294,6 +305,7 @@ class Gateway:
             lane.transport.stop(timeout_seconds=timeout_seconds)
         except Exception:  # per transport: the others and the last acknowledgements still have their turn
             log.exception("%s did not stop in order", lane.protocol)
+            metrics.GATEWAY_FAILURES.labels(lane.protocol.value).inc()
 
     def _settle(self) -> None:
         try:

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
+from typing import ClassVar
 
 from django.db import models
 from django.utils import timezone
 
-from devices.models import Device, Organization
+from devices.models import Device, Organization, Role
 from notifications.messages import Protocol
 
 PROTOCOL_CHOICES = [(protocol.value, protocol.value) for protocol in Protocol]
+
+
+class NotificationQuerySet(models.QuerySet["Notification"]):
+    """Notifications by who may see them."""
+
+    def meant_for(self, roles: Mapping[int, str]) -> NotificationQuerySet:
+        """Those without `payload.roles`, and those that name the role held in their organization (its id -> role)."""
+        everybody = ~models.Q(payload__has_key="roles") | models.Q(payload__roles=[])
+        mine = models.Q()
+        for role in set(roles.values()):
+            # One lookup for each place in the list: SQLite knows no "contains".
+            named = models.Q(
+                *((f"payload__roles__{place}", role) for place in range(len(Role))), _connector=models.Q.OR
+            )
+            mine |= models.Q(organization__in=[owner for owner, held in roles.items() if held == role]) & named
+        return self.filter(everybody | mine)
 
 
 class Notification(models.Model):
@@ -27,6 +45,8 @@ class Notification(models.Model):
     created_at = models.DateTimeField(default=timezone.now, db_index=True)
     published_at = models.DateTimeField(null=True, blank=True)
     expires_at = models.DateTimeField(null=True, blank=True)
+
+    objects: ClassVar = NotificationQuerySet.as_manager()
 
     class Meta:
         ordering = ["-id"]

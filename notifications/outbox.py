@@ -22,7 +22,7 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
-from notifications import messages
+from notifications import messages, topics
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
 
@@ -143,7 +143,10 @@ def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol
 
 
 def _superseded(rows: Sequence[Notification]) -> list[int]:
-    """The ids of those state changes after which a newer one of the same state was published."""
+    """The ids of those state changes after which a newer one of the same state was made, and is not among them.
+
+    Also one that is not noted as published: it may be on the stream all the same. A report is no wish and supersedes nothing.
+    """
     changes = [row for row in rows if row.event == messages.DEVICE_STATE_CHANGE and row.device_id]
     if not changes:
         return []
@@ -151,7 +154,7 @@ def _superseded(rows: Sequence[Notification]) -> list[int]:
         event=messages.DEVICE_STATE_CHANGE,
         device_id__in={row.device_id for row in changes},
         id__gt=min(row.pk for row in changes),
-        published_at__isnull=False,
+        payload__source__in=topics.COMMANDING_SOURCES,
     ).exclude(id__in=[row.pk for row in changes])
     counted = newer.order_by().values_list("device_id", "payload__stateName").annotate(Max("id"))
     newest = {(device_id, name): newest for device_id, name, newest in counted}

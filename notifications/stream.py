@@ -97,6 +97,7 @@ class FanOutCursor:
             self._position = newest
         elif _parts(newest) < _parts(self._position):
             self._position = b"%d-0" % max(_parts(self._position)[0] - REWIND_MS, 0)
+            self._on_hole()
 
     def read(self, *, wait: bool = True) -> list[Entry]:
         position = self._position or NOTHING

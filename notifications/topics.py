@@ -15,7 +15,7 @@ A sensor has the same topics as a device: both are originators. Pure: no Django,
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -33,13 +33,14 @@ _ROLE_PREFIX = "device-"
 class Address(NamedTuple):
     """Where one message goes: the topic, its quality of service, and whether the broker keeps the last one.
 
-    After its `deadline` a command is not sent any more.
+    After its `deadline` it is not sent any more.
     """
 
     topic: str
     qos: int
     retain: bool = False
     deadline: datetime | None = None
+    is_command: bool = False
 
 
 class Grant(NamedTuple):
@@ -61,13 +62,17 @@ def addresses(message: Message) -> list[Address]:
     if it keeps a session with the broker. Commands are not retained: a pump must not start again because it reconnects.
     """
     if message.event != DEVICE_STATE_CHANGE or message.device_uuid is None:
-        return [Address(broadcast(message.organization_uuid), 1)]
+        return [Address(broadcast(message.organization_uuid), 1, deadline=_expiry(message))]
     if message.payload.get("source") not in COMMANDING_SOURCES:
         return [Address(reported(message.device_uuid), 1)]
     return [
         Address(state(message.device_uuid), 1, retain=True),
-        Address(commands(message.device_uuid), 2, deadline=_deadline(message)),
+        Address(commands(message.device_uuid), 2, deadline=_deadline(message), is_command=True),
     ]
+
+
+def _expiry(message: Message) -> datetime | None:
+    return datetime.fromtimestamp(message.expires_at, UTC) if message.expires_at is not None else None
 
 
 def _deadline(message: Message) -> datetime | None:

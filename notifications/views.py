@@ -52,6 +52,11 @@ class NotificationViewSet(ReadViewSet[Notification]):
     filterset_class = NotificationFilter
     verbs: ClassVar = {"create": "add", "resend": "change"}
 
+    def get_queryset(self) -> QuerySet[Notification]:
+        """What is for certain roles is shown to nobody else, as over Socket.IO."""
+        rows = super().get_queryset()
+        return rows if self.access.superuser else rows & Notification.objects.meant_for(self.access.roles)
+
     @extend_schema(request=NewNotificationSerializer, responses={201: NotificationSerializer})
     def create(self, request: Request, **_: Any) -> Response:
         """Tells an organization, or those who watch one of its devices, something by hand."""

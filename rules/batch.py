@@ -81,7 +81,7 @@ class Ended:
 
 
 RecordFailures = Callable[[Sequence[Failure]], None]
-Begin = Callable[[Event], None]
+Begin = Callable[[Event | None], None]
 
 
 def process(
@@ -95,9 +95,9 @@ def process(
     """Stores, decides and acts for a batch, whole or not at all.
 
     `record_failures` is called inside the transaction, so that a dead letter is kept exactly when its batch is; `begin`
-    before each event is decided. What another worker may have stored but not acknowledged is `taken_over`: conditions over
-    time observe it although its readings are there. Raises what the database raises, and RedisError when latest values
-    cannot be read.
+    before each event is decided, and with None before their effects are made. What another worker may have stored but not
+    acknowledged is `taken_over`: conditions over time observe it although its readings are there. Raises what the database
+    raises, and RedisError when latest values cannot be read.
     """
     run = _Run(batch, memory)
     run.collect()
@@ -110,6 +110,8 @@ def process(
                 run.decide(event, names)
             elif taken_over:
                 run.make_up_for(event)
+        if begin:
+            begin(None)
         run.act()
         record_failures(run.ended.failures)
     statistics.shared().add(run.chain_runs)

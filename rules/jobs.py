@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -35,7 +35,9 @@ READ_ENTRIES = 128
 # When the database or Redis is away, a slot waits this long before its next ticket; no attempt is spent.
 STALL_SECONDS = 1.0
 # Up to so many deliveries a batch that a worker died on is tried again as a whole.
-TOGETHER_DELIVERIES = 4
+TOGETHER_DELIVERIES = 2
+# Workers that die on an event before it is put aside. Two may be chance: machines fail, and people kill what seems to hang.
+DEATHS = 3
 AWAY = (OperationalError, InterfaceError, RedisError)
 
 
@@ -127,7 +129,7 @@ def _process(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
     return _process_one_by_one(due, work, begin=begin)
 
 
-def _process_together(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
+def _process_together(due: Sequence[Event], work: Work, *, begin: Begin | None) -> Ended:
     keep = partial(dead_letters.keep, lane=work.lane)
     return batch.process(due, keep, memory=work.memory, begin=begin, taken_over=work.taken_over)
 
@@ -140,9 +142,9 @@ def _process_one_by_one(due: Sequence[Event], work: Work, *, begin: Begin) -> En
 
 
 def _process_alone(event: Event, work: Work, *, begin: Begin) -> Ended:
-    begin(event)
+    begin(event)  # once: whatever happens from here to the commit is this event's doing
     try:
-        return _process_together([event], work, begin=begin)
+        return _process_together([event], work, begin=None)
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception as error:
@@ -196,25 +198,28 @@ def _ended_by_organization(work: Work, ended: Ended) -> Counter[int]:
 def _take_over(lease: Lease) -> bool:
     """Finishes what a worker died on, noting each event before it is decided; True if there was something.
 
-    An event that a worker dies on while it is noted has killed two: it is put aside as a dead letter.
+    An event on which DEATHS workers died while it was noted is put aside as a dead letter.
     """
     work, deliveries = _left_behind(lease)
     if not work:
         return False
     log.warning("taking over %d events that a worker did not finish", len(work.events))
-    killer = lease.marked()
-    ended = Ended()
-    for event in work.events:
-        if str(event.id) == killer:
-            error = "the worker died twice while it processed this event"
-            ended.add(_failed(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
-    due = [event for event in work.events if str(event.id) != killer]
+    suspect, deaths = lease.marked()
+    ended, due = Ended(), work.events
+    if deaths >= DEATHS:
+        for event in work.events:
+            if str(event.id) == suspect:
+                error = f"the worker died {deaths} times while it processed this event"
+                ended.add(_failed(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
+        due = [event for event in work.events if str(event.id) != suspect]
     # Dying again without a note means dying before or after the decisions, where only going one by one tells whom it is on.
     process = _process if deliveries <= TOGETHER_DELIVERIES else _process_one_by_one
     try:
-        ended.add(process(due, work, begin=partial(_begin, lease)))
+        ended.add(process(due, work, begin=partial(_begin, lease, deaths={suspect: deaths})))
     except AWAY:
-        lease.unmark()
+        # Where Redis is away the note stays, and counts as one death.
+        with contextlib.suppress(RedisError):
+            lease.unmark()
         raise
     lease.unmark()
     _finish(lease, work, ended)
@@ -232,8 +237,12 @@ def _left_behind(lease: Lease) -> tuple[Work, int]:
     return work, deliveries
 
 
-def _begin(lease: Lease, event: Event) -> None:
-    lease.mark(str(event.id))
+def _begin(lease: Lease, event: Event | None, *, deaths: Mapping[str, int]) -> None:
+    """Notes the event that is decided next. After the last one nothing is noted: their effects are made together."""
+    if event is None:
+        lease.unmark()
+    else:
+        lease.mark(str(event.id), deaths=deaths.get(str(event.id), 0))
     lease.renew()
 
 

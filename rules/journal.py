@@ -239,7 +239,7 @@ class Lease:
             _script(_RENEW)(keys=[self._lease, self._ticket], args=[self._token, LEASE_MS], client=self._client)
         )
 
-    def keep(self, _: Event) -> None:
+    def keep(self, _: Event | None) -> None:
         """Renews the lease when a third of its time has gone: called before each event of a batch that may last."""
         if time.monotonic() - self._renewed_at > LEASE_MS / 3_000:
             self.renew()
@@ -272,13 +272,14 @@ class Lease:
         found: list[bytes] = self._client.zrangebyscore(self._delayed, "-inf", now_ms, start=0, num=count)
         return found
 
-    def mark(self, event_id: str) -> None:
-        """Notes the event that comes next, for the case that the worker dies on it."""
-        self._client.set(self._suspect, event_id)
+    def mark(self, event_id: str, *, deaths: int) -> None:
+        """Notes the event that comes next, for the case that the worker dies on it, and how many have died on it before."""
+        self._client.set(self._suspect, f"{deaths} {event_id}")
 
-    def marked(self) -> str:
-        """The event that was noted when a worker died; empty when there was none."""
-        return (self._client.get(self._suspect) or b"").decode()
+    def marked(self) -> tuple[str, int]:
+        """The event that was noted when a worker died and how many have by now; empty and 0 when there was none."""
+        deaths, _, event_id = (self._client.get(self._suspect) or b"").decode().partition(" ")
+        return (event_id, int(deaths) + 1) if event_id else ("", 0)
 
     def unmark(self) -> None:
         self._client.delete(self._suspect)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -204,7 +204,13 @@ def _lead_in_short_terms() -> None:
 
 
 def _memory_transport(
-    *, protocol: str, acknowledging: bool = True, failure: str = "", failures: int = 10**9, slow_seconds: float = 0.0
+    *,
+    protocol: str,
+    acknowledging: bool = True,
+    failure: str = "",
+    failures: int = 10**9,
+    slow_seconds: float = 0.0,
+    given_up: str = "",
 ) -> Any:
     import gevent
 
@@ -229,7 +235,7 @@ def _memory_transport(
             self.left -= 1
             if self.failure is not None:
                 _print(refused=[self.protocol, str(message.id)])
-            super().deliver(message, delivered)
+            super().deliver(message, partial(delivered, given_up=given_up))
             _print(delivered=[self.protocol, str(message.id)])
 
     return Announcing(Protocol(protocol), acknowledging=acknowledging)

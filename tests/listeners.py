@@ -49,6 +49,9 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.child.kill()
         self.child.wait()
         self._reader.join(10)

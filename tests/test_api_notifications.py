@@ -240,3 +240,25 @@ def test_resending_tells_it_again_on_all_its_protocols_with_a_new_deadline(farm:
     (message,) = published()
     assert (message.id, set(message.protocols)) == (row.uuid, set(Protocol))
     assert message.expires_at == pytest.approx(time.time() + 86_400, abs=60)
+
+
+def test_what_is_for_roles_is_shown_to_nobody_else(farm: Organization, viewer: Any, operator: Any) -> None:
+    secret, general, empty = told(farm), told(farm, minute=1), told(farm, minute=2)
+    Notification.objects.filter(pk=secret.pk).update(payload={"roles": ["admin", "operator"]})
+    Notification.objects.filter(pk=empty.pk).update(payload={"roles": []})
+
+    def seen(client: Any) -> list[str]:
+        return [row["uuid"] for row in client.get(URL).json()["results"]]
+
+    assert seen(viewer) == [str(empty.uuid), str(general.uuid)]
+    assert viewer.get(f"{URL}/{secret.uuid}").status_code == 404
+    assert seen(operator) == [str(empty.uuid), str(general.uuid), str(secret.uuid)]
+
+
+def test_a_role_elsewhere_shows_nothing_of_what_is_for_roles_here(farm: Organization) -> None:
+    Notification.objects.filter(pk=told(farm).pk).update(payload={"roles": ["operator"]})
+    client = APIClient()
+    person = builders.member(farm)
+    Membership.objects.create(user=person, organization=builders.organization(), role=Role.OPERATOR)
+    client.force_authenticate(person)
+    assert client.get(URL).json()["results"] == []

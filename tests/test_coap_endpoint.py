@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import pytest
 from deploy import programs
 from notifications.transports.coap_blockwise import ExpiringMap
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler
+from notifications.transports.coap_limits import DEFAULT_LIMITS
 from notifications.transports.coap_observe import Sequence
 from notifications.transports.coap_peers import MessageIds, network
 from tests.coap_peers import (
@@ -966,12 +968,30 @@ def test_registration_under_a_forged_address_costs_its_owner_a_few_empty_message
 
 
 def test_message_ids_grow_for_each_peer_and_tell_nothing_of_those_of_others() -> None:
-    ids = MessageIds()
+    ids = MessageIds(DEFAULT_LIMITS, clock=time.monotonic)
     here, there = ("10.0.0.1", 5683), ("10.0.0.2", 5683)
     first = [ids.next(here) for _ in range(3)]
     assert [(b - a) & 0xFFFF for a, b in itertools.pairwise(first)] == [1, 1]
-    distances = {(MessageIds().next(here) - MessageIds().next(there)) & 0xFFFF for _ in range(20)}
+
+    def new() -> MessageIds:
+        return MessageIds(DEFAULT_LIMITS, clock=time.monotonic)
+
+    distances = {(new().next(here) - new().next(there)) & 0xFFFF for _ in range(20)}
     assert len(distances) > 15
+
+
+def test_a_peer_is_not_sent_a_message_id_again_because_others_were_sent_many() -> None:
+    """It would take what comes under a number of the last four minutes for a repetition (RFC 7252 4.4)."""
+    now = 0.0
+    ids = MessageIds(DEFAULT_LIMITS, clock=lambda: now)
+    here, there = ("10.0.0.1", 5683), ("10.0.0.2", 5683)
+    first = ids.next(here)
+    for _ in range(0xFFFF):
+        ids.next(there)
+    assert ids.next(here) != first
+    now = DEFAULT_LIMITS.exchange_lifetime_seconds
+    ids.next(("10.0.0.3", 5683))
+    assert len(ids.kept) == 1
 
 
 def test_a_network_is_an_ipv4_host_or_the_upper_half_of_an_ipv6_address() -> None:

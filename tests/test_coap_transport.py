@@ -238,7 +238,9 @@ def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -
     finally:
         transport.stop(timeout_seconds=1)
     assert counted == {"coap_refused_total|malformed": 3}
+    transport.endpoint._counts.errors += 2
     transport.stop(timeout_seconds=1)
+    assert counted.pop("gateway_failures_total|coap") == 2
     assert counted == {"coap_refused_total|malformed": 3}
 
 

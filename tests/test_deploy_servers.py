@@ -67,7 +67,7 @@ def test_redis_keeps_what_it_acknowledged_when_it_is_killed(own_redis: Server) -
         client.set("reading", "6.1")
         assert client.config_get("maxmemory-policy", "appendfsync") == {
             "maxmemory-policy": "noeviction",
-            "appendfsync": "everysec",
+            "appendfsync": "always",
         }
     own_redis.kill()
     own_redis.start()

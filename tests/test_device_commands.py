@@ -312,3 +312,15 @@ def test_notes_wait_while_the_database_is_away(pump: Device, monkeypatch: pytest
 
 def status(target: Device, payload: bytes) -> Arrival:
     return Arrival(topics.status(str(target.uuid)), payload, 1, 1, 0)
+
+
+def test_answer_that_comes_again_is_no_new_report(pump: Device) -> None:
+    """A device answers a repeated command again, and may have done the opposite since."""
+    first, second = wished(pump, "on"), wished(pump, "off")
+    commands.acknowledge([said(first, State.APPLIED)])
+    commands.acknowledge([said(second, State.APPLIED)])
+    commands.acknowledge([said(first, State.APPLIED)])
+    state = pump.states.get()
+    assert (state.reported_value, state.differs) == ("off", False)
+    key = ("device", str(pump.uuid), "power")
+    assert latest.recall([key])[key].value == "off"

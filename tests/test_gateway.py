@@ -256,6 +256,15 @@ def test_delivery_states_count_attempts_and_name_the_error_while_it_lasts(tmp_pa
         gateway.wait_for(lambda: operator().ask("deliveries", message=message)[MQTT] == ["acknowledged", 5, ""])
 
 
+def test_what_the_broker_refuses_for_good_is_a_dead_letter_with_its_reason(tmp_path: Path) -> None:
+    farm = operator().ask("seed")
+    with running(tmp_path / "log", memory(MQTT, given_up="Not authorized"), NOTIFICATION_MAX_ATTEMPTS="2") as gateway:
+        message = operator().ask("publish", organization=farm["organization"], protocols=[MQTT])
+        dead = ["failed", 2, "Not authorized"]
+        gateway.wait_for(lambda: operator().ask("deliveries", message=message)[MQTT] == dead)
+        gateway.wait_for(lambda: pending() == 0)
+
+
 def state_of(message: str) -> tuple[str, int, str]:
     row = Delivery.objects.get(notification__uuid=message, protocol=Protocol.MQTT)
     return row.state, row.attempts, row.last_error

@@ -153,6 +153,27 @@ def test_health_says_when_backpressure_is_off(settings: Any) -> None:
     assert get_json("metrics/queue")["circuit"]["backpressureEnabled"] is False
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("appendfsync", "everysec", "set appendfsync always"),
+        ("appendonly", "no", "set appendonly yes"),
+        ("maxmemory-policy", "allkeys-lru", "set maxmemory-policy noeviction"),
+    ],
+)
+def test_health_says_when_redis_may_lose_accepted_events(setting: str, value: str, sentence: str) -> None:
+    worker = registered_worker()
+    assert get_json("health")["problems"] == []
+    before = redis.client().config_get(setting)[setting]
+    redis.client().config_set(setting, value)
+    try:
+        (problem,) = get_json("health")["problems"]
+        assert sentence in problem
+    finally:
+        redis.client().config_set(setting, before)
+        worker.register_death()
+
+
 def test_the_queue_counts_every_event_once_in_its_lane_and_state(sensor: Sensor) -> None:
     post(sensor, 7)
     post(sensor, 3, "critical-alarm")

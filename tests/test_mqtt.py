@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import msgspec
 import paho.mqtt.client as mqtt
 import pytest
 from django.conf import settings
 from django.db import connection
 from paho.mqtt.enums import CallbackAPIVersion
 
-from aemos.lib import keys
+from aemos.lib import keys, metrics
 from aemos.lib.leader import Leader
 from deploy.servers import Server
 from devices import catalogue
@@ -25,6 +28,7 @@ from devices.catalogue import Credential
 from devices.exceptions import BadPayload, Overloaded, Refusal, Unauthorized
 from devices.models import Device
 from notifications import topics
+from notifications.broker import CONTROL
 from notifications.broker_sync import sync_once
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
 from notifications.transports import mqtt as outbound
@@ -193,7 +197,7 @@ def sender(broker: Server) -> Iterator[Client]:
 
 def test_state_change_by_rule_or_person_is_state_and_command_and_the_device_is_not_told_its_own_report() -> None:
     state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
-    command = topics.Address(f"devices/{DEVICE}/commands", 2)
+    command = topics.Address(f"devices/{DEVICE}/commands", 2, is_command=True)
     assert topics.addresses(state_change("rule")) == [state, command]
     assert topics.addresses(state_change("person")) == [state, command]
     assert topics.addresses(state_change("device")) == [topics.Address(f"devices/{DEVICE}/reported", 1)]
@@ -353,9 +357,98 @@ def test_refused_publication_is_tried_again(
 
 
 @needs_broker
-def test_callback_that_fails_does_not_stop_the_messages_behind_it(
-    broker: Server, transport: MqttTransport, caplog: pytest.LogCaptureFixture
+def test_refused_publication_keeps_its_place_before_later_ones_on_its_topic(
+    broker: Server, transport: MqttTransport, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.5)
+    assert sender.subscribe(topics.broadcast(ORGANIZATION))
+    acknowledged = transport._outbound._acknowledged
+
+    def first_is_refused(acknowledgement: Any) -> None:
+        monkeypatch.setattr(transport._outbound, "_acknowledged", acknowledged)
+        acknowledged(outbound._Acknowledgement(acknowledgement.mid, "Quota exceeded"))
+
+    monkeypatch.setattr(transport._outbound, "_acknowledged", first_is_refused)
+    first, second = message(), message()
+    delivered: list[Message] = []
+    transport.deliver(first, delivered.append)
+    until(lambda: transport.counts["refused"])
+    transport.deliver(second, delivered.append)
+    until(lambda: len(delivered) == 2)
+    until(lambda: len(sender.received) == 3)
+    assert delivered == [first, second]
+    heard = [json.loads(payload)["id"] for payload in sender.payloads()]
+    assert heard == [str(first.id), str(first.id), str(second.id)]
+
+
+@contextmanager
+def broker_that_refuses(topic: str, operator: Client) -> Iterator[None]:
+    """Nobody with the gateway's role may publish there for as long as the block lasts."""
+    acl = {"rolename": "gateway", "acltype": "publishClientSend", "topic": topic}
+
+    def ask(**command: Any) -> None:
+        connections = operator.connections
+        operator.publish(CONTROL, json.dumps({"commands": [{**command, **acl}]}), qos=0)
+        until(lambda: operator.connections > connections)  # whoever has the role is sent away to come back with it
+
+    ask(command="addRoleACL", priority=10, allow=False)
+    try:
+        yield
+    finally:
+        ask(command="removeRoleACL")
+
+
+@needs_broker
+def test_what_the_broker_refuses_too_often_is_given_up_with_its_reason(
+    transport: MqttTransport, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(settings, "NOTIFICATION_MAX_ATTEMPTS", 3)
+    ended: list[str] = []
+
+    def delivered(_message: Message, *, given_up: str = "") -> None:
+        ended.append(given_up)
+
+    topic = topics.broadcast(ORGANIZATION)
+    with broker_that_refuses(topic, sender):
+        transport.deliver(message(), delivered)
+        until(lambda: ended)
+    assert ended == [f"the broker refused it on {topic}: Not authorized"]
+    assert transport.counts["refused"] == 3
+    transport.deliver(message(), delivered)
+    until(lambda: len(ended) == 2)
+    assert ended[1] == ""
+
+
+@needs_broker
+def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
+    broker: Server, transport: MqttTransport
+) -> None:
+    broker.kill()
+    until(lambda: not transport.connected)
+    late = msgspec.structs.replace(message(), expires_at=time.time() + 1)
+    done: list[Message] = []
+    transport.deliver(late, done.append)
+    until(lambda: time.time() > late.expires_at)  # type: ignore[operator]
+    broker.start()
+    with operator(broker) as listener:
+        assert listener.subscribe(topics.broadcast(ORGANIZATION))
+        next_one = message()
+        until(lambda: done == [late], seconds=15)
+        transport.deliver(next_one, done.append)
+        until(lambda: done == [late, next_one])
+        until(lambda: listener.received)
+        assert [json.loads(payload)["id"] for payload in listener.payloads()] == [str(next_one.id)]
+    assert transport.counts["expired"] == 1
+
+
+@needs_broker
+def test_callback_that_fails_does_not_stop_the_messages_behind_it(
+    broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+
     def fails(_: Message) -> None:
         raise RuntimeError("nobody foresaw this")
 
@@ -364,6 +457,7 @@ def test_callback_that_fails_does_not_stop_the_messages_behind_it(
     transport.deliver(message(), delivered.append)
     until(lambda: delivered)
     assert transport.counts["callback-failed"] == 1
+    assert counted == ["gateway_failures_total|mqtt"]
 
 
 @needs_broker
@@ -598,6 +692,18 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
     ingested.released.set()
     until(lambda: ingested.accepted and ingested.payloads()[-1] == b"kept")
     assert transport.telemetry.counts["dropped"] + transport.telemetry.counts["accepted"] == 11
+
+
+@needs_broker
+def test_message_too_large_for_any_telemetry_never_reaches_the_gateway_and_holds_up_nothing(
+    broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+) -> None:
+    until(lambda: transport.telemetry.connected)
+    topic = topics.datastream(DEVICE)
+    for payload in (b"x" * 3_000_000, b"after", b"x" * 3_000_000, b"last"):
+        sender.publish(topic, payload)
+    until(lambda: b"last" in ingested.payloads())
+    assert ingested.payloads() == [b"after", b"last"]
 
 
 @needs_broker

@@ -41,8 +41,8 @@ class Outbox:
         found: Message = new_message(str(self.owner.uuid), **fields)
         return found
 
-    def change(self, value: str, *, state: str = "power", **fields: Any) -> Message:
-        payload = {"stateName": state, "value": value, "source": "rule"}
+    def change(self, value: str, *, state: str = "power", source: str = "rule", **fields: Any) -> Message:
+        payload = {"stateName": state, "value": value, "source": source}
         return self.message(event=DEVICE_STATE_CHANGE, device=str(self.device.uuid), payload=payload, **fields)
 
     def write(self, *outgoing: Message) -> list[Message]:
@@ -146,6 +146,27 @@ def test_the_sweep_does_not_send_a_device_back_to_a_state_that_was_changed_since
     ]
     assert states_of(late) == {"socketio": "pending", "mqtt": "expired", "coap": "pending"}
     assert "superseded" in Delivery.objects.get(notification__uuid=late.id, protocol="mqtt").last_error
+
+
+def test_a_change_that_is_on_the_stream_but_not_noted_as_published_supersedes(box: Outbox) -> None:
+    late, newer = box.change("on"), box.change("off")
+    box.write(late)
+    outbox.append_to_stream(box.write(newer))
+    outbox.sweep()
+    Notification.objects.filter(uuid=late.id).update(created_at=timezone.now() - timedelta(seconds=10))
+    outbox.sweep()
+    assert states_of(late)["mqtt"] == "expired"
+    told = [each.payload["value"] for each in stream() if Protocol.MQTT in each.protocols]
+    assert told == ["off"]
+
+
+def test_what_a_device_reports_does_not_supersede_what_was_wished(box: Outbox) -> None:
+    wish, report = box.change("on"), box.change("off", source="device")
+    box.write(wish)
+    box.publish(report)
+    outbox.sweep(timezone.now() + timedelta(seconds=10))
+    assert states_of(wish)["mqtt"] == "pending"
+    assert [each.protocols for each in stream() if each.id == wish.id] == [tuple(Protocol)]
 
 
 def test_the_sweep_leaves_what_has_expired_but_tells_states(box: Outbox) -> None:

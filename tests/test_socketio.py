@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,9 +16,9 @@ import requests
 import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from notifications.messages import decode
-from notifications.transports.socketio import SocketIoTransport
+from notifications.transports.socketio import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.transports.socketio_sessions import Session
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
@@ -229,8 +231,35 @@ def test_who_leaves_an_organization_hears_no_more_of_it_and_a_new_one_is_joined(
         assert not client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})["ok"]
 
 
+@pytest.mark.parametrize("event", ["connect", "disconnect"])
+def test_who_names_an_event_of_the_library_keeps_no_room_beyond_its_right(
+    gateway: GatewayProcess, farm: Farm, event: str
+) -> None:
+    other = operator().ask("seed")
+    operator().ask("add_membership", user=farm["user"], organization=other["organization"])
+    with connected(gateway, farm["access_token"]) as client:
+        client.ask("subscribe", {"room": f"device-uuid-{farm['device']}"})
+        client.io.emit(event, ({}, {"token": farm["access_token"]}))
+        published(farm, client)
+        operator().ask("leave", user=farm["user"], organization=farm["organization"])
+        time.sleep(RIGHTS_SECONDS + 2 * SWEEP_SECONDS)
+        foreign = sent_to_all(farm, device=farm["device"])
+        published(other, client)
+        assert foreign not in client.ids()
+
+
 @pytest.mark.parametrize(
-    "named", [None, {}, {"position": None}, {"position": 5}, {"position": "yesterday"}, {"position": "1-2-3"}, "1-2"]
+    "named",
+    [
+        None,
+        {},
+        {"position": None},
+        {"position": 5},
+        {"position": "yesterday"},
+        {"position": "1-2-3"},
+        "1-2",
+        {"position": f"1-{2**64}"},
+    ],
 )
 def test_what_is_no_position_is_refused(gateway: GatewayProcess, farm: Farm, named: object) -> None:
     with connected(gateway, farm["access_token"]) as client:
@@ -313,6 +342,23 @@ def test_a_connection_that_ended_while_its_token_was_checked_leaves_no_session()
     assert list(manager.get_participants("/", None)) == []
 
 
+def test_a_handler_that_fails_is_told_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+    transport = SocketIoTransport(port=0)
+
+    def fails(_sid: str) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    transport._server.on("subscribe", fails)
+    with pytest.raises(RuntimeError):
+        transport._server._trigger_event("subscribe", "/", "a")
+    assert counted == ["gateway_failures_total|socketio"]
+    assert "nobody foresaw this" in caplog.text
+
+
 def test_one_person_may_not_take_all_connections(gateway: GatewayProcess, farm: Farm) -> None:
     other = operator().ask("seed")
     with ExitStack() as held:
@@ -358,6 +404,24 @@ def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> 
             pass
 
 
+def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_is_not(
+    gateway: GatewayProcess, farm: Farm
+) -> None:
+    post = b"POST /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nContent-Length: 9\r\n\r\n4"
+    with ExitStack() as stack:
+        quiet = stack.enter_context(raw_websocket(gateway, token=farm["access_token"]))
+        strangers = [
+            stack.enter_context(socket.create_connection(gateway.addresses()["socketio"], timeout=30)) for _ in range(3)
+        ]
+        for stranger, begun in zip(strangers, (b"", b"GET /socket.io/", post), strict=True):
+            stranger.sendall(begun)
+        for stranger in strangers:
+            while stranger.recv(4096):
+                pass
+        sent = operator().ask("publish", organization=farm["organization"])
+        assert sent in [data.get("id") for _, data in itertools.islice(events(quiet), 2)]
+
+
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -367,6 +431,7 @@ def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> 
         b"42",
         b"42[",
         b'42["subscribe"]',
+        b"42[[]]",
         b'451-["a",{"_placeholder":true,"num":0}]',
         b"40/admin,",
         b"\xf0\x9f",

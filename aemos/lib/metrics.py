@@ -167,6 +167,11 @@ SOCKETIO_RESUMES = Counter(
     "Socket.IO clients that came back, by result: complete, or gap if too much was missed.",
     ["result"],
 )
+GATEWAY_FAILURES = Counter(
+    "gateway_failures_total",
+    "What failed in a gateway in a way nobody foresaw, by part: gateway, accounts, socketio, mqtt or coap.",
+    ["part"],
+)
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
     UNRECORDED,
@@ -186,6 +191,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     COAP_REFUSED,
     SOCKETIO_ENDED,
     SOCKETIO_RESUMES,
+    GATEWAY_FAILURES,
 )
 
 

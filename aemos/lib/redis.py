@@ -67,6 +67,32 @@ def explain(error: RedisError) -> str:
     return f"{where} answered: {error}"
 
 
+def weaknesses() -> list[str]:
+    """What in Redis' own settings may cost accepted events, one sentence each. Raises RedisError."""
+    with client().pipeline(transaction=False) as pipeline:
+        pipeline.info("persistence").info("memory")
+        persistence, memory = pipeline.execute()
+    found = []
+    if not persistence.get("aof_enabled"):
+        found.append("Redis keeps accepted events in memory alone: set appendonly yes.")
+    elif _appendfsync() in ("everysec", "no"):
+        found.append(
+            "Redis may lose the accepted events of its last seconds when it is killed: set appendfsync always."
+        )
+    if memory.get("maxmemory_policy", "noeviction") != "noeviction":
+        found.append(f"Redis may drop accepted events ({memory['maxmemory_policy']}): set maxmemory-policy noeviction.")
+    return found
+
+
+def _appendfsync() -> str:
+    """Empty where it may not be asked, as with some providers."""
+    try:
+        answer = client().config_get("appendfsync")
+    except redis.ResponseError:
+        return ""
+    return str(answer.get("appendfsync", ""))
+
+
 def forget_connections() -> None:
     """For a process that was just forked: sockets of the parent are not its own."""
     client.cache_clear()

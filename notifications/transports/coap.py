@@ -77,6 +77,7 @@ class CoapTransport:
         self._watches: dict[tuple[str, str], Watch] = {}
         self._checker: gevent.Greenlet[..., None] | None = None
         self._counted: dict[str, int] = {}
+        self._failed = 0
         self.endpoint = Endpoint(address, handler=self.handle, links=LINKS, limits=_limits())
 
     @property
@@ -100,6 +101,11 @@ class CoapTransport:
         if message.event == DEVICE_STATE_CHANGE and message.device_uuid:
             self.endpoint.notify(_state_path(message.device_uuid))
         delivered(message)
+
+    def fill_hole(self) -> None:
+        """The stream has lost messages: whatever they told of, every observer is sent the newest state."""
+        for uuid in {watch.uuid for watch in self._watches.values()}:
+            self.endpoint.notify(_state_path(uuid))
 
     def handle(self, request: CoapRequest) -> CoapResponse:
         try:
@@ -148,12 +154,16 @@ class CoapTransport:
                 log.warning("Rights of CoAP observers cannot be checked now: %s", error)
             except Exception:  # the process loop: without it no observation would end with its right
                 log.exception("Looking after CoAP observers failed")
+                metrics.GATEWAY_FAILURES.labels("coap").inc()
             finally:
                 close_old_connections()
 
     def _count(self) -> None:
-        """What the endpoint refused since the last time, before any event was seen in it."""
+        """What the endpoint refused since the last time, before any event was seen in it, and what failed in it."""
         stats = self.endpoint.stats
+        if stats.errors > self._failed:
+            metrics.GATEWAY_FAILURES.labels("coap").inc(stats.errors - self._failed)
+            self._failed = stats.errors
         refused = {"rate": stats.rate_limited, "busy": stats.refused_busy, "malformed": stats.malformed}
         for reason, total in refused.items():
             if total > (counted := self._counted.get(reason, 0)):

@@ -41,7 +41,7 @@ class Outgoing:
         self._send = send
         self._limits = limits
         self._clock = clock
-        self._ids = MessageIds()
+        self._ids = MessageIds(limits, clock=clock)
 
     def send(
         self,

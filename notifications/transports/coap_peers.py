@@ -85,14 +85,26 @@ class Proofs:
 
 
 class MessageIds:
-    """Message ids of this server's own: in order for each source (RFC 7252 4.4), from a beginning that no other can guess."""
+    """Message ids of this server's own: in order for each source, none twice within EXCHANGE_LIFETIME (RFC 7252 4.4), from a
+    beginning that no other can guess."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits, *, clock: Clock) -> None:
         self._key = secrets.token_bytes(16)
         self._count = 0
+        self.kept: ExpiringMap[Source, int] = ExpiringMap(
+            max_entries=4 * limits.max_observers, lifetime_seconds=limits.exchange_lifetime_seconds, clock=clock
+        )
 
     def next(self, source: Source) -> int:
         self._count += 1
+        self.kept.expire()
+        last = self.kept.get(source)
+        number = self._first(source) if last is None else (last + 1) & 0xFFFF
+        self.kept.put(source, number)
+        return number
+
+    def _first(self, source: Source) -> int:
+        """A source that had to make room for others goes on further on."""
         own = blake2b(repr(source).encode(), key=self._key, digest_size=2).digest()
         return (self._count + int.from_bytes(own, "big")) & 0xFFFF
 

@@ -28,6 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from aemos.lib import metrics
 from notifications import messages, repetition, topics
 from notifications.broker import Connection, Sparingly
 from notifications.messages import Message
@@ -103,11 +104,15 @@ class MqttTransport:
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A message on its way: how many of its topics the broker has not acknowledged, and what follows when it has."""
+    """A message on its way: how many of its topics the broker has not acknowledged, how often it refused one of them, why
+    it was given up, if it was, and what follows when it is done with.
+    """
 
     message_id: UUID
     unacknowledged: int
-    finish: Callable[[], None]
+    finish: Callable[[str], None]
+    refusals: int = 0
+    given_up: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +168,8 @@ class Outbound:
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
         self._in_flight: dict[int, _Publication] = {}
-        self._refused: deque[tuple[float, _Publication]] = deque()
+        # By topic, with the time of the next attempt: what follows on the topic waits behind what was refused.
+        self._refused: dict[str, tuple[float, deque[_Publication]]] = {}
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -241,6 +247,7 @@ class Outbound:
                 self._step()
             except Exception:  # process loop: messages would wait for ever without a word
                 self.counts["failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Publishing over MQTT failed and goes on")
                 self._stopping.wait(TICK_SECONDS)
             if self._stopping.is_set() and not self.connected:
@@ -267,13 +274,17 @@ class Outbound:
             self._repeat_at = time.monotonic()
         if self._is_open and self._leads and self._repeat_at <= time.monotonic():
             self._repeat()
-        while self._refused and self._refused[0][0] <= time.monotonic():
-            self._waiting.append(self._refused.popleft()[1])
+        self._try_the_refused_again()
         in_flight = min(MAXIMUM_IN_FLIGHT, self._connection.receive_maximum)
         while self._is_open and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
             self._waiting.popleft()
         if not (self._waiting or self._in_flight or self._refused or self._news.qsize()):
             self._idle.set()
+
+    def _try_the_refused_again(self) -> None:
+        now = time.monotonic()
+        for topic in [topic for topic, (at, _) in self._refused.items() if at <= now]:
+            self._waiting.extendleft(reversed(self._refused.pop(topic)[1]))
 
     def _repeat(self) -> None:
         """Tells the newest states again, and after a lost connection first the commands that no device has acknowledged.
@@ -301,8 +312,12 @@ class Outbound:
         address, seconds = publication.address, publication.seconds_left()
         if seconds is not None and seconds <= 0:
             self.counts["expired"] += 1
-            self._reports.expired(publication.delivery.message_id)
+            if address.is_command:
+                self._reports.expired(publication.delivery.message_id)
             self._done_with(publication)
+            return True
+        if address.topic in self._refused:
+            self._refused[address.topic][1].append(publication)
             return True
         properties = _expiry(seconds) if seconds is not None else None
         sent = self._client.publish(
@@ -318,27 +333,42 @@ class Outbound:
         if publication is None:
             return
         if acknowledgement.problem:
-            self.counts["refused"] += 1
-            topic, problem = publication.address.topic, acknowledgement.problem
-            self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
-            self._refused.append((time.monotonic() + REFUSED_AGAIN_SECONDS, publication))
+            self._was_refused(publication, acknowledgement.problem)
             return
         self.counts["published"] += 1
-        if publication.address.deadline:
+        if publication.address.is_command:
             self._reports.sent(publication.delivery.message_id)
         self._done_with(publication)
 
-    def _done_with(self, publication: _Publication) -> None:
-        publication.delivery.unacknowledged -= 1
-        if not publication.delivery.unacknowledged:
-            publication.delivery.finish()
+    def _was_refused(self, publication: _Publication, problem: str) -> None:
+        """By a broker that is there: after some attempts, which are those of all its topics together, it is given up."""
+        self.counts["refused"] += 1
+        topic, delivery = publication.address.topic, publication.delivery
+        self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
+        delivery.refusals += 1
+        if delivery.refusals >= settings.NOTIFICATION_MAX_ATTEMPTS:
+            delivery.given_up = f"the broker refused it on {topic}: {problem}"
+            self._done_with(publication)
+            return
+        again_at = time.monotonic() + REFUSED_AGAIN_SECONDS
+        self._refused.setdefault(topic, (again_at, deque()))[1].append(publication)
 
-    def _finish(self, message: Message, delivered: Delivered) -> None:
+    def _done_with(self, publication: _Publication) -> None:
+        delivery = publication.delivery
+        delivery.unacknowledged -= 1
+        if not delivery.unacknowledged:
+            delivery.finish(delivery.given_up)
+
+    def _finish(self, message: Message, delivered: Delivered, given_up: str) -> None:
         self._room.release()
         try:
-            delivered(message)
+            if given_up:
+                delivered(message, given_up=given_up)
+            else:
+                delivered(message)
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
+            metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
 
 
@@ -349,7 +379,7 @@ def _expiry(seconds: float) -> Properties:
     return properties
 
 
-def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[], None]) -> list[_Publication]:
+def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[str], None]) -> list[_Publication]:
     delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
     return [_Publication(delivery, address, body) for address in addresses]
 
@@ -358,11 +388,11 @@ def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]
     return _publications(message, addresses, _told_again)
 
 
-def _said() -> None:
+def _said(_given_up: str) -> None:
     """What a gateway says of itself: nobody waits for it."""
 
 
-def _told_again() -> None:
+def _told_again(_given_up: str) -> None:
     """What is repeated: nobody waits for it, and a later repetition takes its place."""
 
 

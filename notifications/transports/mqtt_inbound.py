@@ -29,7 +29,7 @@ from django.db import connection as database
 from paho.mqtt.subscribeoptions import SubscribeOptions
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import catalogue
 from devices.exceptions import Overloaded, Refusal
@@ -41,6 +41,9 @@ from notifications.transports.base import Ingest, Pending
 log = logging.getLogger(__name__)
 # So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt.
 RECEIVE_MAXIMUM = 1_000
+# Twice of what telemetry may take, so that one a little too large is refused and recorded; MQTT allows 256 MB, and what
+# is larger than this the broker drops.
+MAXIMUM_PACKET_BYTES = 2 * 1024 * 1024
 # QoS 0 cannot be held back by the broker: beyond this it is dropped, as its sender allows, and counted.
 MAXIMUM_HELD = 5_000
 MAXIMUM_UNDER_WAY = 256
@@ -170,7 +173,9 @@ class Inbound:
         self._connection = Connection(
             channel.name,
             client_id=session_id(channel.name),
-            session=Session(expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM),
+            session=Session(
+                expiry_seconds=SESSION_SECONDS, receive_maximum=RECEIVE_MAXIMUM, maximum_bytes=MAXIMUM_PACKET_BYTES
+            ),
             on_ready=self._on_ready,
             on_lost=self._on_lost,
         )
@@ -222,6 +227,7 @@ class Inbound:
                 self._step()
             except Exception:  # process loop: the channel would stand still without a word
                 self.counts["failed"] += 1
+                metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Taking %s over MQTT failed and goes on", self._channel.name)
                 self._stopping.wait(TICK_SECONDS)
         while self._under_way:
@@ -293,6 +299,7 @@ class Inbound:
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
             self.counts["failed"] += 1
+            metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             self._sparingly.say("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         arrival.attempts += 1

@@ -271,6 +271,7 @@ class SocketIoTransport:
                 self._sweep(time.time(), time.monotonic())
             except Exception:  # the process loop: without it nobody would be cut off any more
                 log.exception("Looking after Socket.IO connections failed")
+                metrics.GATEWAY_FAILURES.labels("socketio").inc()
             finally:
                 close_old_connections()
 
@@ -363,8 +364,8 @@ def _token(environ: Mapping[str, Any], auth: object) -> str:
 def _position(named: object) -> str:
     """The position that a client names; BadPayload when it is none."""
     position = named.get("position") if isinstance(named, Mapping) else None
-    if isinstance(position, str) and _POSITION.fullmatch(position):
-        return position
+    if isinstance(position, str) and _POSITION.fullmatch(position) and int(position.partition("-")[2]) < 2**64:
+        return position  # Redis takes no greater number
     raise BadPayload("position must be that of a message, such as 1767323045000-0.")
 
 

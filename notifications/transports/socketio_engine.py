@@ -26,12 +26,17 @@ from engineio.payload import Payload
 from gevent.lock import Semaphore
 from gevent.pywsgi import WSGIHandler
 from gevent.queue import Empty, JoinableQueue
+from socketio.exceptions import ConnectionRefusedError
 from socketio.packet import Packet
 from wsproto.utilities import ProtocolError
+
+from aemos.lib import metrics
 
 log = logging.getLogger(__name__)
 # A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
 WRITE_SECONDS = 20.0
+# So long a request may take to go on, and the next one on the same connection to begin: who says nothing costs a socket.
+REQUEST_SECONDS = 20.0
 # Packets of one client. The burst lets it join every room it may be in at once.
 PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
 # What clients of python-engineio take in one answer; those of JavaScript take any number.
@@ -75,6 +80,7 @@ class WholeWrites:
 
 class _Connection(simple_websocket.Server):
     def handshake(self) -> None:
+        self.sock.settimeout(None)  # from here on pings tell whether somebody is there
         self.sock: Any = WholeWrites(self.sock)
         super().handshake()
 
@@ -105,6 +111,7 @@ class RequestHandler(WSGIHandler):
     """One connection of the web server."""
 
     def handle(self) -> None:
+        self.socket.settimeout(REQUEST_SECONDS)
         # A client that goes before it has its answer is nothing to tell anybody.
         with suppress(OSError):
             super().handle()
@@ -247,6 +254,21 @@ class Server(socketio.Server):
         else:
             del self._paces[eio_sid]
             self._on_excess(eio_sid)
+
+    def _handle_event(self, eio_sid: str, namespace: str, id: int | None, data: list[Any]) -> None:
+        """The library would take an event named `connect` or `disconnect` for its own: a session without its rooms' rights."""
+        if isinstance(data[0], str) and data[0] not in self.reserved_events:
+            super()._handle_event(eio_sid, namespace, id, data)
+
+    def _trigger_event(self, event: str, namespace: str, *args: Any) -> Any:
+        try:
+            return super()._trigger_event(event, namespace, *args)
+        except ConnectionRefusedError:
+            raise
+        except Exception:  # per event: the library would say nothing of it, because its log is silent
+            log.exception("The handler of the Socket.IO event %r failed", event)
+            metrics.GATEWAY_FAILURES.labels("socketio").inc()
+            raise
 
     def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
         self._paces.pop(eio_sid, None)

@@ -129,6 +129,7 @@ class Replayer:
                 continue
             except Exception:  # the process loop: without it nobody would be replayed to any more
                 log.exception("A replay failed and is tried again")
+                metrics.GATEWAY_FAILURES.labels("socketio").inc()
                 gevent.sleep(RETRY_SECONDS)
                 continue
             finally:
