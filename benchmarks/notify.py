@@ -96,16 +96,16 @@ def _publish_backlog(device: Any, state: Any) -> tuple[int, float]:
     """At once BACKLOG alerts and behind them one urgent switch; the number and the time of the switch."""
     from msgspec.structs import replace
 
-    from notifications import outbox
     from notifications.messages import ALERT
+    from notifications.publication import Entry, append
 
     batch, _ = _batch(device, 0, BACKLOG + 1)
     alerts = [replace(each, event=ALERT, device_uuid=None) for each in batch[:-1]]
-    outbox.append_to_stream(alerts)
+    append(map(Entry, alerts))
     now = time.time()
     type(state).objects.filter(pk=state.pk).update(value=f"{BACKLOG}:{now}")
     urgent = replace(batch[-1], priority=1, payload={**batch[-1].payload, "sent": now})
-    outbox.append_to_stream([urgent])
+    append([Entry(urgent)])
     return BACKLOG, now
 
 
@@ -143,9 +143,10 @@ def _send(batch: list[Any], *, device: Any, with_database: bool) -> None:
     from django.db import transaction
 
     from notifications import outbox
+    from notifications.publication import Entry, append
 
     if not with_database:
-        outbox.append_to_stream(batch)
+        append(map(Entry, batch))
         return
     with transaction.atomic():
         rows = [(each, device.organization_id, device.pk if each.device_uuid else None) for each in batch]

@@ -2,7 +2,8 @@
 
 A crash between commit and publication leaves rows without `published_at`; `sweep` publishes those. Publishing twice is
 harmless, because clients know a message by its id; publishing late is not, because a device must not go back to a state
-that was changed since. So what is late and superseded is not told to the broker any more.
+that was changed since. So the changes of one state are published in their order, and what is late and superseded is not told
+to the broker any more.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from uuid import UUID
 
-import msgspec
-from django.conf import settings
 from django.db import transaction
 from django.db.models import Max, Q, QuerySet
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, redis
+from aemos.lib import redis
 from notifications import messages, topics
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
+from notifications.publication import Entry, append, expiry, lifetime, state_of
 
 log = logging.getLogger(__name__)
 # Younger rows may still be published by the process that wrote them.
@@ -67,44 +66,52 @@ def _row(message: Message, organization_id: int, device_id: int | None) -> Notif
         priority=message.priority,
         payload=message.payload,
         timestamp=datetime.fromisoformat(message.timestamp),
-        expires_at=datetime.fromtimestamp(_expiry(message, time.time()), UTC),
+        expires_at=datetime.fromtimestamp(expiry(message, time.time()), UTC),
     )
 
 
-def _expiry(message: Message, now: float) -> float:
-    """When it comes too late, in epoch seconds: that of a new message is counted from now."""
-    return message.expires_at if message.expires_at is not None else now + _lifetime(message.event)
-
-
-def _lifetime(event: str) -> float:
-    is_command = event == messages.DEVICE_STATE_CHANGE
-    return settings.COMMAND_EXPIRY_SECONDS if is_command else settings.NOTIFICATION_EXPIRY_SECONDS
-
-
 def publish(outgoing: Sequence[Message]) -> None:
-    """Puts committed messages on the stream. When Redis is away they stay in the outbox, and the sweep publishes them."""
-    if not outgoing:
-        return
+    """Puts committed messages on the stream. When Redis is away they stay in the outbox, and the sweep publishes them.
+
+    Two workers that change one state, one after the other, may come here the other way round. So whoever tells of a change
+    first tells what was changed before and is not told yet, and leaves out what another worker has told by then.
+    """
+    entries = [*_untold(outgoing), *(Entry(message) for message in outgoing if not _is_change(message))]
+    if entries:
+        _put(entries)
+
+
+def _untold(outgoing: Sequence[Message]) -> list[Entry]:
+    """The changes among the messages, and those of the same devices that others are about to publish, as they were made."""
+    mine = {message.id: message for message in outgoing if _is_change(message)}
+    if not mine:
+        return []
+    untold = Notification.objects.filter(
+        Q(created_at__gte=timezone.now() - SWEEP_AGE) | Q(uuid__in=mine),
+        published_at=None,
+        event=messages.DEVICE_STATE_CHANGE,
+        device__uuid__in={message.device_uuid or "" for message in mine.values()},
+    )
+    # What does not fit waits for the sweep, and so does what comes after it.
+    rows = oldest(untold, maximum=SWEEP_BATCH + len(mine))
+    pending = _pending_protocols([row for row in rows if row.uuid not in mine], tuple(Protocol))
+    known = [(row.pk, mine.get(row.uuid) or message_of(row, pending.get(row.pk, ()))) for row in rows]
+    return [Entry(message, number, unless_above=number - 1) for number, message in known]
+
+
+def _is_change(message: Message) -> bool:
+    return message.event == messages.DEVICE_STATE_CHANGE and message.device_uuid is not None
+
+
+def _put(entries: Sequence[Entry]) -> None:
+    """Appends the entries and notes those as published. What is left out is noted by who appended it, or is the sweep's."""
     try:
-        append_to_stream(outgoing)
+        appended = append(entries)
     except RedisError as error:
-        log.warning("%d notifications wait in the outbox: %s", len(outgoing), redis.explain(error))
+        log.warning("%d notifications wait in the outbox: %s", len(entries), redis.explain(error))
         return
-    Notification.objects.filter(uuid__in=[message.id for message in outgoing]).update(published_at=timezone.now())
-
-
-def append_to_stream(outgoing: Sequence[Message]) -> None:
-    """Raises RedisError; then some of them may be on the stream."""
-    with redis.client().pipeline(transaction=False) as pipeline:
-        for message in outgoing:
-            add_to(pipeline, message)
-        pipeline.execute()
-
-
-def add_to(pipeline: Any, message: Message) -> None:
-    """Adds the message's XADD to a pipeline that the caller executes."""
-    entry = {"m": messages.encode(msgspec.structs.replace(message, expires_at=_expiry(message, time.time())))}
-    pipeline.xadd(keys.NOTIFICATIONS, entry, maxlen=settings.NOTIFICATION_STREAM_LENGTH, approximate=True)
+    published = [entry.message.id for entry, done in zip(entries, appended, strict=True) if done]
+    Notification.objects.filter(uuid__in=published).update(published_at=timezone.now())
 
 
 def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification]], None] = lambda _rows: None) -> int:
@@ -119,9 +126,9 @@ def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification
     return publish_late(rows)
 
 
-def oldest(rows: QuerySet[Notification]) -> list[Notification]:
+def oldest(rows: QuerySet[Notification], *, maximum: int = SWEEP_BATCH) -> list[Notification]:
     """As many as are published in one go."""
-    return list(rows.select_related("organization", "device").order_by("id")[:SWEEP_BATCH])
+    return list(rows.select_related("organization", "device").order_by("id")[:maximum])
 
 
 def unexpired(rows: QuerySet[Notification], *, now: datetime) -> QuerySet[Notification]:
@@ -138,7 +145,16 @@ def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol
         updated_at=timezone.now(),
     )
     pending = _pending_protocols(rows, protocols)
-    publish([message_of(row, pending.get(row.pk, ())) for row in rows])
+    late = [(row.pk, message_of(row, pending.get(row.pk, ()))) for row in rows]
+    newest = {state_of(message): number for number, message in late}
+    _put(
+        [
+            Entry(message, number, unless_above=newest[state_of(message)])
+            if _is_change(message) and Protocol.MQTT in message.protocols
+            else Entry(message)
+            for number, message in late
+        ]
+    )
     return len(rows)
 
 
@@ -185,7 +201,7 @@ def send_again(rows: Sequence[Notification]) -> int:
             state=Delivery.State.PENDING, attempts=0, last_error="", updated_at=timezone.now()
         )
         for row in rows:
-            row.expires_at = datetime.fromtimestamp(_lifetime(row.event) + now, UTC)
+            row.expires_at = datetime.fromtimestamp(lifetime(row.event) + now, UTC)
         Notification.objects.bulk_update(rows, ["expires_at"])
     return publish_late(rows)
 

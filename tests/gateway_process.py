@@ -396,7 +396,7 @@ def switch_and_die(*, device: str) -> int:
         "from rules import states\n"
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"state = DeviceState.objects.get(device__uuid={device!r}, name='power')\n"
-        "with mock.patch.object(outbox, 'append_to_stream', die):\n"
+        "with mock.patch.object(outbox, 'append', die):\n"
         "    states.change_by_person(state, 'on', user=User.objects.first())\n"
     )
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "aemos.settings"}
@@ -417,10 +417,10 @@ def measure(*, variable: str, values: Sequence[float]) -> int:
 
 def publish_many(*, organization: str, count: int, size: int) -> list[str]:
     """Messages of about `size` bytes on the stream alone; their ids."""
-    from notifications import outbox
+    from notifications.publication import Entry, append
 
     sent = [new_message(organization, payload={"text": "x" * size}) for _ in range(count)]
-    outbox.append_to_stream(sent)
+    append(map(Entry, sent))
     return [str(message.id) for message in sent]
 
 

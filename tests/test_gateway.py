@@ -18,6 +18,7 @@ from notifications import outbox
 from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery
+from notifications.publication import Entry, append
 from tests import builders
 from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running, until
 
@@ -29,7 +30,7 @@ ANOTHER_DEVICE = str(UUID(int=7))
 def published(count: int = 1, *, protocols: Sequence[Protocol] = tuple(Protocol), **fields: Any) -> list[str]:
     """Messages on the stream alone; their ids."""
     messages: list[Message] = [new_message(protocols=tuple(protocols), **fields) for _ in range(count)]
-    outbox.append_to_stream(messages)
+    append(map(Entry, messages))
     return [str(message.id) for message in messages]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -14,14 +16,19 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.utils import timezone
 
 from aemos.lib import keys, redis
+from devices import latest
+from devices.models import DeviceState, StateChange
 from notifications import messages, outbox, overdue
 from notifications import retention as history
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
 from notifications.models import Delivery, Notification
+from notifications.publication import Entry, append
+from rules import states
 from tests import builders
 from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running
 
@@ -137,6 +144,7 @@ def test_the_sweep_publishes_in_order_what_was_left_and_nothing_twice(box: Outbo
 def test_the_sweep_does_not_send_a_device_back_to_a_state_that_was_changed_since(box: Outbox) -> None:
     late, other, newer = box.change("on"), box.change("low", state="speed"), box.change("off")
     box.write(late, other)
+    Notification.objects.update(created_at=timezone.now() - timedelta(seconds=10))
     box.publish(newer)
     outbox.sweep(timezone.now() + timedelta(seconds=10))
     assert [(each.id, Protocol.MQTT in each.protocols) for each in stream()] == [
@@ -151,13 +159,88 @@ def test_the_sweep_does_not_send_a_device_back_to_a_state_that_was_changed_since
 def test_a_change_that_is_on_the_stream_but_not_noted_as_published_supersedes(box: Outbox) -> None:
     late, newer = box.change("on"), box.change("off")
     box.write(late)
-    outbox.append_to_stream(box.write(newer))
+    append(map(Entry, box.write(newer)))
     outbox.sweep()
     Notification.objects.filter(uuid=late.id).update(created_at=timezone.now() - timedelta(seconds=10))
     outbox.sweep()
     assert states_of(late)["mqtt"] == "expired"
     told = [each.payload["value"] for each in stream() if Protocol.MQTT in each.protocols]
     assert told == ["off"]
+
+
+def test_a_worker_that_publishes_after_another_one_changes_nothing_of_the_order_in_which_they_decided(
+    box: Outbox,
+) -> None:
+    slow, quick = box.write(box.change("on")), box.write(box.change("off"))
+    outbox.publish(quick)
+    outbox.publish(slow)
+    assert [each.id for each in stream()] == [slow[0].id, quick[0].id]
+    assert all(each.protocols == tuple(Protocol) for each in stream()), "the device hears both"
+    assert outbox.sweep(timezone.now() + timedelta(seconds=10)) == 0
+
+
+def test_a_change_that_another_worker_published_and_did_not_note_is_not_told_twice(box: Outbox) -> None:
+    slow, quick = box.write(box.change("on")), box.write(box.change("off"))
+    outbox.publish(quick)
+    Notification.objects.update(published_at=None)
+    outbox.publish(slow)
+    assert [each.id for each in stream()] == [slow[0].id, quick[0].id]
+
+
+def test_what_is_told_late_is_not_told_to_the_device_once_a_newer_change_is_on_the_stream(
+    box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer one is made just after the sweep has looked for it."""
+    late = box.write(box.change("on"))
+    newer = box.change("off")
+    look = outbox._superseded
+
+    def look_and_lose_time(rows: Any) -> list[int]:
+        found = look(rows)
+        monkeypatch.setattr(outbox, "_superseded", look)
+        box.publish(newer)
+        return found
+
+    Notification.objects.update(created_at=timezone.now() - timedelta(seconds=10))
+    monkeypatch.setattr(outbox, "_superseded", look_and_lose_time)
+    outbox.sweep()
+    outbox.sweep(timezone.now() + timedelta(seconds=10))
+    assert [each.id for each in stream() if Protocol.MQTT in each.protocols][-1] == newer.id
+    assert late[0].id in {each.id for each in stream()}
+    assert not Notification.objects.filter(published_at=None)
+
+
+@pytest.mark.skipif("connection.vendor != 'postgresql'", reason="SQLite lets one transaction write at a time")
+def test_changes_of_one_state_by_many_at_once_are_on_the_stream_once_and_in_their_order(
+    box: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember, chance = latest.remember, random.Random(31)
+
+    def lose_time(*found: Any) -> None:
+        """Between the commit and the publication."""
+        time.sleep(chance.uniform(0, 0.02))
+        remember(*found)
+
+    monkeypatch.setattr(latest, "remember", lose_time)
+    state = DeviceState.objects.get(device=box.device, name="power")
+    user = User.objects.create(username="keeper")
+    begun = threading.Barrier(4)
+
+    def work(value: str) -> None:
+        with closing(connection):
+            begun.wait(5)
+            for _ in range(25):
+                states.change_by_person(state, value, user=user)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in ("on", "off", "on", "off")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    decided = StateChange.objects.order_by("id").values_list("uuid", flat=True)
+    assert len(decided) == 100
+    outbox.sweep(timezone.now() + timedelta(seconds=10))
+    assert [each.id for each in stream()] == list(decided)
 
 
 def test_what_a_device_reports_does_not_supersede_what_was_wished(box: Outbox) -> None:

@@ -10,6 +10,7 @@ import pytest
 from aemos.lib import keys, redis
 from notifications import history, outbox, stream
 from notifications.messages import Message
+from notifications.publication import Entry, append
 from notifications.transports.socketio_replay import SLICE, Replayer
 from notifications.transports.socketio_sessions import ORGANIZATION, Session
 from tests import builders
@@ -74,7 +75,7 @@ def outlet() -> Outlet:
 def published(count: int, *, organization: str = OWNER) -> list[str]:
     """Messages on the stream; their positions."""
     sent: list[Message] = [new_message(organization) for _ in range(count)]
-    outbox.append_to_stream(sent)
+    append(map(Entry, sent))
     entries: Any = redis.client().xrevrange(keys.NOTIFICATIONS, count=count)
     return [entry_id.decode() for entry_id, _ in reversed(entries)]
 

@@ -54,6 +54,13 @@ def latest(source_type: str, uuid: str) -> str:
 
 
 NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
+
+
+def told(device_uuid: str) -> str:
+    """Hash that expires: state -> number of the newest change of it that the stream got. On the server of the stream."""
+    return f"aemos:told:{{{NOTIFICATIONS}}}:{device_uuid}"
+
+
 NOTIFICATIONS_MQTT_GROUP = "mqtt"
 TIMERS = (
     "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all
