@@ -284,13 +284,14 @@ class Gateway:
         self._deliveries.record(item.message.id, lane.protocol, outcome)
         lane.cursor.done(item.entry_id)
 
-    def _delivered(self, lane: Lane, entry_id: bytes, attempt: int, message: Message, *, given_up: str = "") -> None:
+    def _delivered(
+        self, lane: Lane, entry_id: bytes, attempt: int, message: Message, *, expired: bool = False, given_up: str = ""
+    ) -> None:
         if given_up:
             log.error("%s gave message %s up: %s", lane.protocol, message.id, given_up)
             self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.FAILED, self._maximum_attempts, given_up))
             return
-        if lane.is_shared and messages.has_expired(message, time.time()):
-            # It waited in the transport, which leaves out what is too late.
+        if expired:
             self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.EXPIRED, attempt, TOO_LATE))
             return
         lane.counts["delivered"] += 1

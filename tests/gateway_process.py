@@ -210,7 +210,7 @@ def _memory_transport(
     failure: str = "",
     failures: int = 10**9,
     slow_seconds: float = 0.0,
-    given_up: str = "",
+    **ending: Any,
 ) -> Any:
     import gevent
 
@@ -235,7 +235,7 @@ def _memory_transport(
             self.left -= 1
             if self.failure is not None:
                 _print(refused=[self.protocol, str(message.id)])
-            super().deliver(message, partial(delivered, given_up=given_up))
+            super().deliver(message, partial(delivered, **ending))
             _print(delivered=[self.protocol, str(message.id)])
 
     return Announcing(Protocol(protocol), acknowledging=acknowledging)

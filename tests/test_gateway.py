@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,18 @@ def test_what_has_expired_is_put_aside_but_a_state_is_told_however_late(tmp_path
         gateway.wait_for(lambda: operator().ask("deliveries", message=state)[MQTT][0] == "acknowledged")
         assert gateway.delivered(MQTT) == [state]
         gateway.wait_for(lambda: pending() == 0)
+
+
+@pytest.mark.parametrize(("ending", "state"), [({"expired": True}, "expired"), ({}, "acknowledged")])
+def test_what_expired_in_the_transport_is_put_aside_and_what_the_broker_took_late_is_not(
+    tmp_path: Path, ending: dict[str, bool], state: str
+) -> None:
+    farm = operator().ask("seed")
+    with running(tmp_path / "log", memory(MQTT, slow_seconds=3.5, **ending)) as gateway:
+        soon = {"protocols": [MQTT], "expires_at": time.time() + 3}
+        message = operator().ask("publish", organization=farm["organization"], **soon)
+        gateway.wait_for(lambda: operator().ask("deliveries", message=message)[MQTT][0] != "pending")
+        assert operator().ask("deliveries", message=message)[MQTT][0] == state
 
 
 def test_fan_out_is_given_up_after_as_many_attempts_as_are_set(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -302,9 +304,6 @@ def test_message_is_delivered_only_when_the_broker_has_it_and_then_once(
 @needs_broker
 def test_message_is_not_delivered_while_the_broker_is_silent(broker: Server, transport: MqttTransport) -> None:
     """Stopped, not killed: the connection stands, and what is written to it goes into the kernel's buffers."""
-    import os
-    import signal
-
     delivered: list[Message] = []
     assert broker.pid
     os.kill(broker.pid, signal.SIGSTOP)
@@ -428,7 +427,12 @@ def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
     until(lambda: not transport.connected)
     late = msgspec.structs.replace(message(), expires_at=time.time() + 1)
     done: list[Message] = []
-    transport.deliver(late, done.append)
+
+    def put_aside(each: Message, *, expired: bool) -> None:
+        assert expired
+        done.append(each)
+
+    transport.deliver(late, put_aside)
     until(lambda: time.time() > late.expires_at)  # type: ignore[operator]
     broker.start()
     with operator(broker) as listener:
@@ -440,6 +444,22 @@ def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
         until(lambda: listener.received)
         assert [json.loads(payload)["id"] for payload in listener.payloads()] == [str(next_one.id)]
     assert transport.counts["expired"] == 1
+
+
+@needs_broker
+def test_alert_that_the_broker_acknowledges_after_its_time_is_delivered(
+    broker: Server, transport: MqttTransport
+) -> None:
+    done: list[Message] = []
+    assert broker.pid
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        in_flight = msgspec.structs.replace(message(), expires_at=time.time() + 0.5)
+        transport.deliver(in_flight, done.append)
+        threading.Event().wait(1)
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+    until(lambda: done == [in_flight])
 
 
 @needs_broker

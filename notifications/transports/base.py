@@ -65,8 +65,8 @@ class TransportError(Exception):
 
 
 # Called with the message once it is delivered: for MQTT at PUBACK, for the others when it has been handed to every peer.
-# Also for one that has expired while it waited in the transport, and was not sent.
-# With `given_up`, a sentence, for one that the broker refused too often.
+# With expired=True for one that was not sent, because it had expired while it waited in the transport.
+# With given_up="a sentence" for one that the broker refused too often.
 Delivered = Callable[..., None]
 
 

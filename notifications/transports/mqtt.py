@@ -104,15 +104,16 @@ class MqttTransport:
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A message on its way: how many of its topics the broker has not acknowledged, how often it refused one of them, why
-    it was given up, if it was, and what follows when it is done with.
+    """A message on its way: how many of its topics the broker has not acknowledged, what follows when it is done with, how
+    often the broker refused one of them, why it was given up, if it was, and whether it was too late to send any of it.
     """
 
     message_id: UUID
     unacknowledged: int
-    finish: Callable[[str], None]
+    finish: Callable[[_Delivery], None]
     refusals: int = 0
     given_up: str = ""
+    expired: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -314,6 +315,8 @@ class Outbound:
             self.counts["expired"] += 1
             if address.is_command:
                 self._reports.expired(publication.delivery.message_id)
+            else:
+                publication.delivery.expired = True
             self._done_with(publication)
             return True
         if address.topic in self._refused:
@@ -357,13 +360,15 @@ class Outbound:
         delivery = publication.delivery
         delivery.unacknowledged -= 1
         if not delivery.unacknowledged:
-            delivery.finish(delivery.given_up)
+            delivery.finish(delivery)
 
-    def _finish(self, message: Message, delivered: Delivered, given_up: str) -> None:
+    def _finish(self, message: Message, delivered: Delivered, delivery: _Delivery) -> None:
         self._room.release()
         try:
-            if given_up:
-                delivered(message, given_up=given_up)
+            if delivery.given_up:
+                delivered(message, given_up=delivery.given_up)
+            elif delivery.expired:
+                delivered(message, expired=True)
             else:
                 delivered(message)
         except Exception:  # per message: the next one is not to blame
@@ -379,7 +384,9 @@ def _expiry(seconds: float) -> Properties:
     return properties
 
 
-def _publications(message: Message, addresses: Sequence[Address], finish: Callable[[str], None]) -> list[_Publication]:
+def _publications(
+    message: Message, addresses: Sequence[Address], finish: Callable[[_Delivery], None]
+) -> list[_Publication]:
     delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
     return [_Publication(delivery, address, body) for address in addresses]
 
@@ -388,11 +395,11 @@ def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]
     return _publications(message, addresses, _told_again)
 
 
-def _said(_given_up: str) -> None:
+def _said(_: _Delivery) -> None:
     """What a gateway says of itself: nobody waits for it."""
 
 
-def _told_again(_given_up: str) -> None:
+def _told_again(_: _Delivery) -> None:
     """What is repeated: nobody waits for it, and a later repetition takes its place."""
 
 
