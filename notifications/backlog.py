@@ -74,8 +74,17 @@ class Backlog:
         return item
 
     def _drop_tokens(self) -> None:
-        while self._order and self._over.get(self._order[0]):
-            addressee = self._order.popleft()
-            self._over[addressee] -= 1
-            if not self._over[addressee]:
-                del self._over[addressee]
+        """Those that are over: at the front, and everywhere once they are more than what waits, as when the urgent never end."""
+        while self._order and self._is_over(self._order[0]):
+            self._order.popleft()
+        if len(self._order) > 2 * self._count:
+            self._order = deque(addressee for addressee in self._order if not self._is_over(addressee))
+
+    def _is_over(self, addressee: str) -> bool:
+        """Whether its next token is left over; the answer yes uses that up."""
+        if not self._over.get(addressee):
+            return False
+        self._over[addressee] -= 1
+        if not self._over[addressee]:
+            del self._over[addressee]
+        return True

@@ -66,6 +66,15 @@ def test_an_empty_backlog_has_nothing_to_take_and_counts_to_zero() -> None:
         backlog.take()
 
 
+def test_what_is_remembered_of_the_order_is_bounded_while_urgent_messages_never_end() -> None:
+    backlog = filled(item(1, device=DEVICES[0]), item(2, device=DEVICES[1]))
+    for number in range(3, 1_000):
+        backlog.add(item(number, priority=1, device=DEVICES[2]))
+        assert _number(backlog.take()) == number
+    assert len(backlog._order) <= 4
+    assert taken(backlog) == [1, 2]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans())))
 def test_order_per_device_holds_and_nothing_is_lost_however_adding_and_taking_alternate(
     steps: list[tuple[int, bool, bool]],

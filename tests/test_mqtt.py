@@ -715,6 +715,39 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
 
 
 @needs_broker
+def test_large_messages_that_wait_are_bounded_and_none_is_lost(
+    transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD_BYTES", 500_000)
+    ingested.released.clear()
+    sent = [b"%02d" % number * 50_000 for number in range(30)]
+    for each in sent:
+        sender.publish(topics.datastream(DEVICE), each)
+    until(lambda: transport.telemetry.held_bytes >= 500_000)
+    threading.Event().wait(1)
+    assert transport.telemetry.held_bytes <= 600_000
+    sender.publish(topics.datastream(DEVICE), "unsure", qos=0)
+    ingested.released.set()
+    until(lambda: len(ingested.accepted) >= 30)
+    assert ingested.payloads()[:30] == sent
+    until(lambda: transport.telemetry.held_bytes == 0)
+
+
+@needs_broker
+def test_large_messages_of_any_quality_are_dropped_rather_than_held_without_bound(
+    transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD_BYTES", 500_000)
+    ingested.released.clear()
+    for _ in range(10):
+        sender.publish(topics.datastream(DEVICE), b"x" * 100_000, qos=0)
+    until(lambda: transport.telemetry.counts["dropped"])
+    ingested.released.set()
+    until(lambda: transport.telemetry.counts["dropped"] + transport.telemetry.counts["accepted"] == 10)
+    assert transport.telemetry.counts["dropped"] == 5
+
+
+@needs_broker
 def test_message_too_large_for_any_telemetry_never_reaches_the_gateway_and_holds_up_nothing(
     broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
 ) -> None:

@@ -47,6 +47,10 @@ MAXIMUM_PACKET_BYTES = 2 * 1024 * 1024
 # QoS 0 cannot be held back by the broker: beyond this it is dropped, as its sender allows, and counted.
 MAXIMUM_HELD = 5_000
 MAXIMUM_UNDER_WAY = 256
+# Together in payloads. Beyond it nothing is read from the connection for a while, so that the broker keeps what follows; not for
+# long at a time, because the connection has to say that it lives.
+MAXIMUM_HELD_BYTES = 64 * 1024 * 1024
+WAIT_FOR_ROOM_SECONDS = 5.0
 # How long the broker keeps messages while no gateway runs.
 SESSION_SECONDS = 7 * 24 * 3600
 # An overloaded system gets so long to recover; then the message is recorded for the admin and acknowledged, because what is
@@ -147,7 +151,8 @@ class Inbound:
 
     `take` is called from one thread, in each sender's order; it and `wait` of what it gives may raise devices.exceptions.Refusal,
     which ends the message, and anything else, after which it is tried again. `on_tick` is called about once a second, also
-    while another process listens. `counts` of messages: accepted, refused, overloaded, failed, dropped.
+    while another process listens. `counts` of messages: accepted, refused, overloaded, failed, dropped. `held_bytes`: payloads
+    of those that are not done with.
     """
 
     def __init__(
@@ -164,6 +169,8 @@ class Inbound:
         self._connections = 0
         self._news: queue.Queue[Arrival | None] = queue.Queue()
         self._lanes = Lanes()
+        self.held_bytes = 0
+        self._room = threading.Condition()
         self._under_way: deque[tuple[Arrival, Pending]] = deque()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -193,6 +200,8 @@ class Inbound:
     def ask_to_stop(self) -> None:
         self._stopping.set()
         self._news.put(None)
+        with self._room:
+            self._room.notify_all()
 
     def stop(self, *, timeout_seconds: float) -> None:
         """Waits for what is under way, acknowledges it and leaves; the broker keeps the rest for the next to listen."""
@@ -212,14 +221,42 @@ class Inbound:
             self._connections += 1
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        if message.qos == 0 and self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD:
+        size = len(message.payload)
+        if message.qos == 0 and self._is_full(size):
             self.counts["dropped"] += 1
             self._sparingly.say(
                 "dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic
             )
             return
+        self._make_room(size)
         payload, retained = bytes(message.payload), bool(message.retain)
         self._news.put(Arrival(message.topic, payload, message.mid, message.qos, self._connections, retained=retained))
+
+    def _is_full(self, size: int) -> bool:
+        too_many = self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD
+        return too_many or self.held_bytes + size > MAXIMUM_HELD_BYTES
+
+    def _make_room(self, size: int) -> None:
+        with self._room:
+            if self.held_bytes + size > MAXIMUM_HELD_BYTES:
+                self._sparingly.say(
+                    "full",
+                    logging.WARNING,
+                    "%s waits in the broker: %d bytes are held",
+                    self._channel.name,
+                    self.held_bytes,
+                )
+                self._room.wait_for(
+                    lambda: self.held_bytes + size <= MAXIMUM_HELD_BYTES or self._stopping.is_set(),
+                    WAIT_FOR_ROOM_SECONDS,
+                )
+            self.held_bytes += size
+
+    def _forget(self, arrival: Arrival) -> None:
+        self._lanes.done(arrival)
+        with self._room:
+            self.held_bytes -= len(arrival.payload)
+            self._room.notify_all()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -261,7 +298,7 @@ class Inbound:
 
     def _submit(self, arrival: Arrival) -> None:
         if arrival.qos and arrival.connection != self._connections:
-            self._lanes.done(arrival)  # the broker sends it again
+            self._forget(arrival)  # the broker sends it again
             return
         pending = self._attempt(arrival, lambda: self._take(arrival))
         if pending is not None:
@@ -307,7 +344,7 @@ class Inbound:
 
     def _finish(self, arrival: Arrival, result: str) -> None:
         self.counts[result] += 1
-        self._lanes.done(arrival)
+        self._forget(arrival)
         with self._lock:
             # Over a later connection the number could be that of another message, which would then be lost.
             if arrival.qos and arrival.connection == self._connections:
