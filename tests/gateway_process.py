@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -178,10 +179,13 @@ def _print(**values: Any) -> None:
 
 def _transport(kind: str, **options: Any) -> Any:
     if kind == "socketio":
-        from notifications.transports import socketio_replay
+        from notifications.transports import socketio_engine, socketio_replay
         from notifications.transports.socketio import SocketIoTransport
 
         socketio_replay.MAXIMUM_REPLAYED = options.get("replayed", socketio_replay.MAXIMUM_REPLAYED)
+        if files := options.get("files"):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+            socketio_engine.REQUEST_SECONDS = 2.0  # so that a test need not wait so long for those who say nothing
         return SocketIoTransport(port=0)
     if kind == "mqtt":
         from notifications.transports.mqtt import MqttTransport

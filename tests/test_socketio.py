@@ -422,6 +422,23 @@ def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_i
         assert sent in [data.get("id") for _, data in itertools.islice(events(quiet), 2)]
 
 
+def test_strangers_that_open_connections_without_end_take_no_files_from_the_rest_and_make_way_after_a_while(
+    tmp_path: Path, farm: Farm
+) -> None:
+    with running(tmp_path / "log", {"kind": "socketio", "files": 240}) as gateway, ExitStack() as stack:
+        member = stack.enter_context(raw_websocket(gateway, token=farm["access_token"]))
+        for _ in range(300):
+            stranger = stack.enter_context(socket.socket())
+            stranger.setblocking(False)  # most are not accepted for now
+            stranger.connect_ex(gateway.addresses()["socketio"])
+        sent = operator().ask("publish", organization=farm["organization"], protocols=["socketio"])
+        assert sent in [data.get("id") for _, data in itertools.islice(events(member), 2)]
+        gateway.wait_for(lambda: operator().ask("deliveries", message=sent)["socketio"][0] == "sent")
+        until(lambda: _is_let_in(gateway, farm), seconds=60)
+        assert "Too many open files" not in gateway.text
+        assert "Only 40 connections" in gateway.text
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

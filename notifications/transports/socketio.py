@@ -37,7 +37,13 @@ from notifications import history
 from notifications.messages import Message, Protocol
 from notifications.transports.base import Delivered, TransportError
 from notifications.transports.people import organizations_of, person
-from notifications.transports.socketio_engine import Engine, RequestHandler, Server, silent_log
+from notifications.transports.socketio_engine import (
+    Engine,
+    RequestHandler,
+    Server,
+    connections_within_limits,
+    silent_log,
+)
 from notifications.transports.socketio_replay import Replayer, body
 from notifications.transports.socketio_sessions import (
     ORGANIZATION,
@@ -55,6 +61,8 @@ MAXIMUM_REQUEST_BYTES = 64 * 1024
 MAXIMUM_ROOMS = 200
 # One gateway's, and one person's at it: a page that connects again and again must not keep everybody else out.
 MAXIMUM_SESSIONS, SESSIONS_PER_PERSON = 10_000, 50
+# Who is beyond them waits to be accepted: each session has one, and those without a session end by themselves.
+MAXIMUM_CONNECTIONS = 12_000
 # Messages, and characters of them, that wait for one client; a healthy one is a few behind. More means that it does not
 # read: it is cut off.
 MAXIMUM_QUEUED, MAXIMUM_QUEUED_CHARACTERS = 5_000, 16_000_000
@@ -102,6 +110,7 @@ class SocketIoTransport:
             log=None,
             error_log=silent_log(),
             handler_class=RequestHandler,
+            spawn=connections_within_limits(MAXIMUM_CONNECTIONS),
         )
 
     @property

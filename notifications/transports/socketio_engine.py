@@ -10,6 +10,7 @@ refuses when it holds more than 16 packets; the server refuses as many in a requ
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,8 @@ REQUEST_SECONDS = 20.0
 PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
 # What clients of python-engineio take in one answer; those of JavaScript take any number.
 PACKETS_PER_ANSWER = 16
+# Files that connections leave to Redis, the database, the broker and logs.
+OTHER_FILES = 200
 Payload.max_decode_packets = int(PACKETS_AT_ONCE)
 
 
@@ -276,6 +279,21 @@ class Server(socketio.Server):
 
     def _engineio_server_class(self) -> type[Engine]:
         return Engine
+
+
+def connections_within_limits(wanted: int) -> int:
+    """How many connections this process can hold, at most so many. Raises its limit of open files as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted + OTHER_FILES
+    if soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(hard, files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < files:
+        log.warning(
+            "Only %d connections of Socket.IO at a time: raise the limit of open files, %d, to %d (ulimit -n, LimitNOFILE)",
+            max(soft - OTHER_FILES, 1), soft, files,
+        )  # fmt: skip
+    return max(min(soft - OTHER_FILES, wanted), 1)
 
 
 def silent_log() -> logging.Logger:
