@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -322,7 +322,7 @@ class Outbound:
         if address.topic in self._refused:
             self._refused[address.topic][1].append(publication)
             return True
-        properties = _expiry(seconds) if seconds is not None else None
+        properties = _expiry(math.ceil(seconds)) if seconds is not None else None
         sent = self._client.publish(
             address.topic, publication.body, qos=address.qos, retain=address.retain, properties=properties
         )
@@ -377,10 +377,11 @@ class Outbound:
             log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
 
 
-def _expiry(seconds: float) -> Properties:
-    """How long the broker may keep a message for a device that is away."""
+@lru_cache(maxsize=256)
+def _expiry(seconds: int) -> Properties:
+    """How long the broker may keep a message for a device that is away. Kept, because paho builds tables for each anew."""
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    properties.MessageExpiryInterval = math.ceil(seconds)
+    properties.MessageExpiryInterval = seconds
     return properties
 
 
