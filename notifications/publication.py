@@ -27,8 +27,9 @@ if told < tonumber(ARGV[2]) then
 end
 return 1
 """
-# Longer than any worker stands still between its look into the outbox and its writing to the stream.
-KEPT_SECONDS = 3_600
+# Longer than a worker stands still between its look into the outbox and its writing to the stream; not so long that numbers of
+# before a database was restored keep those after it from being told.
+KEPT_SECONDS = 120
 
 
 class Entry(NamedTuple):
