@@ -72,6 +72,7 @@ def test_a_client_may_ask_for_many_rooms_at_once(gateway: GatewayProcess, farm: 
 def test_a_client_that_was_cut_off_comes_back_with_its_position_and_misses_nothing(
     gateway: GatewayProcess, farm: Farm, transports: list[str]
 ) -> None:
+    javascript.modules(JAVASCRIPT)  # fetched now, if this test is the first: the token does not last
     token = operator().ask("access_token", user=farm["user"], seconds=3)
     with javascript_client([url(gateway)], token, transports=transports) as client:
         (first,) = operator().ask("publish_many", organization=farm["organization"], count=1, size=10)
