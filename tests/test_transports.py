@@ -30,7 +30,7 @@ TRANSPORTS: dict[str, Callable[[], Transport]] = {
 
 
 @pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
+def transport(request: pytest.FixtureRequest, empty_redis: None) -> Iterator[Transport]:
     found = TRANSPORTS[request.param]()
     found.start()
     yield found
