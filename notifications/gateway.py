@@ -254,7 +254,7 @@ class Gateway:
     def _attempt(self, lane: Lane, item: Item, attempt: int) -> bool:
         """True when there is nothing to try again: the transport has the message, or never will have it."""
         try:
-            lane.transport.deliver(item.message, partial(self._delivered, lane, item.entry_id, attempt))
+            lane.transport.deliver(item.message, partial(self._delivered, lane, item, attempt))
         except TransportError as error:
             return self._failed(lane, item, Outcome(State.PENDING, attempt, str(error)), final=error.permanent)
         except Exception as error:
@@ -269,13 +269,16 @@ class Gateway:
         """A shared protocol waits for its broker until the message expires; the others give it up after some attempts."""
         final = final or (not lane.is_shared and outcome.attempts >= self._maximum_attempts)
         if final:
-            log.error("%s gave message %s up: %s", lane.protocol, item.message.id, outcome.error)
-            self._put_aside(lane, item, Outcome(State.FAILED, outcome.attempts, outcome.error))
+            self._give_up(lane, item, outcome.attempts, outcome.error)
             return True
         if outcome.attempts == 1:
             log.warning("%s cannot deliver message %s now: %s", lane.protocol, item.message.id, outcome.error)
         self._deliveries.record(item.message.id, lane.protocol, outcome)
         return False
+
+    def _give_up(self, lane: Lane, item: Item, attempts: int, reason: str) -> None:
+        log.error("%s gave message %s up: %s", lane.protocol, item.message.id, reason)
+        self._put_aside(lane, item, Outcome(State.FAILED, attempts, reason))
 
     def _put_aside(self, lane: Lane, item: Item, outcome: Outcome) -> None:
         """The dead letter is the delivery's row: the admin shows it and can send it again."""
@@ -285,21 +288,20 @@ class Gateway:
         lane.cursor.done(item.entry_id)
 
     def _delivered(
-        self, lane: Lane, entry_id: bytes, attempt: int, message: Message, *, expired: bool = False, given_up: str = ""
+        self, lane: Lane, item: Item, attempt: int, _message: Message, *, expired: bool = False, given_up: str = ""
     ) -> None:
         if given_up:
-            log.error("%s gave message %s up: %s", lane.protocol, message.id, given_up)
-            self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.FAILED, self._maximum_attempts, given_up))
+            self._give_up(lane, item, self._maximum_attempts, given_up)
             return
         if expired:
-            self._put_aside(lane, Item(entry_id, message, 0), Outcome(State.EXPIRED, attempt, TOO_LATE))
+            self._put_aside(lane, item, Outcome(State.EXPIRED, attempt, TOO_LATE))
             return
         lane.counts["delivered"] += 1
         state = State.ACKNOWLEDGED if lane.is_shared else State.SENT
         metrics.NOTIFICATIONS_SENT.labels(lane.protocol.value, state.value).inc()
-        self._deliveries.record(message.id, lane.protocol, Outcome(state, attempt))
+        self._deliveries.record(item.message.id, lane.protocol, Outcome(state, attempt))
         if lane.is_shared:
-            lane.cursor.done(entry_id)
+            lane.cursor.done(item.entry_id)
 
     def _stop_transport(self, lane: Lane, timeout_seconds: float) -> None:
         try:

@@ -72,6 +72,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         """Messages with the same addressee keep their order, whatever their priorities."""
         return self.device_uuid or self.organization_uuid
 
+    @property
+    def changed_device(self) -> str | None:
+        """The device whose state it tells a change of; None when it tells something else."""
+        return self.device_uuid if self.event == DEVICE_STATE_CHANGE else None
+
 
 def has_expired(message: Message, now: float) -> bool:
     """Whether it must not be sent any more. A device's state is never too old to be told, because devices and observers

@@ -76,31 +76,27 @@ def publish(outgoing: Sequence[Message]) -> None:
     Two workers that change one state, one after the other, may come here the other way round. So whoever tells of a change
     first tells what was changed before and is not told yet, and leaves out what another worker has told by then.
     """
-    entries = [*_untold(outgoing), *(Entry(message) for message in outgoing if not _is_change(message))]
+    entries = [*_untold(outgoing), *(Entry(message) for message in outgoing if not message.changed_device)]
     if entries:
         _put(entries)
 
 
 def _untold(outgoing: Sequence[Message]) -> list[Entry]:
     """The changes among the messages, and those of the same devices that others are about to publish, as they were made."""
-    mine = {message.id: message for message in outgoing if _is_change(message)}
+    mine = {message.id: message for message in outgoing if message.changed_device}
     if not mine:
         return []
     untold = Notification.objects.filter(
         Q(created_at__gte=timezone.now() - SWEEP_AGE) | Q(uuid__in=mine),
         published_at=None,
         event=messages.DEVICE_STATE_CHANGE,
-        device__uuid__in={message.device_uuid or "" for message in mine.values()},
+        device__uuid__in={device for message in mine.values() if (device := message.changed_device)},
     )
     # What does not fit waits for the sweep, and so does what comes after it.
     rows = oldest(untold, maximum=SWEEP_BATCH + len(mine))
     pending = _pending_protocols([row for row in rows if row.uuid not in mine], tuple(Protocol))
     known = [(row.pk, mine.get(row.uuid) or message_of(row, pending.get(row.pk, ()))) for row in rows]
     return [Entry(message, number, unless_above=number - 1) for number, message in known]
-
-
-def _is_change(message: Message) -> bool:
-    return message.event == messages.DEVICE_STATE_CHANGE and message.device_uuid is not None
 
 
 def _put(entries: Sequence[Entry]) -> None:
@@ -150,7 +146,7 @@ def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol
     _put(
         [
             Entry(message, number, unless_above=newest[state_of(message)])
-            if _is_change(message) and Protocol.MQTT in message.protocols
+            if message.changed_device and Protocol.MQTT in message.protocols
             else Entry(message)
             for number, message in late
         ]

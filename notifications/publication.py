@@ -53,7 +53,7 @@ def append(entries: Iterable[Entry]) -> list[bool]:
 
 def state_of(message: Message) -> tuple[str, str]:
     """The device and the state that a change is of. What a device reports is no wish: neither supersedes the other."""
-    kind = "wish" if message.payload.get("source") in topics.COMMANDING_SOURCES else "report"
+    kind = "wish" if topics.is_wish(message) else "report"
     return message.device_uuid or "", f"{kind} {message.payload.get('stateName', '')}"
 
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from notifications.messages import DEVICE_STATE_CHANGE, Message
+from notifications.messages import Message
 
 DATASTREAMS = "devices/+/datastream"
 STATUSES = "devices/+/status"
@@ -61,14 +61,20 @@ def addresses(message: Message) -> list[Address]:
     One topic keeps one message: a device with several states finds the newest change there, and every change it missed only
     if it keeps a session with the broker. Commands are not retained: a pump must not start again because it reconnects.
     """
-    if message.event != DEVICE_STATE_CHANGE or message.device_uuid is None:
+    device = message.changed_device
+    if device is None:
         return [Address(broadcast(message.organization_uuid), 1, deadline=_expiry(message))]
-    if message.payload.get("source") not in COMMANDING_SOURCES:
-        return [Address(reported(message.device_uuid), 1)]
+    if not is_wish(message):
+        return [Address(reported(device), 1)]
     return [
-        Address(state(message.device_uuid), 1, retain=True),
-        Address(commands(message.device_uuid), 2, deadline=_deadline(message), is_command=True),
+        Address(state(device), 1, retain=True),
+        Address(commands(device), 2, deadline=_deadline(message), is_command=True),
     ]
+
+
+def is_wish(message: Message) -> bool:
+    """Whether a change of state is one that the device is to make, not one that it has reported."""
+    return message.payload.get("source") in COMMANDING_SOURCES
 
 
 def _expiry(message: Message) -> datetime | None:

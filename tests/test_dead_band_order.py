@@ -25,6 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.processes import Process, kill, spawn
 from deploy.programs import REPOSITORY
+from tests.storms import assert_worked_off, random_walk
 
 ROUNDS = int(os.environ.get("AEMOS_ORDER_ROUNDS", "50"))
 READINGS = 200
@@ -54,12 +55,7 @@ print(json.dumps(made))
 
 def readings_of(number: int) -> list[float]:
     """A random walk across the band, with steps that often end inside it."""
-    chance = random.Random(number)
-    value, values = 6.35, []
-    for _ in range(READINGS):
-        value = min(max(value + chance.uniform(-0.2, 0.2), 5.9), 6.8)
-        values.append(round(value, 2))
-    return values
+    return random_walk(number, READINGS, start=6.35, step=0.2, within=(5.9, 6.8))
 
 
 def expected_of(values: list[float]) -> list[tuple[str, str]]:
@@ -132,19 +128,6 @@ def test_two_workers_one_of_them_killed_again_and_again_switch_every_pump_as_its
     changes = changes_by_pump(system)
     for number, farm in enumerate(made):
         assert changes[farm["pump"].replace("-", "")] == expected_of(readings_of(number)), f"pump {number}"
-
-
-def assert_worked_off(system: LocalSystem, number: int) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        ledger = json.loads(system.manage("ledger", "--json", check=False).stdout)
-        total = ledger["lanes"]["total"]
-        if total["depth"] == 0 and total["accepted"] >= number:
-            break
-        assert time.monotonic() < deadline, ledger
-        time.sleep(0.5)
-    assert ledger["closes"] is True
-    assert total["dead"] == 0
 
 
 def changes_by_pump(system: LocalSystem) -> dict[str, list[tuple[str, str]]]:

@@ -18,7 +18,7 @@ from devices.exceptions import BadPayload
 from devices.models import Device, DeviceState, StateChange
 from notifications import topics
 from notifications.models import Notification
-from notifications.transports.mqtt_inbound import Arrival
+from notifications.transports.mqtt_lanes import Arrival
 from notifications.transports.mqtt_reports import Reports
 from rules import events, states
 from tests import builders

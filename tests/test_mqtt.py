@@ -33,11 +33,12 @@ from notifications import topics
 from notifications.broker import CONTROL
 from notifications.broker_sync import sync_once
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
-from notifications.transports import mqtt as outbound
 from notifications.transports import mqtt_inbound
+from notifications.transports import mqtt_outbound as outbound
 from notifications.transports.base import Pending, Receipt, TransportError
 from notifications.transports.mqtt import MqttTransport
-from notifications.transports.mqtt_inbound import Arrival, Inbound, Lanes, session_id
+from notifications.transports.mqtt_inbound import Inbound, session_id
+from notifications.transports.mqtt_lanes import Arrival, Lanes
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, patient, until
 
@@ -734,7 +735,7 @@ def test_large_messages_that_wait_are_bounded_and_none_is_lost(
 
 
 @needs_broker
-def test_large_messages_of_any_quality_are_dropped_rather_than_held_without_bound(
+def test_large_messages_without_quality_of_service_are_dropped_rather_than_held_without_bound(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD_BYTES", 500_000)

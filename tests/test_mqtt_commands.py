@@ -20,7 +20,7 @@ from notifications import repetition, topics
 from notifications.broker_sync import sync_once
 from notifications.messages import Message
 from notifications.state_messages import message_of
-from notifications.transports import mqtt
+from notifications.transports import mqtt_outbound
 from notifications.transports.mqtt import MqttTransport
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, until
@@ -243,7 +243,7 @@ def test_what_has_to_be_told_again_waits_for_a_database_that_is_away(
         return newest_states()
 
     monkeypatch.setattr(repetition, "newest_states", away_once)
-    monkeypatch.setattr(mqtt, "REPEAT_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(mqtt_outbound, "REPEAT_AGAIN_SECONDS", 0.2)
     row = wished(pump)
     with running() as transport, operator(broker) as listener:
         assert listener.subscribe(topics.state(str(pump.uuid)))

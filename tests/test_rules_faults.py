@@ -25,7 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.postgresql import start_postgresql
 from deploy.servers import Server
-from tests.test_dead_band_order import assert_worked_off
+from tests.storms import assert_worked_off, random_walk
 
 SENSORS = 10
 READINGS = 100
@@ -111,12 +111,7 @@ def moment(number: int) -> str:
 
 def readings_of(number: int) -> list[float]:
     """A random walk around the limit."""
-    chance = random.Random(number)
-    value, values = 6.4, []
-    for _ in range(READINGS):
-        value = min(max(value + chance.uniform(-0.15, 0.15), 6.0), 6.9)
-        values.append(round(value, 2))
-    return values
+    return random_walk(number, READINGS, start=6.4, step=0.15, within=(6.0, 6.9))
 
 
 class Model:

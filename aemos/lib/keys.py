@@ -53,14 +53,12 @@ def latest(source_type: str, uuid: str) -> str:
     return f"aemos:latest:{source_type}:{uuid}"
 
 
-NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
-
-
 def told(device_uuid: str) -> str:
     """Hash that expires: state -> number of the newest change of it that the stream got. On the server of the stream."""
     return f"aemos:told:{{{NOTIFICATIONS}}}:{device_uuid}"
 
 
+NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
 NOTIFICATIONS_MQTT_GROUP = "mqtt"
 TIMERS = (
     "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all

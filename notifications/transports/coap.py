@@ -26,7 +26,7 @@ from django.db import close_old_connections
 from aemos.lib import cbor, metrics
 from devices import catalogue, tokens
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
-from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
+from notifications.messages import Message, Protocol
 from notifications.transports.base import Delivered, Ingest, Receipt
 from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
 from notifications.transports.coap_states import States
@@ -98,8 +98,8 @@ class CoapTransport:
 
     def deliver(self, message: Message, delivered: Delivered) -> None:
         """Observers are sent the newest state, not the message: CoAP carries states, and nothing else to tell."""
-        if message.event == DEVICE_STATE_CHANGE and message.device_uuid:
-            self.endpoint.notify(_state_path(message.device_uuid))
+        if device := message.changed_device:
+            self.endpoint.notify(_state_path(device))
         delivered(message)
 
     def fill_hole(self) -> None:

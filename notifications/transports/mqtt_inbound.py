@@ -10,8 +10,6 @@ bounded by its own max_queued_messages; Mosquitto drops what is beyond, and says
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import logging
 import queue
 import random
@@ -19,7 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import paho.mqtt.client as mqtt
@@ -37,6 +35,7 @@ from notifications import topics
 from notifications.broker import Connection, Session, Sparingly
 from notifications.messages import Protocol
 from notifications.transports.base import Ingest, Pending
+from notifications.transports.mqtt_lanes import Arrival, Lanes
 
 log = logging.getLogger(__name__)
 # So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt.
@@ -60,73 +59,6 @@ TICK_SECONDS = 1.0
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class Arrival:
-    """A message as the broker gave it. `connection` counts connections: it can be acknowledged over that one only."""
-
-    topic: str
-    payload: bytes
-    mid: int
-    qos: int
-    connection: int
-    retained: bool = False
-    attempts: int = 0
-    held_since: float = field(default_factory=time.monotonic)
-
-    @property
-    def sender(self) -> str:
-        """What order is kept by: all that one originator says."""
-        return self.topic
-
-
-class Lanes:
-    """Arrivals by sender, each sender's in order: the next one is given only when the one before it is done.
-
-    What one sender has to wait for, a retry for example, holds up nobody else. Times are in seconds of any one clock.
-    """
-
-    def __init__(self) -> None:
-        self._lanes: dict[str, deque[Arrival]] = {}
-        self._ready: deque[str] = deque()
-        self._delayed: list[tuple[float, int, str]] = []
-        self._order = itertools.count()
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, arrival: Arrival) -> None:
-        lane = self._lanes.get(arrival.sender)
-        if lane is None:
-            lane = self._lanes[arrival.sender] = deque()
-            self._ready.append(arrival.sender)
-        lane.append(arrival)
-        self._size += 1
-
-    def next(self, now: float) -> Arrival | None:
-        """The next arrival that may be tried now; `done` or `again` must follow before its sender has another turn."""
-        while self._delayed and self._delayed[0][0] <= now:
-            self._ready.append(heapq.heappop(self._delayed)[2])
-        return self._lanes[self._ready.popleft()][0] if self._ready else None
-
-    def done(self, arrival: Arrival) -> None:
-        lane = self._lanes[arrival.sender]
-        lane.popleft()
-        self._size -= 1
-        if lane:
-            self._ready.append(arrival.sender)
-        else:
-            del self._lanes[arrival.sender]
-
-    def again(self, arrival: Arrival, *, at: float) -> None:
-        heapq.heappush(self._delayed, (at, next(self._order), arrival.sender))
-
-    def seconds_until_next(self, now: float, *, longest: float) -> float:
-        if self._ready:
-            return 0.0
-        return min(max(self._delayed[0][0] - now, 0.0), longest) if self._delayed else longest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,11 +166,14 @@ class Inbound:
 
     def _is_full(self, size: int) -> bool:
         too_many = self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD
-        return too_many or self.held_bytes + size > MAXIMUM_HELD_BYTES
+        return too_many or not self._has_room(size)
+
+    def _has_room(self, size: int) -> bool:
+        return self.held_bytes + size <= MAXIMUM_HELD_BYTES
 
     def _make_room(self, size: int) -> None:
         with self._room:
-            if self.held_bytes + size > MAXIMUM_HELD_BYTES:
+            if not self._has_room(size):
                 self._sparingly.say(
                     "full",
                     logging.WARNING,
@@ -247,7 +182,7 @@ class Inbound:
                     self.held_bytes,
                 )
                 self._room.wait_for(
-                    lambda: self.held_bytes + size <= MAXIMUM_HELD_BYTES or self._stopping.is_set(),
+                    lambda: self._has_room(size) or self._stopping.is_set(),
                     WAIT_FOR_ROOM_SECONDS,
                 )
             self.held_bytes += size

@@ -26,7 +26,8 @@ from devices.commands import Acknowledgement
 from devices.exceptions import BadPayload
 from notifications import connections, topics
 from notifications.transports.base import Receipt
-from notifications.transports.mqtt_inbound import Arrival, Channel
+from notifications.transports.mqtt_inbound import Channel
+from notifications.transports.mqtt_lanes import Arrival
 
 log = logging.getLogger(__name__)
 # What is only noted, and may be lost: when devices spoke last. The rest waits in the broker.

@@ -288,12 +288,13 @@ def connections_within_limits(wanted: int) -> int:
     if soft < files:
         soft = files if hard == resource.RLIM_INFINITY else min(hard, files)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < files:
+    allowed = max(min(soft - OTHER_FILES, wanted), 1)
+    if allowed < wanted:
         log.warning(
             "Only %d connections of Socket.IO at a time: raise the limit of open files, %d, to %d (ulimit -n, LimitNOFILE)",
-            max(soft - OTHER_FILES, 1), soft, files,
+            allowed, soft, files,
         )  # fmt: skip
-    return max(min(soft - OTHER_FILES, wanted), 1)
+    return allowed
 
 
 def silent_log() -> logging.Logger:
