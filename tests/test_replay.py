@@ -151,7 +151,7 @@ def test_events_keep_their_priority(farm: Farm) -> None:
 def test_old_events_switch_nothing_unless_that_is_asked_for(
     farm: Farm, settings: Any, with_commands: bool, state: Any
 ) -> None:
-    settings.REPLAY_MAX_COMMAND_AGE = 60
+    settings.REPLAY_MAX_COMMAND_AGE_SECONDS = 60
     farm.refuse(5.0, ago=timedelta(seconds=90))
     run(replay.ask(wish(farm, with_commands=with_commands)))
     drain_all()
