@@ -15,7 +15,7 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from aemos.lib import keys, redis
-from aemos.management.commands.runscheduler import DUTIES
+from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.exceptions import Overloaded
 from devices.models import DeviceState, Reading, StateChange, Variable
@@ -261,7 +261,7 @@ def test_the_scheduler_queues_one_step_at_a_time(farm: Farm) -> None:
     assert job.func_name in ALLOWED_FUNCTIONS
     step(row, 1_000.0)
     assert replay.queue_steps() == 0, "it has ended"
-    assert {replay.queue_steps, retention.delete_expired} <= set(DUTIES)
+    assert {replay.queue_steps, retention.delete_expired} <= set(PERIODIC_TASKS)
 
 
 def test_two_workers_do_not_step_at_the_same_time(farm: Farm) -> None:
