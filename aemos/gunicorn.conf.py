@@ -76,6 +76,6 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def worker_exit(server: Any, worker: Any) -> None:
     """Refusals of the last moment still wait in this process."""
-    from rules import rejections
+    from rules.admission import rejections
 
     rejections.shared().close()

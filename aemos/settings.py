@@ -144,6 +144,7 @@ ALARM_FLAPPING_SECONDS = _env.integer("ALARM_FLAPPING_SECONDS", 600, minimum=1, 
 INSTALLED_APPS = [
     "aemos.apps.AemosConfig",
     "monitoring.apps.MonitoringConfig",
+    "gateway.apps.GatewayConfig",
     "rules.apps.RulesConfig",
     "notifications.apps.NotificationsConfig",
     "devices.apps.DevicesConfig",
@@ -232,8 +233,12 @@ SPECTACULAR_SETTINGS = {
     "POSTPROCESSING_HOOKS": ["drf_spectacular.hooks.postprocess_schema_enums", "aemos.schema.add_telemetry"],
 }
 
-# RQ: one queue per lane, in this order. The functions that a job may name are listed in rules.workers.
-RQ = {"WORKER_CLASS": "rules.workers.DrainWorker", "JOB_CLASS": "rules.workers.AllowedJob", "COMMIT_MODE": "auto"}
+# RQ: one queue per lane, in this order. The functions that a job may name are listed in rules.journal.tickets.
+RQ = {
+    "WORKER_CLASS": "rules.processing.worker.DrainWorker",
+    "JOB_CLASS": "rules.journal.tickets.AllowedJob",
+    "COMMIT_MODE": "auto",
+}
 LANES = ("critical", "normal", "low")
 RQ_QUEUES = {
     lane: {

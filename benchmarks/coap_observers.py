@@ -17,7 +17,7 @@ from benchmarks import percentiles
 SERVER = """
 from gevent import monkey; monkey.patch_all()
 import sys, time, gevent
-from notifications.transports.coap_endpoint import CoapResponse, Code, Endpoint, Limits
+from gateway.coap.endpoint import CoapResponse, Code, Endpoint, Limits
 rounds, interval, observers = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 def handler(request):
     return CoapResponse(code=Code.CONTENT, payload=b"%.6f" % time.time(), observable=True)

@@ -97,7 +97,7 @@ def _publish_backlog(device: Any, state: Any) -> tuple[int, float]:
     from msgspec.structs import replace
 
     from notifications.messages import ALERT
-    from notifications.publication import Entry, append
+    from notifications.publisher import Entry, append
 
     batch, _ = _batch(device, 0, BACKLOG + 1)
     alerts = [replace(each, event=ALERT, device_uuid=None) for each in batch[:-1]]
@@ -143,7 +143,7 @@ def _send(batch: list[Any], *, device: Any, with_database: bool) -> None:
     from django.db import transaction
 
     from notifications import outbox
-    from notifications.publication import Entry, append
+    from notifications.publisher import Entry, append
 
     if not with_database:
         append(map(Entry, batch))

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from rules.actions import DeviceCommand
-from rules.conditions import compile_condition
+from rules.engine.actions import DeviceCommand
+from rules.engine.conditions import compile_condition
+from rules.engine.context import Run, Trigger
 from rules.events import Event
-from rules.scope import Run, Trigger
 
 if TYPE_CHECKING:
-    from rules.actions import Effect
-    from rules.index import RuleIndex
+    from rules.engine.actions import Effect
+    from rules.processing.index import RuleIndex
 
 ROUNDS = 7
 HEARD = 10
@@ -271,7 +271,7 @@ def nodes_of(chain_id: int, sensor: str, device: UUID) -> list[Any]:
 
 def loaded_index() -> RuleIndex:
     """Like a worker's: what is loaded is passed over when garbage is collected."""
-    from rules.index import RuleIndex
+    from rules.processing.index import RuleIndex
 
     index = RuleIndex()
     index.refresh()
@@ -282,7 +282,7 @@ def loaded_index() -> RuleIndex:
 def load_here() -> dict[str, float]:
     """In a process that has done nothing else, because memory that was used before would be used again."""
     from devices.models import Organization
-    from rules import index
+    from rules.processing import index
 
     Organization.objects.count()  # a connection, which a worker has anyway
     before, began, busy = resident_mb(), time.perf_counter(), time.process_time()

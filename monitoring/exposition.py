@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 
 from aemos.lib import metrics, redis
 from monitoring.queue import Known, View, look
-from rules.circuit import State
-from rules.load import LaneLoad
+from rules.admission.circuit import State
+from rules.journal.queue_stats import LaneLoad
 
 log = logging.getLogger(__name__)
 CIRCUIT_NUMBERS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from monitoring.queue import Health, View, stored_circuit
-from rules.circuit import State
+from rules.admission.circuit import State
 
 CHECK_SECONDS = 2.0
 # What a load balancer or a person's monitor should act on. A queue at warning still takes everything.

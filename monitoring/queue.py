@@ -14,11 +14,12 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from devices.exceptions import Overloaded
-from rules import backpressure, circuit_store, load, rejections
-from rules.backpressure import Snapshot
-from rules.circuit import State, Thresholds
-from rules.circuit_store import Stored
-from rules.load import Load
+from rules.admission import circuit_store, control, rejections
+from rules.admission.circuit import State, Thresholds
+from rules.admission.circuit_store import Stored
+from rules.admission.control import Snapshot
+from rules.journal import queue_stats
+from rules.journal.queue_stats import Load
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class View:
 def look() -> View:
     """Within about two seconds, also while Redis hangs."""
     known = _known()
-    configured = backpressure.configured_thresholds()
+    configured = control.configured_thresholds()
     if known:
         return View(known=known, stored=known.snapshot.circuit, stale=known.snapshot.stale, configured=configured)
     stored = stored_circuit()
@@ -115,8 +116,8 @@ def look() -> View:
 
 def _known() -> Known | None:
     try:
-        snapshot = backpressure.shared().snapshot()
-        measured, rejected, weaknesses = load.measure(), rejections.counts(), redis.weaknesses()
+        snapshot = control.shared().snapshot()
+        measured, rejected, weaknesses = queue_stats.measure(), rejections.counts(), redis.weaknesses()
     except Overloaded as refusal:
         log.warning("the queue cannot be seen: %s", refusal.detail)
     except RedisError as error:

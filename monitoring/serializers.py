@@ -11,8 +11,8 @@ from typing import Any
 from rest_framework import serializers
 
 from monitoring.queue import Health, Known, View
-from rules.circuit import State, Thresholds
-from rules.load import LaneLoad, Load
+from rules.admission.circuit import State, Thresholds
+from rules.journal.queue_stats import LaneLoad, Load
 
 LEVELS = ", ".join(health.word for health in Health)
 STATES = ", ".join(State)

@@ -25,7 +25,7 @@ from monitoring import health, serializers
 from monitoring.access import MayWatch, MetricsTokenAuthentication
 from monitoring.exposition import expose
 from monitoring.queue import Health, look
-from rules import backpressure, circuit_store
+from rules.admission import circuit_store, control
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,6 @@ class ResetView(APIView):
 
 def _depth() -> int | None:
     try:
-        return backpressure.shared().snapshot().depth
+        return control.shared().snapshot().depth
     except Overloaded:
         return None

@@ -110,3 +110,12 @@ def body(message: Message) -> dict[str, Any]:
         "timestamp": message.timestamp,
         "data": message.payload,
     }
+
+
+# Who asks a device to act. A change that the device itself reported must not come back to it as a command.
+COMMANDING_SOURCES = frozenset({"rule", "person"})
+
+
+def is_wish(message: Message) -> bool:
+    """Whether a change of state is one that the device is to make, not one that it has reported."""
+    return message.payload.get("source") in COMMANDING_SOURCES

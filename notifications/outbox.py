@@ -20,10 +20,10 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import redis
-from notifications import messages, topics
+from notifications import messages
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
-from notifications.publication import Entry, append, expiry, lifetime, state_of
+from notifications.publisher import Entry, append, expiry, lifetime, state_of
 
 log = logging.getLogger(__name__)
 # Younger rows may still be published by the process that wrote them.
@@ -166,7 +166,7 @@ def _superseded(rows: Sequence[Notification]) -> list[int]:
         event=messages.DEVICE_STATE_CHANGE,
         device_id__in={row.device_id for row in changes},
         id__gt=min(row.pk for row in changes),
-        payload__source__in=topics.COMMANDING_SOURCES,
+        payload__source__in=messages.COMMANDING_SOURCES,
     ).exclude(id__in=[row.pk for row in changes])
     counted = newer.order_by().values_list("device_id", "payload__stateName").annotate(Max("id"))
     newest = {(device_id, name): newest for device_id, name, newest in counted}

@@ -384,3 +384,20 @@ def _ungrouped(group: _Group) -> list[Event]:
         )
         for identifier, timestamp_us, values in group.items
     ]
+
+
+CHAIN = "chain"
+"""The source type of an event that runs the chain that is its originator."""
+
+TIMER = "timer"
+"""The protocol of an event that time alone brings about: a sensor's or device's, without values."""
+
+
+def is_run(event: Event) -> bool:
+    """Whether the event runs chains on what is known, instead of telling what a sensor or device says."""
+    return event.source_type == CHAIN or event.protocol == TIMER
+
+
+def named(event: Event) -> tuple[str, ...] | None:
+    """The uuids of the chains that the event is for; None when it is for all that wait for it."""
+    return (event.originator_uuid,) if event.source_type == CHAIN else event.chains

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from typing import NamedTuple
 
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
@@ -12,11 +14,30 @@ from redis.exceptions import RedisError
 from aemos.lib import metrics
 from devices.catalogue import Credential
 from devices.exceptions import Forbidden, Overloaded, Refusal, Unauthorized
-from notifications.transports.base import Receipt, Result
-from rules import backpressure, events, rejections
-from rules.circuit import Verdict
+from rules import events
+from rules.admission import control, rejections
+from rules.admission.circuit import Verdict
 from rules.events import Event
-from rules.group_commit import GroupCommit
+from rules.journal.group_commit import GroupCommit
+
+
+class Result(NamedTuple):
+    """The decision about one event of a batch, and the reason in one word."""
+
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """How a request ended that was not refused as a whole: counts of events.
+
+    `results` holds one decision per event; it is empty when all were accepted.
+    """
+
+    accepted: int
+    rejected: int = 0
+    results: tuple[Result, ...] = ()
 
 
 def submit(
@@ -41,7 +62,7 @@ def submit(
         raise
     verdicts = _verdicts(batch, hold=hold)
     accepted = [event for event in batch if verdicts[event.priority].accept]
-    backpressure.shared().admitted(len(accepted))
+    control.shared().admitted(len(accepted))
     receipt = _receipt(batch, verdicts, len(accepted))
     return Pending(shared_commit().put(accepted), accepted, receipt=receipt, hold=hold)
 
@@ -60,7 +81,7 @@ class Pending:
         try:
             self._result.get()
         except RedisError as error:
-            refusal = backpressure.unavailable(error)
+            refusal = control.unavailable(error)
             _refuse(self._accepted, refusal, hold=self._hold)
             raise refusal from error
         metrics.INGESTED.labels(self._accepted[0].protocol, "accepted").inc(self._receipt.accepted)
@@ -83,7 +104,7 @@ def _authorized(credential: Credential | None, uuid: str | None) -> Credential:
 
 def _verdicts(batch: Sequence[Event], *, hold: bool) -> dict[int, Verdict]:
     """The decision about each priority of the batch. Raises Overloaded when none may go on."""
-    admission = backpressure.shared()
+    admission = control.shared()
     priorities = {event.priority for event in batch}
     try:
         verdicts = {priority: admission.verdict(priority, batch[0].organization_id) for priority in priorities}

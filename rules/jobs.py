@@ -19,13 +19,18 @@ from rq.timeouts import BaseTimeoutException
 
 from aemos.lib import keys, metrics, redis
 from devices import latest
-from notifications import telemetry
-from rules import batch, dead_letters, effects, events, index, tickets, timers
-from rules.batch import Begin, Ended, Failure
+from notifications import live_channel
+from rules import events
+from rules.effects import perform
+from rules.engine.exceptions import ErrorCode
 from rules.events import Event
-from rules.exceptions import ErrorCode
-from rules.journal import Entry, Finished, Lease, Overtaken, Slot
-from rules.memory import Memory
+from rules.journal import tickets
+from rules.journal.lease import Entry, Finished, Lease, Overtaken
+from rules.journal.slots import Slot
+from rules.processing import batch, failures, index, timers
+from rules.processing.batch import Begin, Ended
+from rules.processing.condition_memory import Memory
+from rules.processing.failures import Failure
 
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.2
@@ -113,7 +118,7 @@ def _add(work: Work, entry: Entry) -> None:
         work.events += events.decode_entry(entry.data)
     except (msgspec.DecodeError, ValueError) as error:
         log.error("entry %s of the %s lane cannot be read: %s", entry.id.decode(), work.lane, error)
-        dead_letters.keep_unreadable(entry, lane=work.lane, error=f"unreadable journal entry: {error}")
+        failures.keep_unreadable(entry, lane=work.lane, error=f"unreadable journal entry: {error}")
         work.unreadable += entry.count
 
 
@@ -130,7 +135,7 @@ def _process(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
 
 
 def _process_together(due: Sequence[Event], work: Work, *, begin: Begin | None) -> Ended:
-    keep = partial(dead_letters.keep, lane=work.lane)
+    keep = partial(failures.keep, lane=work.lane)
     return batch.process(due, keep, memory=work.memory, begin=begin, taken_over=work.taken_over)
 
 
@@ -154,17 +159,17 @@ def _process_alone(event: Event, work: Work, *, begin: Begin) -> Ended:
 
 def _failed(failure: Failure, *, lane: str) -> Ended:
     with transaction.atomic():
-        dead_letters.keep([failure], lane=lane)
+        failures.keep([failure], lane=lane)
     return Ended(failures=[failure])
 
 
 def _finish(lease: Lease, work: Work, ended: Ended) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
-    effects.tell(ended.performed)
+    perform.tell(ended.performed)
     latest.remember(ended.latest)
     timers.remember(ended.wakes)
-    telemetry.tell(ended.watched)
-    delayed = dead_letters.next_attempts(ended.failures)
+    live_channel.tell(ended.watched)
+    delayed = failures.next_attempts(ended.failures)
     dead = len({failure.event.id for failure in ended.failures}) - len(delayed)
     finished = Finished(
         entry_ids=work.entries,
@@ -191,7 +196,7 @@ def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
 
 def _ended_by_organization(work: Work, ended: Ended) -> Counter[int]:
     """Events by organization, without those that wait for another attempt."""
-    again = {failure.event.id for failure in ended.failures if not dead_letters.is_final(failure)}
+    again = {failure.event.id for failure in ended.failures if not failures.is_final(failure)}
     return Counter(event.organization_id for event in work.events if event.id not in again)
 
 

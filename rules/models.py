@@ -10,8 +10,8 @@ from django.db import models
 from django.utils import timezone
 
 from devices.models import Identified, Organization
-from rules import cron
-from rules.cron import Schedule
+from rules.engine import cron
+from rules.engine.cron import Schedule
 
 
 class RuleChainQuerySet(models.QuerySet["RuleChain"]):
@@ -158,7 +158,7 @@ class Severity(models.TextChoices):
 class Alarm(Identified):
     """Something that needs a person: of one type at one originator there is at most one that is not cleared."""
 
-    originator_name = ""  # no column: rules.alarms.name_originators looks it up
+    originator_name = ""  # no column: rules.effects.alarms.name_originators looks it up
 
     class State(models.TextChoices):
         ACTIVE = "active", "active: nobody has taken it up"

@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from aemos.lib import keys
 from aemos.lib.retention import delete_in_chunks
-from rules.durations import MAX_DAYS
+from rules.engine.durations import MAX_DAYS
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.urls import path
 from rest_framework.routers import SimpleRouter
 
-from rules import alarm_views, rejected_views, telemetry, views
+from rules.api import alarm_views, rejected_views, telemetry, views
 
 router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("rule-chains", views.RuleChainViewSet)

@@ -9,8 +9,8 @@ from typing import Any
 from django.contrib.auth.models import User
 
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Role, Sensor, Variable
-from rules import editing
-from rules.actions import ACTIONS
+from rules.authoring import editing
+from rules.engine.actions import ACTIONS
 from rules.models import RuleChain, RuleNode
 
 _numbers = count(1)

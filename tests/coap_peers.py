@@ -15,7 +15,7 @@ import gevent
 import gevent.event
 import gevent.socket
 
-from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler, Limits
+from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler, Limits
 
 aiocoap: Any = untyped_aiocoap
 Options = list[tuple[int, bytes]]

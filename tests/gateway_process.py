@@ -158,8 +158,8 @@ def _run_gateway(spec: list[dict[str, Any]]) -> None:
     import gevent
     from gevent.event import Event
 
-    from notifications.gateway import Gateway
-    from notifications.live import LiveReadings
+    from gateway.dispatcher import Gateway
+    from gateway.live_readings import LiveReadings
 
     transports = [_transport(**each) for each in spec]
     companions = {each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "tell_watchers")}
@@ -179,21 +179,21 @@ def _print(**values: Any) -> None:
 
 def _transport(kind: str, **options: Any) -> Any:
     if kind == "socketio":
-        from notifications.transports import socketio_engine, socketio_replay
-        from notifications.transports.socketio import SocketIoTransport
+        from gateway.socketio import engine, replay
+        from gateway.socketio.transport import SocketIoTransport
 
-        socketio_replay.MAXIMUM_REPLAYED = options.get("replayed", socketio_replay.MAXIMUM_REPLAYED)
+        replay.MAXIMUM_REPLAYED = options.get("replayed", replay.MAXIMUM_REPLAYED)
         if files := options.get("files"):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-            socketio_engine.REQUEST_SECONDS = 2.0  # so that a test need not wait so long for those who say nothing
+            engine.REQUEST_SECONDS = 2.0  # so that a test need not wait so long for those who say nothing
         return SocketIoTransport(port=0)
     if kind == "mqtt":
-        from notifications.transports.mqtt import MqttTransport
+        from gateway.mqtt.transport import MqttTransport
 
         _lead_in_short_terms()
         return MqttTransport(_ingest)
     if kind == "coap":
-        from notifications.transports.coap import CoapTransport
+        from gateway.coap.transport import CoapTransport
 
         return CoapTransport(_ingest, port=0)
     return _memory_transport(**options)
@@ -202,9 +202,9 @@ def _transport(kind: str, **options: Any) -> Any:
 def _lead_in_short_terms() -> None:
     """So that a test need not wait five seconds for each successor."""
     from aemos.lib import leader
-    from notifications import stream
+    from gateway import cursors
 
-    leader.TERM_MS, stream.ASK_TO_LEAD_SECONDS = 2_000, 0.3
+    leader.TERM_MS, cursors.ASK_TO_LEAD_SECONDS = 2_000, 0.3
 
 
 def _memory_transport(
@@ -218,9 +218,9 @@ def _memory_transport(
 ) -> Any:
     import gevent
 
+    from gateway.memory import MemoryTransport
+    from gateway.transport import Delivered, TransportError
     from notifications.messages import Message, Protocol
-    from notifications.transports.base import Delivered, TransportError
-    from notifications.transports.memory import MemoryTransport
 
     errors: dict[str, Exception] = {
         "permanent": TransportError("never", permanent=True),
@@ -248,7 +248,7 @@ def _memory_transport(
 def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
     """Refuses who has no credential or another's, and takes everything else."""
     from devices.exceptions import Forbidden, Unauthorized
-    from notifications.transports.base import Receipt
+    from rules.ingest import Receipt
 
     class Taken:
         def wait(self) -> Receipt:
@@ -410,18 +410,18 @@ def switch_and_die(*, device: str) -> int:
 def measure(*, variable: str, values: Sequence[float]) -> int:
     """Live readings of a variable, a microsecond apart, as a worker tells them; how many somebody watches."""
     from devices.models import Variable
-    from notifications import telemetry
+    from notifications import live_channel
 
     key = Variable.objects.get(uuid=variable).pk
     rows = [(key, 1_767_323_045_000_000 + number, value, None) for number, value in enumerate(values)]
-    chosen = telemetry.choose(rows, {row[:2] for row in rows}, wanted=telemetry.Wanted().ids())
-    telemetry.tell(chosen)
+    chosen = live_channel.choose(rows, {row[:2] for row in rows}, wanted=live_channel.Wanted().ids())
+    live_channel.tell(chosen)
     return len(chosen)
 
 
 def publish_many(*, organization: str, count: int, size: int) -> list[str]:
     """Messages of about `size` bytes on the stream alone; their ids."""
-    from notifications.publication import Entry, append
+    from notifications.publisher import Entry, append
 
     sent = [new_message(organization, payload={"text": "x" * size}) for _ in range(count)]
     append(map(Entry, sent))
@@ -469,9 +469,9 @@ def settle_deliveries(*, seconds: float) -> int:
 
     from django.utils import timezone
 
-    from notifications import overdue
+    from notifications import upkeep
 
-    return overdue.publish_lost(timezone.now() + timedelta(seconds=seconds))
+    return upkeep.publish_lost(timezone.now() + timedelta(seconds=seconds))
 
 
 def wanted(*, device: str) -> Any:
@@ -545,7 +545,8 @@ def switch(*, device: str, count: int) -> list[str]:
     from django.utils import timezone
 
     from devices.models import DeviceState
-    from rules import events, states
+    from rules import events
+    from rules.effects import states
 
     state = DeviceState.objects.get(device__uuid=device, name="power")
     ids = []

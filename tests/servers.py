@@ -95,9 +95,11 @@ def fresh_process() -> Iterator[None]:
     """Before and after the test, forgets what a web process keeps in memory."""
     from aemos.lib import redis
     from devices import catalogue
-    from rules import backpressure, index, ingest, rejections
+    from rules import ingest
+    from rules.admission import control, rejections
+    from rules.processing import index
 
-    shared = (catalogue.shared, index.shared, ingest.shared_commit, backpressure.shared, rejections.shared)
+    shared = (catalogue.shared, index.shared, ingest.shared_commit, control.shared, rejections.shared)
     for cached in shared:
         cached.cache_clear()
     yield

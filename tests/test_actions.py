@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.models import Role
-from rules import chains
-from rules.actions import (
+from rules.engine import chains
+from rules.engine.actions import (
     ROLES,
     SEVERITIES,
     Action,
@@ -23,12 +23,12 @@ from rules.actions import (
     RaiseAlarm,
     compile_action,
 )
-from rules.chains import ChainSpec, NodeSpec, Outcome
-from rules.durations import microseconds_of, not_a_duration
-from rules.exceptions import ChainFailed, InvalidChain
+from rules.engine.chains import ChainSpec, NodeSpec, Outcome
+from rules.engine.context import Run, Trigger, Value, refuses_nothing
+from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.exceptions import ChainFailed, InvalidChain
+from rules.engine.templating import MAXIMUM_LENGTH, compile_template, not_a_template
 from rules.models import Severity
-from rules.scope import Run, Trigger, Value, refuses_nothing
-from rules.templating import MAXIMUM_LENGTH, compile_template, not_a_template
 
 CHAIN = "7b1c2f60-0a4e-4d2c-9a51-3f1f6d1f0001"
 SENSOR = "7b1c2f60-0a4e-4d2c-9a51-3f1f6d1f0002"

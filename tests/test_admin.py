@@ -32,7 +32,7 @@ from devices.models import (
 )
 from devices.scoped_admin import COUNTED_ROWS, BoundedPaginator, ScopedAdmin
 from notifications.models import Delivery, Notification
-from rules import journal
+from rules.journal import ledger
 from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain
 from tests import builders
 from tests.test_api_rights import Farm, make_farm
@@ -540,11 +540,11 @@ def test_a_chain_is_run_for_real_from_its_page() -> None:
     farm, client = make_farm(), superuser()
     answer = client.post(page_of(farm.chain, "run"), follow=True)
     assert "runs now, as event" in answer.text
-    assert journal.counts().depth["critical"] == 1
+    assert ledger.counts().depth["critical"] == 1
     RuleChain.objects.update(suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
     assert "Run now" not in client.get(page_of(farm.chain)).text
     assert "is not switched on" in client.post(page_of(farm.chain, "run"), follow=True).text
-    assert journal.counts().depth["critical"] == 1
+    assert ledger.counts().depth["critical"] == 1
     assert client.get(page_of(farm.chain, "run")).status_code == 405
 
 
@@ -591,7 +591,7 @@ def test_pages_of_a_chain_take_the_same_rights_as_the_api() -> None:
         assert staff(own.organization, "operator").post(page_of(other.chain, page)).status_code == 404
     assert "Run now" not in viewer.get(page_of(own.chain)).text
     assert RuleChain.objects.count() == 2
-    assert journal.counts().total == 0
+    assert ledger.counts().total == 0
 
 
 def test_switching_on_in_the_list_lets_a_suspended_chain_run_again() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rules import events
-from rules.alarm_cases import CLOCK_TOLERANCE, Case, Change, Clear, News, Raise, Terms
+from rules.effects.alarm_lifecycle import CLOCK_TOLERANCE, Case, Change, Clear, News, Raise, Terms
 from rules.models import Alarm
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)

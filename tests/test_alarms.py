@@ -22,8 +22,9 @@ from devices import catalogue
 from devices.models import Organization, Sensor
 from notifications import messages, outbox
 from notifications.models import Notification
-from rules import alarms, events, retention
-from rules.alarm_cases import Clear, Raise
+from rules import events, retention
+from rules.effects import alarms
+from rules.effects.alarm_lifecycle import Clear, Raise
 from rules.models import ActionCooldown, Alarm
 from tests import builders
 

@@ -18,9 +18,13 @@ from deploy.servers import free_port
 from devices.models import CatalogueVersion, Device, DeviceState, Membership, Organization, Sensor, StateChange
 from notifications import messages
 from notifications.models import Notification
-from rules import chains, editing, journal, suspension, validation
-from rules.exceptions import InvalidChain
+from rules.authoring import editing, validation
+from rules.effects import suspension
+from rules.engine import chains
+from rules.engine.exceptions import InvalidChain
+from rules.journal import ledger
 from rules.models import Alarm, ChainStatistics, DeadLetter, RejectedEvent, RuleChain, RuleNode
+from rules.processing import loading
 from tests import builders
 
 pytestmark = pytest.mark.django_db
@@ -94,7 +98,7 @@ def test_a_chain_is_created_with_its_nodes(farm: Farm) -> None:
     assert (created["version"], created["enabled"], created["executionType"]) == (1, True, "event-triggered")
     assert (created["priority"], created["maxRetries"]) == (2, 3)
     assert created == farm.client.get(f"{API}/rule-chains/{created['uuid']}").json()
-    assert chains.compile(validation.spec_of(chain, chain.nodes.all())).references
+    assert chains.compile(loading.spec_of(chain, chain.nodes.all())).references
     assert farm.version() == before + 1
 
 
@@ -339,14 +343,14 @@ def test_triggering_puts_an_urgent_event_of_the_chain_into_the_journal(farm: Far
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert answer.status_code == 202
     assert list(answer.json()) == ["eventId"]
-    assert journal.counts().depth["critical"] == 1
+    assert ledger.counts().depth["critical"] == 1
     farm.client.post(f"{url(chain)}/disable")
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert (answer.status_code, answer.json()["detail"]) == (409, "Acid is switched off; switch it on first.")
     RuleChain.objects.update(enabled=True, suspended_at=datetime(2026, 5, 1, tzinfo=UTC))
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert (answer.status_code, answer.json()["detail"]) == (409, "Acid is suspended; switch it on first.")
-    assert journal.counts().depth["critical"] == 1
+    assert ledger.counts().depth["critical"] == 1
 
 
 @pytest.mark.usefixtures("empty_redis", "fresh_process")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notifications.backlog import Backlog, Item
+from gateway.backlog import Backlog, Item
 from tests.gateway_process import new_message
 
 DEVICES = [str(UUID(int=number)) for number in range(2, 6)]

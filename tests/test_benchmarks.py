@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import rules
 from benchmarks.rules import Sizes
-from rules import index
+from rules.processing import index
 
 
 @pytest.fixture(autouse=True)

@@ -23,10 +23,10 @@ from aemos.lib.leader import Leader
 from deploy.servers import GATEWAY_USERNAME, Server, free_port, initial_security, mosquitto
 from devices import tokens
 from devices.models import Device, DeviceToken, Organization
-from notifications import broker as accounts
-from notifications import broker_sync, topics
-from notifications.broker import BrokerAway, CommandFailed, DynamicSecurity, Outcome, Sparingly
-from notifications.broker_sync import BrokerSync, Changes, reconcile, sync_once, verify
+from gateway.mqtt import accounts, dynamic_security, topics
+from gateway.mqtt.accounts import BrokerSync, Changes, reconcile, sync_once, verify
+from gateway.mqtt.connection import BrokerAway, Sparingly
+from gateway.mqtt.dynamic_security import CommandFailed, DynamicSecurity, Outcome
 from notifications.models import BrokerAccount
 from tests import builders
 from tests.mqtt_clients import client, device, mosquitto_sub, operator, patient, until
@@ -138,7 +138,7 @@ def test_device_hears_its_own_state_and_its_organization_and_nobody_elses(
         "#",
         "$share/g/devices/+/datastream",
         topics.datastream(str(pump.uuid)),
-        accounts.RESPONSES,
+        dynamic_security.RESPONSES,
     ]
     with device(broker, token) as listener, operator(broker) as speaker:
         assert listener.connected.wait(5)
@@ -274,7 +274,9 @@ def test_accounts_written_to_the_broker_but_not_to_the_table_are_adopted(
 def test_half_made_account_is_repaired(broker: Server, pump: Device, security: DynamicSecurity) -> None:
     token = builders.token(pump)
     role, prefix = topics.role_name(str(pump.uuid)), tokens.prefix_of(token)
-    security.execute([accounts.create_role(role, []), accounts.create_client(prefix, password="old", rolename=role)])
+    security.execute(
+        [dynamic_security.create_role(role, []), dynamic_security.create_client(prefix, password="old", rolename=role)]
+    )
     assert reconcile(security) == Changes(created=1)
     with device(broker, token) as speaker:
         assert speaker.connected.wait(5)
@@ -288,7 +290,10 @@ def test_accounts_that_the_broker_lacks_already_are_removed_from_the_table(
     reconcile(security)
     row = BrokerAccount.objects.get()
     security.execute(
-        [accounts.delete_client(row.username), accounts.delete_role(topics.role_name(str(row.originator_uuid)))]
+        [
+            dynamic_security.delete_client(row.username),
+            dynamic_security.delete_role(topics.role_name(str(row.originator_uuid))),
+        ]
     )
     DeviceToken.objects.revoke()
     assert reconcile(security) == Changes(removed=1)
@@ -302,10 +307,10 @@ def test_clients_and_roles_of_no_token_are_taken_away_and_others_left_alone(
     stranger = topics.role_name(str(uuid4()))
     security.execute(
         [
-            accounts.create_role(stranger, []),
-            accounts.create_client("stranger", password="x", rolename=stranger),
-            accounts.create_role("dashboards", []),
-            accounts.create_client("dashboard", password="x", rolename="dashboards"),
+            dynamic_security.create_role(stranger, []),
+            dynamic_security.create_client("stranger", password="x", rolename=stranger),
+            dynamic_security.create_role("dashboards", []),
+            dynamic_security.create_client("dashboard", password="x", rolename="dashboards"),
         ]
     )
     try:
@@ -314,7 +319,7 @@ def test_clients_and_roles_of_no_token_are_taken_away_and_others_left_alone(
         assert state_of(security) == ({DeviceToken.objects.get().prefix}, {topics.role_name(str(pump.uuid))})
         assert "dashboard" in security.clients()
     finally:
-        security.execute([accounts.delete_client("dashboard"), accounts.delete_role("dashboards")])
+        security.execute([dynamic_security.delete_client("dashboard"), dynamic_security.delete_role("dashboards")])
 
 
 def test_account_that_lost_its_role_is_made_again(broker: Server, pump: Device, security: DynamicSecurity) -> None:
@@ -334,7 +339,7 @@ def test_role_that_an_unknown_client_holds_is_left_until_the_client_is_gone(
     builders.token(pump)
     reconcile(security)
     role = topics.role_name(str(pump.uuid))
-    security.execute([accounts.create_client("stranger", password="x", rolename=role)])
+    security.execute([dynamic_security.create_client("stranger", password="x", rolename=role)])
     DeviceToken.objects.revoke()
     assert reconcile(security) == Changes(removed=1)
     assert state_of(security) == ({"stranger"}, {role})
@@ -343,7 +348,7 @@ def test_role_that_an_unknown_client_holds_is_left_until_the_client_is_gone(
 
 
 def test_more_tokens_than_fit_one_request_are_all_made(farm: Organization, security: DynamicSecurity) -> None:
-    for _ in range(broker_sync.BATCH * 2 + 1):
+    for _ in range(accounts.BATCH * 2 + 1):
         builders.token(builders.device(farm))
     number = DeviceToken.objects.count()
     assert reconcile(security) == Changes(created=number)
@@ -418,8 +423,8 @@ def test_loop_looks_at_the_tokens_only_when_something_can_have_changed(
 
         return compare
 
-    monkeypatch.setattr(broker_sync, "verify", comparing("broker"))
-    monkeypatch.setattr(broker_sync, "reconcile", comparing("tokens"))
+    monkeypatch.setattr(accounts, "verify", comparing("broker"))
+    monkeypatch.setattr(accounts, "reconcile", comparing("tokens"))
     sync = BrokerSync(clock=lambda: now[0])
     sync._security = security
     monkeypatch.setattr(security, "revive", lambda: None)
@@ -430,7 +435,7 @@ def test_loop_looks_at_the_tokens_only_when_something_can_have_changed(
     sync._step()
     sync._step()
     assert compared == ["broker", "tokens"]
-    now[0] += broker_sync.SWEEP_SECONDS
+    now[0] += accounts.SWEEP_SECONDS
     sync._step()
     assert compared == ["broker", "tokens", "broker"]
     security.connections += 1
@@ -462,8 +467,8 @@ def test_rights_of_an_earlier_version_are_replaced_as_soon_as_the_broker_is_look
     reconcile(security)
     old, username = f"device-{pump.uuid}", tokens.prefix_of(token)
     security.execute(
-        [accounts.create_role(old, []), accounts.modify_client(username, password=token, rolename=old),
-         accounts.delete_role(topics.role_name(str(pump.uuid)))]
+        [dynamic_security.create_role(old, []), dynamic_security.modify_client(username, password=token, rolename=old),
+         dynamic_security.delete_role(topics.role_name(str(pump.uuid)))]
     )  # fmt: skip
     verify(security)
     assert state_of(security) == ({username}, {topics.role_name(str(pump.uuid))})
@@ -492,9 +497,14 @@ def test_sync_broker_counts_what_is_missing_and_too_much_and_evens_it_out(
     token, ended = builders.token(pump), builders.token(builders.device(farm))
     reconcile(security)
     DeviceToken.objects.filter(prefix=tokens.prefix_of(ended)).revoke()
-    security.execute([accounts.delete_client(tokens.prefix_of(token))])
+    security.execute([dynamic_security.delete_client(tokens.prefix_of(token))])
     role = topics.role_name(str(uuid4()))
-    security.execute([accounts.create_role(role, []), accounts.create_client("stranger", password="x", rolename=role)])
+    security.execute(
+        [
+            dynamic_security.create_role(role, []),
+            dynamic_security.create_client("stranger", password="x", rolename=role),
+        ]
+    )
 
     counted = "           1  accounts are missing\n           2  are too many\n"
     assert sync_broker("--dry-run") == counted
@@ -506,11 +516,11 @@ def test_sync_broker_counts_what_is_missing_and_too_much_and_evens_it_out(
 
 
 def test_sync_broker_draws_its_progress_on_a_terminal(farm: Organization) -> None:
-    for _ in range(broker_sync.BATCH + 1):
+    for _ in range(accounts.BATCH + 1):
         builders.token(builders.device(farm))
     total, out = DeviceToken.objects.count(), Terminal()
     call_command("sync_broker", stdout=out)
-    assert f"{broker_sync.BATCH} of {total}" in out.getvalue()
+    assert f"{accounts.BATCH} of {total}" in out.getvalue()
 
 
 def test_sync_broker_says_in_one_line_why_it_cannot(broker: Server, settings: Any) -> None:
@@ -543,14 +553,14 @@ def test_broker_with_tls_is_trusted_by_its_authority_and_asks_for_a_certificate(
     settings.MQTT_TLS, settings.MQTT_PORT = True, port
     settings.MQTT_CA_FILE, settings.MQTT_CERT_FILE, settings.MQTT_KEY_FILE = authority.file, own.certificate, own.key
     try:
-        with broker_sync.connected() as security:
+        with accounts.connected() as security:
             assert "gateway" in security.roles()
         settings.MQTT_CERT_FILE = settings.MQTT_KEY_FILE = ""
-        with pytest.raises(BrokerAway), broker_sync.connected(timeout_seconds=2):
+        with pytest.raises(BrokerAway), accounts.connected(timeout_seconds=2):
             pass
         stranger = Authority(tmp_path / "stranger")
         settings.MQTT_CA_FILE = stranger.file
-        with pytest.raises(BrokerAway), broker_sync.connected(timeout_seconds=2):
+        with pytest.raises(BrokerAway), accounts.connected(timeout_seconds=2):
             pass
         assert "certificate verify failed" in caplog.text
     finally:
@@ -594,7 +604,7 @@ class Authority:
 
 
 def test_refused_commands_name_themselves_and_the_reason(security: DynamicSecurity) -> None:
-    outcomes = security.execute([accounts.delete_client("nobody"), {"command": "listRoles"}])
+    outcomes = security.execute([dynamic_security.delete_client("nobody"), {"command": "listRoles"}])
     assert outcomes[0] == Outcome("deleteClient", "Client not found")
     assert not outcomes[1].error
     assert "gateway" in outcomes[1].data["roles"]
@@ -609,7 +619,7 @@ def test_broker_that_is_away_is_an_error_and_nothing_is_carried_out_later(
     until(lambda: not security.ready.is_set())
     role = topics.role_name(str(uuid4()))
     with pytest.raises(BrokerAway):
-        security.execute([accounts.create_role(role, [])])
+        security.execute([dynamic_security.create_role(role, [])])
     broker.start()
     assert security.ready.wait(10)
     assert role not in security.roles()
@@ -642,7 +652,7 @@ def test_wrong_password_is_reported_as_such_once_and_never_shown(
 
 
 def test_broker_that_comes_and_goes_is_logged_once_per_change(broker: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="notifications.broker"), DynamicSecurity() as security:
+    with caplog.at_level(logging.INFO, logger="gateway.mqtt.connection"), DynamicSecurity() as security:
         assert security.ready.wait(5)
         broker.kill()
         until(lambda: not security.ready.is_set())
@@ -675,7 +685,7 @@ def test_callback_that_fails_is_counted_and_does_not_end_the_connection(
 
     client_, real = security._connection.client, security._connection.client.on_message
     client_.on_message = security._connection.guarded(fails)
-    client_.publish(accounts.CONTROL, json.dumps({"commands": [{"command": "listRoles"}]}))
+    client_.publish(dynamic_security.CONTROL, json.dumps({"commands": [{"command": "listRoles"}]}))
     until(lambda: security._connection.counts["callback-failed"])
     client_.on_message = real
     assert "gateway" in security.roles()

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rules import chains
-from rules.actions import ACTIONS, Command, DeviceCommand
-from rules.chains import MAX_REFERENCES, MAX_STEPS, Chain, ChainSpec, NodeSpec, Outcome
-from rules.exceptions import ChainFailed, InvalidChain, Problem, RuleError
-from rules.scope import Reference, Sample, Trigger, Value
+from rules.engine import chains
+from rules.engine.actions import ACTIONS, Command, DeviceCommand
+from rules.engine.chains import MAX_REFERENCES, MAX_STEPS, Chain, ChainSpec, NodeSpec, Outcome
+from rules.engine.context import Reference, Sample, Trigger, Value
+from rules.engine.exceptions import ChainFailed, InvalidChain, Problem, RuleError
 
 ROOT = Path(__file__).parents[1]
 CHAIN = "5f2d8c1a-94b7-4e3f-a6d0-1b8c7e9f2a34"
@@ -654,7 +654,7 @@ def test_every_action_type_is_known_to_the_table() -> None:
 def test_the_core_is_pure() -> None:
     """Conditions and chains run where neither Django nor Redis nor RQ is loaded."""
     script = (
-        "import sys, rules.chains\n"
+        "import sys, rules.engine.chains\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'django', 'redis', 'rq', 'django_rq'}))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DJANGO_SETTINGS_MODULE"}

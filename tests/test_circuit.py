@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rules import circuit, drain_rate
-from rules.circuit import Samples, State, Thresholds
-from rules.drain_rate import Rate
+from rules.admission import circuit, rates
+from rules.admission.circuit import Samples, State, Thresholds
+from rules.admission.rates import Rate
 
 THRESHOLDS = Thresholds(recovery=5_000, warning=10_000, critical=50_000)
 PRIORITIES = range(1, 11)
@@ -236,7 +236,7 @@ def test_time_without_a_backlog_does_not_lower_the_rate() -> None:
 
 
 def test_a_lane_waits_for_the_lanes_before_it() -> None:
-    found = drain_rate.delays(
+    found = rates.delays(
         ("critical", "normal", "low"),
         depths={"critical": 100, "normal": 900, "low": 0},
         drain_rate=200.0,
@@ -247,7 +247,7 @@ def test_a_lane_waits_for_the_lanes_before_it() -> None:
 
 
 def test_without_a_backlog_there_is_no_delay_and_without_a_rate_none_is_known() -> None:
-    found = drain_rate.delays(("a", "b"), depths={"a": 0, "b": 5}, drain_rate=None, arrivals={"a": None, "b": None})
+    found = rates.delays(("a", "b"), depths={"a": 0, "b": 5}, drain_rate=None, arrivals={"a": None, "b": None})
 
     assert found == {"a": 0.0, "b": None}
 
@@ -261,14 +261,14 @@ def test_without_a_backlog_there_is_no_delay_and_without_a_rate_none_is_known() 
 def test_retry_after_is_whole_seconds_from_1_to_300(
     depth: int, rate: float | None, arrivals: float, budget: float
 ) -> None:
-    wait = drain_rate.retry_after(depth, drain_rate=rate, arrivals=arrivals, budget_seconds=budget)
+    wait = rates.retry_after(depth, drain_rate=rate, arrivals=arrivals, budget_seconds=budget)
 
     assert isinstance(wait, int)
     assert 1 <= wait <= 300
 
 
 def test_retry_after_follows_the_backlog_and_is_spread() -> None:
-    waits = {drain_rate.retry_after(20_000, drain_rate=500.0, arrivals=0.0, budget_seconds=30.0) for _ in range(200)}
+    waits = {rates.retry_after(20_000, drain_rate=500.0, arrivals=0.0, budget_seconds=30.0) for _ in range(200)}
 
     assert min(waits) >= 25
     assert max(waits) <= 38

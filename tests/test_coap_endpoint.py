@@ -21,11 +21,11 @@ import gevent.socket
 import pytest
 
 from deploy import programs
-from notifications.transports.coap_blockwise import ExpiringMap
-from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler
-from notifications.transports.coap_limits import DEFAULT_LIMITS
-from notifications.transports.coap_observe import Sequence
-from notifications.transports.coap_peers import MessageIds, network
+from gateway.coap.blockwise import ExpiringMap
+from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Handler
+from gateway.coap.limits import DEFAULT_LIMITS
+from gateway.coap.observe import Sequence
+from gateway.coap.peers import MessageIds, network
 from tests.coap_peers import (
     ACCEPT,
     ACK,
@@ -1152,7 +1152,7 @@ def test_peer_that_closed_its_port_harms_nothing(serve: Serve, farm: Farm) -> No
 PATCHED_SERVER = """
 from gevent import get_hub, monkey; monkey.patch_all()
 import sys, time
-from notifications.transports.coap_endpoint import CoapResponse, Code, Endpoint
+from gateway.coap.endpoint import CoapResponse, Code, Endpoint
 def handler(request):
     time.sleep(0.2)
     return CoapResponse(code=Code.CONTENT, payload=request.payload)

@@ -16,7 +16,7 @@ import gevent.event
 import gevent.socket
 import pytest
 
-from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code, Endpoint
+from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint
 from tests.coap_peers import (
     ACK,
     CON,

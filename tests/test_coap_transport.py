@@ -24,11 +24,12 @@ from aemos.lib import cbor, metrics, redis
 from deploy import programs
 from devices import exceptions
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
-from notifications.transports import coap_states
-from notifications.transports.base import Pending, Receipt
-from notifications.transports.coap import CODES, CoapTransport
-from notifications.transports.coap_endpoint import CoapRequest, CoapResponse, Code
-from notifications.transports.coap_states import States
+from gateway.coap import states
+from gateway.coap.endpoint import CoapRequest, CoapResponse, Code
+from gateway.coap.states import States
+from gateway.coap.transport import CODES, CoapTransport
+from gateway.transport import Pending
+from rules.ingest import Receipt
 from tests import builders, coap_peers
 from tests.gateway_process import GatewayProcess, operator, running
 
@@ -193,15 +194,15 @@ def test_a_body_in_blocks_is_gathered_for_the_token_of_its_sender_only() -> None
 def test_many_who_ask_for_states_at_once_share_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
     organization = builders.organization()
     devices = [builders.device(organization) for _ in range(20)]
-    read, queries = coap_states._read, list[int]()
+    read, queries = states._read, list[int]()
 
     def counted(uuids: list[str]) -> dict[str, Any]:
         queries.append(len(uuids))
         return read(uuids)
 
-    monkeypatch.setattr(coap_states, "_read", counted)
-    states = States()
-    asking = [gevent.spawn(states.of, str(device.uuid)) for device in devices for _ in range(3)]
+    monkeypatch.setattr(states, "_read", counted)
+    shared = States()
+    asking = [gevent.spawn(shared.of, str(device.uuid)) for device in devices for _ in range(3)]
     documents = [each.get(timeout=5) for each in asking]
     assert [document["device"] for document in documents[::3]] == [str(device.uuid) for device in devices]
     assert all(document["states"]["power"]["value"] is None for document in documents)
@@ -216,13 +217,13 @@ def test_a_database_that_is_away_is_said_to_all_who_wait_and_tried_again(monkeyp
             raise OperationalError("gone")
         return {uuid: {} for uuid in uuids}
 
-    monkeypatch.setattr(coap_states, "_read", read)
-    states = States()
-    asking = [gevent.spawn(states.of, name) for name in ("a", "b", "a")]
+    monkeypatch.setattr(states, "_read", read)
+    shared = States()
+    asking = [gevent.spawn(shared.of, name) for name in ("a", "b", "a")]
     gevent.joinall(asking, timeout=5)
     assert [type(each.exception) for each in asking] == [OperationalError] * 3
     away.clear()
-    assert states.of("a") == {"device": "a", "states": {}}
+    assert shared.of("a") == {"device": "a", "states": {}}
 
 
 def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from devices import commands, latest, presence
 from devices.commands import Acknowledgement, State
 from devices.exceptions import BadPayload
 from devices.models import Device, DeviceState, StateChange
-from notifications import topics
+from gateway.mqtt import topics
+from gateway.mqtt.reports import Reports
+from gateway.mqtt.sender_queues import Arrival
 from notifications.models import Notification
-from notifications.transports.mqtt_lanes import Arrival
-from notifications.transports.mqtt_reports import Reports
-from rules import events, states
+from rules import events
+from rules.effects import states
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]

@@ -48,7 +48,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 def test_files_and_commands_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     files = re.findall(
-        r"`((?:aemos|devices|rules|notifications|monitoring|tests|deploy|docs|examples)/[\w./-]+\.\w+)`", text
+        r"`((?:aemos|devices|rules|notifications|gateway|monitoring|tests|deploy|docs|examples)/[\w./-]+\.\w+)`", text
     )
     commands = re.findall(r"manage\.py (\w+)", text)
     known = {path.stem for path in ROOT.glob("*/management/commands/*.py")} | {"check", "migrate"}
@@ -73,7 +73,7 @@ def test_decisions_are_numbered_one_after_the_other() -> None:
 def test_the_backpressure_pages_name_every_reason_threshold_and_default() -> None:
     from django.conf import settings
 
-    from rules.circuit import Reason
+    from rules.admission.circuit import Reason
 
     handling = (ROOT / "docs" / "backpressure-handling.md").read_text()
     internal = {Reason.ACCEPTED, Reason.DISABLED, Reason.RECOVERING, Reason.RECOVERED, Reason.MANUAL, Reason.RESET}

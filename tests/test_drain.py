@@ -16,26 +16,19 @@ from redis import exceptions as redis_errors
 from aemos.lib import keys, redis
 from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
-from notifications import outbox, telemetry
+from notifications import live_channel, outbox
 from notifications.models import Notification
-from rules import (
-    backpressure,
-    batch,
-    dead_letters,
-    editing,
-    index,
-    ingest,
-    jobs,
-    journal,
-    recovery,
-    rejections,
-    states,
-    suspension,
-    tickets,
-)
+from rules import ingest, jobs
+from rules.admission import control, rejections
+from rules.authoring import editing
+from rules.effects import states, suspension
 from rules.events import Event
-from rules.journal import Account, Lease, Slot
+from rules.journal import lease, recovery, slots, tickets
+from rules.journal.lease import Lease
+from rules.journal.ledger import Account, audit
+from rules.journal.slots import Slot
 from rules.models import DeadLetter
+from rules.processing import batch, failures, index
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
@@ -67,7 +60,7 @@ class Farm:
 
     @property
     def slot(self) -> Slot:
-        return Slot("normal", journal.partition_of(str(self.sensor.uuid)))
+        return Slot("normal", slots.partition_of(str(self.sensor.uuid)))
 
     def state(self) -> Any:
         self.power.refresh_from_db()
@@ -76,7 +69,7 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for shared in (catalogue, index, ingest, backpressure, rejections):
+    for shared in (catalogue, index, ingest, control, rejections):
         for name in ("shared", "shared_commit"):
             getattr(getattr(shared, name, None), "cache_clear", lambda: None)()
     return Farm()
@@ -85,12 +78,12 @@ def farm() -> Farm:
 def drain_all() -> None:
     catalogue.shared().refresh(at_once=True)
     index.shared().refresh(at_once=True)
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
 
 
 def ledger() -> Account:
-    return sum((journal.audit(slot) for slot in journal.slots()), Account())
+    return sum((audit(slot) for slot in slots.slots()), Account())
 
 
 def at(second: int) -> str:
@@ -99,7 +92,7 @@ def at(second: int) -> str:
 
 def make_due() -> None:
     """Lets every delayed event be due now instead of waiting for it."""
-    for slot in journal.slots():
+    for slot in slots.slots():
         name = keys.delayed(slot.lane, slot.partition)
         for member in redis.client().zrange(name, 0, -1):
             redis.client().zadd(name, {member: 0})
@@ -128,7 +121,7 @@ def test_reading_over_http_switches_the_pump_and_fills_the_outbox(farm: Farm) ->
 def test_an_accepted_event_is_durable_in_the_journal_with_a_ticket_before_the_answer(farm: Farm) -> None:
     farm.post(6.0)
 
-    assert journal.audit(farm.slot) == Account(accepted=1, depth=1, waiting=1)
+    assert audit(farm.slot) == Account(accepted=1, depth=1, waiting=1)
     assert tickets.queue_of("normal").count == 1
 
 
@@ -192,7 +185,7 @@ def test_a_crash_after_the_commit_leads_to_duplicates_and_no_second_effect(
         patch.setattr(Lease, "release", die)
         with pytest.raises(Killed):
             jobs.drain(farm.slot.lane, farm.slot.partition)
-    assert journal.audit(farm.slot).in_flight == 1
+    assert audit(farm.slot).in_flight == 1
     DeviceState.objects.update(value="off")
     redis.client().delete(keys.lease(farm.slot.lane, farm.slot.partition))
     drain_all()
@@ -517,8 +510,8 @@ def test_a_worker_that_lost_its_lease_acknowledges_nothing(farm: Farm) -> None:
     assert new.acquire()
 
     assert not old.renew()
-    assert not old.finish(journal.Finished(entry_ids=[entry.id], processed=1))
-    assert journal.audit(farm.slot) == Account(accepted=1, depth=1, in_flight=1)
+    assert not old.finish(lease.Finished(entry_ids=[entry.id], processed=1))
+    assert audit(farm.slot) == Account(accepted=1, depth=1, in_flight=1)
     left = new.left_behind()
     assert left is not None
     assert left.id == entry.id
@@ -702,7 +695,7 @@ def test_a_device_reports_its_state_and_rules_hear_of_it_once(farm: Farm) -> Non
 def test_the_worker_runs_only_functions_that_are_listed_and_only_json() -> None:
     from rq.serializers import JSONSerializer
 
-    from rules.workers import AllowedJob, ForbiddenJob
+    from rules.journal.tickets import AllowedJob, ForbiddenJob
 
     job = AllowedJob.create("os.system", args=("true",), connection=redis.client(), serializer=JSONSerializer)
     with pytest.raises(ForbiddenJob, match=r"os\.system"):
@@ -719,10 +712,10 @@ def test_the_final_failure_depends_on_the_chains_own_retries() -> None:
         id=UUID(int=1), type="telemetry-data", priority=5, source_type="sensor", originator_uuid=str(UUID(int=2)),
         organization_id=1, values={}, timestamp_us=0, received_us=0, protocol="http", attempt=2,
     )  # fmt: skip
-    failure = batch.Failure(event=event, error="x")
+    failure = failures.Failure(event=event, error="x")
 
-    assert not dead_letters.is_final(failure)
-    ((due_ms, _),) = dead_letters.next_attempts([failure])
+    assert not failures.is_final(failure)
+    ((due_ms, _),) = failures.next_attempts([failure])
     assert due_ms > time.time() * 1000 + 20_000
 
 
@@ -731,17 +724,17 @@ def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Far
     channel = redis.client().pubsub(ignore_subscribe_messages=True)
     channel.subscribe(keys.TELEMETRY)
     channel.get_message(timeout=1)
-    telemetry.shared.cache_clear()
+    live_channel.shared.cache_clear()
     farm.post(6.1, timestamp=at(1))
     drain_all()
-    telemetry.want([ph.pk], now=time.time())
-    telemetry.shared.cache_clear()
+    live_channel.want([ph.pk], now=time.time())
+    live_channel.shared.cache_clear()
     farm.post({"ph": 6.2, "mode": "auto"}, timestamp=at(2))
     farm.post(6.2, timestamp=at(2), eventId="8b4f1c1e-1111-4111-8111-111111111111")
     drain_all()
     told = []
     while message := channel.get_message(timeout=0.5):
-        told += telemetry.decode(message["data"])
+        told += live_channel.decode(message["data"])
     channel.close()
-    telemetry.shared.cache_clear()
+    live_channel.shared.cache_clear()
     assert [(variable, number) for variable, _, number, _ in told] == [(ph.pk, 6.2)]

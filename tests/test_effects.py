@@ -20,12 +20,15 @@ from devices import catalogue, latest
 from devices.models import Device, DeviceState, StateChange
 from notifications import messages
 from notifications.models import Notification
-from rules import batch, editing, effects, events, index, runs, states
-from rules.batch import Ended
-from rules.cooldowns import CLOCK_TOLERANCE, Cooldowns, Rest
+from rules import events
+from rules.authoring import editing
+from rules.effects import perform, states
+from rules.effects.cooldowns import CLOCK_TOLERANCE, Cooldowns, Rest
 from rules.events import Event, EventType
-from rules.memory import Memory
 from rules.models import ActionCooldown, Alarm, RuleChain
+from rules.processing import batch, index
+from rules.processing.batch import Ended
+from rules.processing.condition_memory import Memory
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_fresh")]
@@ -78,7 +81,7 @@ def process(batch_of: Sequence[Event]) -> Ended:
     index.shared().refresh(at_once=True)
     catalogue.shared().refresh(at_once=True)
     ended = batch.process(batch_of, lambda failures: None, memory=Memory())
-    effects.tell(ended.performed)
+    perform.tell(ended.performed)
     return ended
 
 
@@ -158,8 +161,8 @@ def test_the_same_wishes_twice_leave_one_of_everything(farm: Farm) -> None:
 
     for _ in range(2):
         with transaction.atomic():
-            done = effects.perform(run._wishes)
-        effects.tell(done)
+            done = perform.perform(run._wishes)
+        perform.tell(done)
 
     assert (done.changes, done.notes, done.alarms) == ([], [], [])
     assert (StateChange.objects.count(), Alarm.objects.count(), Notification.objects.count(), len(told())) == (
@@ -442,14 +445,14 @@ def test_devices_that_switch_one_another_do_not_wait_for_one_another_in_a_circle
             farm.organization, [builders.node("on", builders.leaf(one, "power", "==", "on"), next="off"), switch]
         )
     index.shared().refresh(at_once=True)
-    both, real = Barrier(2), effects.perform
+    both, real = Barrier(2), perform.perform
 
-    def perform(wishes: Any) -> Any:
+    def together(wishes: Any) -> Any:
         with contextlib.suppress(BrokenBarrierError):  # one is held back by the other's lock, as it should be
             both.wait(1)
         return real(wishes)
 
-    monkeypatch.setattr(effects, "perform", perform)
+    monkeypatch.setattr(perform, "perform", together)
 
     assert process_at_once(report(farm, farm.doser), report(farm, other)) == [None, None]
 
@@ -464,8 +467,8 @@ def test_a_report_and_a_timer_of_a_device_do_not_wait_for_one_another_in_a_circl
     chain = builders.chain(farm.organization, [builders.node("on", leaf, next="off"), off])
     index.shared().refresh(at_once=True)
     latest.remember({("device", str(farm.doser.uuid), "power"): latest.Latest("on", 1)})
-    both, perform, apply = Barrier(2), effects.perform, states.apply
-    timer = report(farm, farm.doser, values={}, protocol=runs.TIMER, chains=(str(chain.uuid),))
+    both, real, apply = Barrier(2), perform.perform, states.apply
+    timer = report(farm, farm.doser, values={}, protocol=events.TIMER, chains=(str(chain.uuid),))
 
     def meet() -> None:
         with contextlib.suppress(BrokenBarrierError):
@@ -474,14 +477,14 @@ def test_a_report_and_a_timer_of_a_device_do_not_wait_for_one_another_in_a_circl
     def of_report(wishes: Any) -> Any:
         if wishes and not wishes[0].effect_key.startswith(str(timer.id)):
             meet()  # its state is locked
-        return perform(wishes)
+        return real(wishes)
 
     def of_timer(requests: Any, *args: Any, **more: Any) -> Any:
         if requests and requests[0].effect_key.startswith(str(timer.id)):
             meet()  # before it locks a state
         return apply(requests, *args, **more)
 
-    monkeypatch.setattr(effects, "perform", of_report)
+    monkeypatch.setattr(perform, "perform", of_report)
     monkeypatch.setattr(states, "apply", of_timer)
 
     assert process_at_once(report(farm, farm.doser), timer) == [None, None]

@@ -15,11 +15,11 @@ from django.db import OperationalError
 
 from aemos.lib import keys, metrics, redis
 from deploy.servers import Server, free_port
+from gateway.deliveries import Deliveries, Outcome, State
 from notifications import outbox
-from notifications.deliveries import Deliveries, Outcome, State
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery
-from notifications.publication import Entry, append
+from notifications.publisher import Entry, append
 from tests import builders
 from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running, until
 
@@ -339,7 +339,7 @@ def test_what_the_database_cannot_take_now_waits_up_to_a_bound(monkeypatch: pyte
 
     deliveries, messages = Deliveries(maximum=2), [written() for _ in range(3)]
     with monkeypatch.context() as broken:
-        broken.setattr("notifications.deliveries._update", away)
+        broken.setattr("gateway.deliveries._update", away)
         for message in messages:
             deliveries.record(message, Protocol.MQTT, Outcome(State.SENT))
             deliveries.flush()

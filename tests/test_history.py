@@ -9,7 +9,8 @@ import pytest
 from django.utils import timezone
 
 from devices.models import Organization
-from notifications import history, outbox
+from gateway.socketio import history
+from notifications import outbox
 from notifications.messages import Message, Protocol
 from notifications.models import Notification
 from tests import builders

@@ -13,9 +13,13 @@ from django.utils import timezone
 
 from devices import catalogue
 from devices.models import CatalogueVersion, Device, DeviceState, Organization, Sensor
-from rules import chains, editing, index, jobs
-from rules.index import BoundChain, RuleIndex
+from rules import jobs
+from rules.authoring import editing
+from rules.engine import chains
+from rules.engine.bound import BoundChain
 from rules.models import RuleChain, RuleNode
+from rules.processing import index
+from rules.processing.index import RuleIndex
 from tests import builders
 
 pytestmark = pytest.mark.django_db

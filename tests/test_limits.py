@@ -14,14 +14,18 @@ from rq.serializers import JSONSerializer
 from aemos.lib import keys, redis
 from devices import latest
 from devices.models import DeviceState, Reading, StateChange
-from rules import batch, events, index, jobs, journal, statistics, tickets
-from rules.chains import ChainSpec, NodeSpec, compile
+from rules import events, jobs
+from rules.engine.chains import ChainSpec, NodeSpec, compile
+from rules.engine.context import Trigger
+from rules.engine.exceptions import ChainFailed, ErrorCode
 from rules.events import Event
-from rules.exceptions import ChainFailed, ErrorCode
-from rules.journal import Account, Slot
+from rules.journal import ledger, slots, tickets, writing
+from rules.journal.ledger import Account
+from rules.journal.slots import Slot
+from rules.journal.tickets import AllowedJob
 from rules.models import ChainStatistics, DeadLetter
-from rules.scope import Trigger
-from rules.workers import AllowedJob, DrainWorker
+from rules.processing import batch, index, statistics
+from rules.processing.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -45,7 +49,7 @@ class Farm:
 
     @property
     def slot(self) -> Slot:
-        return Slot("normal", journal.partition_of(str(self.sensor.uuid)))
+        return Slot("normal", slots.partition_of(str(self.sensor.uuid)))
 
     def append(self, *values: float) -> list[Event]:
         made = [
@@ -63,7 +67,7 @@ class Farm:
             )
             for value in values
         ]
-        journal.append({self.slot: made})
+        writing.append({self.slot: made})
         return made
 
     def drain(self) -> None:
@@ -171,5 +175,5 @@ def test_an_event_that_holds_its_worker_too_long_is_put_aside_and_the_others_act
     assert letter.error == "the worker died 3 times while it processed this event"
     assert StateChange.objects.count() == 1
     # The first was committed by a turn that then was stopped.
-    assert journal.audit(farm.slot) == Account(accepted=3, processed=1, duplicate=1, dead=1)
+    assert ledger.audit(farm.slot) == Account(accepted=3, processed=1, duplicate=1, dead=1)
     assert timeouts(ErrorCode.WORKER_TIMEOUT) >= 4

@@ -11,8 +11,9 @@ import socketio
 
 from aemos.lib import keys, redis
 from devices.models import Variable
-from notifications import live, telemetry
-from notifications.live import Gathered, LiveReadings, Watched
+from gateway import live_readings
+from gateway.live_readings import Gathered, LiveReadings, Watched
+from notifications import live_channel
 from tests import builders
 from tests.gateway_process import operator, running, until
 
@@ -73,21 +74,21 @@ def test_what_is_no_number_has_a_count_and_a_latest_value(datatype: str, values:
 def test_a_worker_chooses_what_is_watched_and_new_each_once() -> None:
     rows = [(1, 10, 1.0, None), (1, 10, 2.0, None), (1, 11, 3.0, None), (2, 10, 4.0, None)]
     new = {(1, 10), (2, 10)}
-    assert telemetry.choose(rows, new, wanted=frozenset()) == []
-    assert telemetry.choose(rows, new, wanted=frozenset({1})) == [(1, 10, 2.0, None)]
+    assert live_channel.choose(rows, new, wanted=frozenset()) == []
+    assert live_channel.choose(rows, new, wanted=frozenset({1})) == [(1, 10, 2.0, None)]
 
 
 @pytest.mark.usefixtures("empty_redis")
 def test_what_is_wanted_is_looked_up_once_a_second_and_forgotten_when_its_gateway_is_gone() -> None:
     now = 100.0
-    wanted = telemetry.Wanted(clock=lambda: now)
-    telemetry.want([1, 2], now=1_000.0)
+    wanted = live_channel.Wanted(clock=lambda: now)
+    live_channel.want([1, 2], now=1_000.0)
     assert wanted.ids() == {1, 2}
-    telemetry.want([3], now=1_020.0)
+    live_channel.want([3], now=1_020.0)
     assert wanted.ids() == {1, 2}
     now += 1.0
     assert wanted.ids() == {1, 2, 3}
-    telemetry.want([3], now=1_031.0)
+    live_channel.want([3], now=1_031.0)
     now += 1.0
     assert wanted.ids() == {3}
     assert 0 < redis.client().ttl(keys.TELEMETRY_WANTED) <= 30
@@ -115,7 +116,7 @@ def variables(count: int) -> list[Variable]:
 def encoded(*rows: tuple[Variable, float]) -> bytes:
     sent: list[bytes] = []
     wire = [(variable.pk, BEGAN_US + number, value, None) for number, (variable, value) in enumerate(rows)]
-    sent.append(telemetry._encode(wire))
+    sent.append(live_channel._encode(wire))
     return sent[0]
 
 
@@ -126,7 +127,7 @@ def test_a_gateway_gathers_what_its_clients_watch_and_tells_it_once() -> None:
     audience = Audience(str(one.uuid), str(two.uuid))
     readings = LiveReadings(audience)
     readings.look()
-    assert telemetry.Wanted().ids() == {one.pk, two.pk}
+    assert live_channel.Wanted().ids() == {one.pk, two.pk}
     readings.gather(encoded((one, 1.0), (other, 2.0)))
     readings.gather(encoded((two, 3.0), (two, 4.0), (two, 5.0)))
     readings.gather(b"\xc1")
@@ -155,10 +156,10 @@ def test_who_stops_watching_is_told_nothing_more(django_assert_num_queries: Call
 def test_more_than_so_many_variables_are_not_told_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(live, "MAXIMUM_VARIABLES", 2)
+    monkeypatch.setattr(live_readings, "MAXIMUM_VARIABLES", 2)
     readings = LiveReadings(Audience(*(str(each.uuid) for each in variables(3))))
     readings.look()
-    assert len(telemetry.Wanted().ids()) == 2
+    assert len(live_channel.Wanted().ids()) == 2
     assert "1 variables are not told live" in caplog.text
 
 

@@ -12,13 +12,19 @@ import pytest
 from aemos.lib import redis
 from devices.latest import Key, Latest
 from devices.models import DeviceState, Reading, StateChange
-from rules import batch, editing, effects, events, index, jobs, journal, memory, schedules
+from rules import events, jobs
+from rules.authoring import editing
+from rules.effects import perform
+from rules.engine.bound import BoundChain
+from rules.engine.context import Sample, Watch
 from rules.events import Event, EventType
-from rules.index import BoundChain
-from rules.journal import Account, Lease, Slot
-from rules.memory import Memory
+from rules.journal import ledger, slots, writing
+from rules.journal.lease import Lease
+from rules.journal.ledger import Account
+from rules.journal.slots import Slot
 from rules.models import DeadLetter, RuleChain
-from rules.scope import Sample, Watch
+from rules.processing import batch, condition_memory, index, schedules
+from rules.processing.condition_memory import Memory
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -56,8 +62,8 @@ class Farm:
 
     def append(self, *values: tuple[int, float], kind: str = EventType.TELEMETRY_DATA) -> Slot:
         made = [self.event(second, value, kind) for second, value in values]
-        slot = Slot(made[0].lane, journal.partition_of(str(self.sensor.uuid)))
-        journal.append({slot: made})
+        slot = Slot(made[0].lane, slots.partition_of(str(self.sensor.uuid)))
+        writing.append({slot: made})
         return slot
 
     def changes(self) -> list[tuple[int, Any]]:
@@ -115,7 +121,7 @@ def test_a_crash_after_the_commit_loses_nothing_of_what_was_observed(
     drain(farm.append((2, 6.3)))
 
     assert farm.changes() == [(1, "on")], "in between it stays on, although its first reading came twice"
-    assert journal.audit(slot) == Account(accepted=2, processed=1, duplicate=1)
+    assert ledger.audit(slot) == Account(accepted=2, processed=1, duplicate=1)
 
 
 def test_a_crash_with_a_doubled_reading_behind_new_ones_keeps_their_order(
@@ -191,7 +197,7 @@ def test_a_chain_that_only_the_clock_runs_judges_by_every_reading(farm: Farm) ->
         drain(farm.append((ago + second, value)))
         if second in (-200, -50):
             schedules.trigger(farm.chain, protocol="http")
-            drain(Slot("critical", journal.partition_of(str(farm.chain.uuid))))
+            drain(Slot("critical", slots.partition_of(str(farm.chain.uuid))))
 
     assert [value for _, value in farm.changes()] == ["on", "off"]
 
@@ -203,7 +209,7 @@ def test_a_source_that_was_silent_for_long_is_looked_up_once(farm: Farm, monkeyp
         looked_up.append(watch)
         return []
 
-    monkeypatch.setattr(memory, "stored", stored)
+    monkeypatch.setattr(condition_memory, "stored", stored)
     (watch,) = index_of(farm).compiled.watches
     newest: dict[Key, Latest] = {watch.reference: Latest(6.6, 1)}
     for _ in range(3):
@@ -238,25 +244,25 @@ def test_an_event_that_raises_has_not_been_observed_by_those_after_it(
 
     assert farm.changes() == [(1, "off")]
     assert DeadLetter.objects.count() == 0
-    assert journal.audit(slot).waiting == 1
+    assert ledger.audit(slot).waiting == 1
 
 
 def test_when_the_urgent_lane_of_the_sensor_was_faster_both_are_remembered(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = effects.tell
+    real = perform.tell
 
     def tell(performed: Any) -> None:
-        monkeypatch.setattr(effects, "tell", real)
+        monkeypatch.setattr(perform, "tell", real)
         drain(farm.append((2, 6.1), kind=EventType.CRITICAL_ALARM))
         real(performed)
 
-    monkeypatch.setattr(effects, "tell", tell)
+    monkeypatch.setattr(perform, "tell", tell)
     normal = farm.append((1, 6.6))
     drain(normal)
     drain(farm.append((3, 6.3)))
 
-    assert journal.audit(normal) == Account(accepted=2, processed=2)
+    assert ledger.audit(normal) == Account(accepted=2, processed=2)
     assert farm.changes() == [(1, "on"), (2, "off")]
 
 
@@ -275,8 +281,8 @@ def test_a_chain_without_conditions_over_time_asks_redis_for_no_memory(
     asked: list[object] = []
     monkeypatch.setattr(Memory, "collect", lambda *_, **__: asked.append(_))
     event = farm.event(1, 5.0)
-    slot = Slot("normal", journal.partition_of(str(other.uuid)))
-    journal.append({slot: [msgspec.structs.replace(event, originator_uuid=str(other.uuid))]})
+    slot = Slot("normal", slots.partition_of(str(other.uuid)))
+    writing.append({slot: [msgspec.structs.replace(event, originator_uuid=str(other.uuid))]})
     drain(slot)
 
     assert farm.changes() == [(1, "on")]

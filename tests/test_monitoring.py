@@ -29,12 +29,14 @@ from deploy import servers
 from deploy.programs import REPOSITORY
 from devices.models import Sensor
 from monitoring.queue import Health, health_of
-from rules import backpressure, journal, load, rejections, tickets
-from rules.circuit import State, Thresholds
-from rules.circuit_store import force
-from rules.journal import Finished, Lease, Slot
+from rules.admission import control, rejections
+from rules.admission.circuit import State, Thresholds
+from rules.admission.circuit_store import force
+from rules.journal import queue_stats, slots, tickets
+from rules.journal.lease import Finished, Lease
+from rules.journal.slots import Slot
 from rules.models import CircuitTransition
-from rules.workers import DrainWorker
+from rules.processing.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -78,7 +80,7 @@ def post(sensor: Sensor, count: int = 1, kind: str = "telemetry-data") -> int:
 
 
 def slot_of(sensor: Sensor, lane: str = "normal") -> Slot:
-    return Slot(lane, journal.partition_of(str(sensor.uuid)))
+    return Slot(lane, slots.partition_of(str(sensor.uuid)))
 
 
 def bearer(person: Any) -> dict[str, str]:
@@ -91,11 +93,11 @@ def redis_away(settings: Any) -> Iterator[None]:
     port = settings.REDIS_PORT
     settings.REDIS_PORT = servers.free_port()
     redis.forget_connections()
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     yield
     settings.REDIS_PORT = port
     redis.forget_connections()
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
 
 
 THRESHOLDS = Thresholds(recovery=5_000, warning=10_000, critical=50_000)
@@ -202,7 +204,7 @@ def work_on(slot: Slot, *, processed: int, duplicate: int, dead: int, delayed: i
     assert lease.finish(ended)
     # What is left of the entry stays with the worker.
     left = entry.count - processed - duplicate - dead - delayed
-    client.xack(stream, journal.GROUP, entry.id)
+    client.xack(stream, slots.GROUP, entry.id)
     client.xdel(stream, entry.id)
     client.xadd(stream, {"n": left, "b": entry.data})
     assert [taken.count for taken in lease.next(10)] == [left]
@@ -255,8 +257,8 @@ def registered_worker() -> DrainWorker:
     return worker
 
 
-def workers_by_name() -> dict[str, load.Worker]:
-    return {worker.name: worker for worker in load.measure().workers}
+def workers_by_name() -> dict[str, queue_stats.Worker]:
+    return {worker.name: worker for worker in queue_stats.measure().workers}
 
 
 def test_living_workers_are_listed_with_state_and_slot() -> None:
@@ -270,7 +272,7 @@ def test_living_workers_are_listed_with_state_and_slot() -> None:
     assert (found[busy.name].state, found[busy.name].lane, found[busy.name].partition) == ("busy", "normal", 3)
     assert found[idle.name].last_heartbeat is not None
     suspension.suspend(redis.client())
-    assert load.measure().workers_by_state == {"busy": 1, "idle": 0, "suspended": 1}
+    assert queue_stats.measure().workers_by_state == {"busy": 1, "idle": 0, "suspended": 1}
     body = get_json("metrics/queue")["workers"]
     assert (body["busy"], body["suspended"], len(body["list"])) == (1, 1, 2)
 
@@ -285,7 +287,7 @@ def test_a_worker_that_missed_its_heartbeat_is_not_counted() -> None:
 def test_a_worker_whose_key_is_gone_is_neither_counted_nor_cleaned_up() -> None:
     gone = registered_worker()
     redis.client().delete(gone.key)
-    assert load.measure().workers == []
+    assert queue_stats.measure().workers == []
     assert redis.client().smembers(DrainWorker.redis_workers_keys) == {gone.key.encode()}
 
 
@@ -294,10 +296,10 @@ def test_one_look_takes_few_round_trips(sensor: Sensor) -> None:
     get_json("metrics/queue")
     registered_worker()
     before = redis.client().info("commandstats")
-    load.measure()
+    queue_stats.measure()
     after = redis.client().info("commandstats")
     evals = [stats.get("cmdstat_eval", {}).get("calls", 0) for stats in (before, after)]
-    assert evals[1] - evals[0] == len(list(journal.slots()))
+    assert evals[1] - evals[0] == len(list(slots.slots()))
 
 
 def test_liveness_touches_neither_database_nor_redis(settings: Any) -> None:
@@ -355,7 +357,7 @@ def test_while_redis_hangs_every_answer_comes_within_three_seconds_and_then_all_
     own = servers.start_redis(tmp_path)
     settings.REDIS_PORT, settings.REDIS_PASSWORD = own.port, own.password
     redis.forget_connections()
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     try:
         assert own.pid is not None
         assert get("health").status_code == 200

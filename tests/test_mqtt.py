@@ -29,16 +29,15 @@ from devices import catalogue
 from devices.catalogue import Credential
 from devices.exceptions import BadPayload, Overloaded, Refusal, Unauthorized
 from devices.models import Device
-from notifications import topics
-from notifications.broker import CONTROL
-from notifications.broker_sync import sync_once
+from gateway.mqtt import inbound, outbound, topics
+from gateway.mqtt.accounts import sync_once
+from gateway.mqtt.dynamic_security import CONTROL
+from gateway.mqtt.inbound import Inbound, session_id
+from gateway.mqtt.sender_queues import Arrival, Lanes
+from gateway.mqtt.transport import MqttTransport
+from gateway.transport import Pending, TransportError
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
-from notifications.transports import mqtt_inbound
-from notifications.transports import mqtt_outbound as outbound
-from notifications.transports.base import Pending, Receipt, TransportError
-from notifications.transports.mqtt import MqttTransport
-from notifications.transports.mqtt_inbound import Inbound, session_id
-from notifications.transports.mqtt_lanes import Arrival, Lanes
+from rules.ingest import Receipt
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, patient, until
 
@@ -559,13 +558,13 @@ def test_message_is_acknowledged_only_after_the_journal_has_it(
 
 def crash(transport: MqttTransport) -> None:
     """As if its process had been killed: its connections break, its leadership ends, and it does not come back."""
-    for inbound in (transport.telemetry, transport.reports):
-        inbound._stopping.set()
-        inbound._connection.client._reconnect_on_failure = False
-        sock = inbound._connection.client.socket()
+    for direction in (transport.telemetry, transport.reports):
+        direction._stopping.set()
+        direction._connection.client._reconnect_on_failure = False
+        sock = direction._connection.client.socket()
         assert isinstance(sock, socket.socket)
         sock.shutdown(socket.SHUT_RDWR)
-        inbound._leader.resign()
+        direction._leader.resign()
     until(lambda: not transport.telemetry.connected and not transport.reports.connected)
 
 
@@ -599,7 +598,7 @@ def test_overloaded_is_tried_again_until_it_is_taken_and_keeps_the_order(
 def test_overloaded_is_held_back_for_a_while_and_then_recorded_and_acknowledged(
     ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt_inbound, "HOLD_SECONDS", 0.5)
+    monkeypatch.setattr(inbound, "HOLD_SECONDS", 0.5)
     held = [Overloaded("full", reason="circuit-open", retry_after=1) for _ in range(2)]
     held[1].recorded = True
     ingested.at_once.extend(held)
@@ -704,7 +703,7 @@ def test_broker_that_restarts_brings_unacknowledged_messages_again_and_new_ones_
 def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many_wait(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD", 3)
+    monkeypatch.setattr(inbound, "MAXIMUM_HELD", 3)
     ingested.released.clear()
     for number in range(10):
         sender.publish(topics.datastream(DEVICE), str(number), qos=0)
@@ -719,7 +718,7 @@ def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many
 def test_large_messages_that_wait_are_bounded_and_none_is_lost(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD_BYTES", 500_000)
+    monkeypatch.setattr(inbound, "MAXIMUM_HELD_BYTES", 500_000)
     ingested.released.clear()
     sent = [b"%02d" % number * 50_000 for number in range(30)]
     for each in sent:
@@ -738,7 +737,7 @@ def test_large_messages_that_wait_are_bounded_and_none_is_lost(
 def test_large_messages_without_quality_of_service_are_dropped_rather_than_held_without_bound(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt_inbound, "MAXIMUM_HELD_BYTES", 500_000)
+    monkeypatch.setattr(inbound, "MAXIMUM_HELD_BYTES", 500_000)
     ingested.released.clear()
     for _ in range(10):
         sender.publish(topics.datastream(DEVICE), b"x" * 100_000, qos=0)

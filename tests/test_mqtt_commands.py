@@ -16,12 +16,11 @@ from deploy.servers import Server
 from devices import commands
 from devices.commands import State
 from devices.models import Device, DeviceState, DeviceToken, StateChange
-from notifications import repetition, topics
-from notifications.broker_sync import sync_once
+from gateway.mqtt import outbound, republish, topics
+from gateway.mqtt.accounts import sync_once
+from gateway.mqtt.transport import MqttTransport
 from notifications.messages import Message
 from notifications.state_messages import message_of
-from notifications.transports import mqtt_outbound
-from notifications.transports.mqtt import MqttTransport
 from tests import builders
 from tests.mqtt_clients import Client, device, operator, until
 from tests.test_device_commands import said, state_of, wished
@@ -235,15 +234,15 @@ def test_what_has_to_be_told_again_waits_for_a_database_that_is_away(
     broker: Server, farm_pump: tuple[Device, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pump, _ = farm_pump
-    newest_states, failures = repetition.newest_states, [OperationalError("the server is gone")]
+    newest_states, failures = republish.newest_states, [OperationalError("the server is gone")]
 
     def away_once() -> list[Message]:
         if failures:
             raise failures.pop()
         return newest_states()
 
-    monkeypatch.setattr(repetition, "newest_states", away_once)
-    monkeypatch.setattr(mqtt_outbound, "REPEAT_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(republish, "newest_states", away_once)
+    monkeypatch.setattr(outbound, "REPEAT_AGAIN_SECONDS", 0.2)
     row = wished(pump)
     with running() as transport, operator(broker) as listener:
         assert listener.subscribe(topics.state(str(pump.uuid)))

@@ -17,7 +17,7 @@ import pytest
 
 from deploy.processes import has_ended
 from deploy.servers import Server
-from notifications import topics
+from gateway.mqtt import topics
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.mqtt_clients import Client
 from tests.mqtt_clients import operator as mqtt_operator

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from devices.values import MAXIMUM_TEXT_LENGTH
-from rules import operators_page, timing
-from rules.conditions import Condition, compile_condition
-from rules.configuration import MAX_LIST, MAX_TEXT
-from rules.durations import MAX_DAYS, microseconds_of, not_a_duration
-from rules.exceptions import InvalidChain
-from rules.operators import OPERATORS
-from rules.patterns import MAX_PATTERN
-from rules.scope import Reference, Sample, Scope, Value
+from rules.engine import operators_page, temporal
+from rules.engine.conditions import Condition, compile_condition
+from rules.engine.context import Reference, Sample, Scope, Value
+from rules.engine.durations import MAX_DAYS, microseconds_of, not_a_duration
+from rules.engine.exceptions import InvalidChain
+from rules.engine.fields import MAX_LIST, MAX_TEXT
+from rules.engine.operators import OPERATORS
+from rules.engine.patterns import MAX_PATTERN
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -600,7 +600,7 @@ def test_the_example_of_an_operator_compiles(operator: str) -> None:
 
 
 def test_the_page_of_operators_is_fresh() -> None:
-    assert operators_page.PAGE.read_text() == operators_page.page(), "run python -m rules.operators_page"
+    assert operators_page.PAGE.read_text() == operators_page.page(), "run python -m rules.engine.operators_page"
 
 
 def test_the_page_shows_every_operator_and_its_examples_work() -> None:
@@ -609,7 +609,7 @@ def test_the_page_shows_every_operator_and_its_examples_work() -> None:
 
     assert {example["operator"] for example in examples} == set(OPERATORS)
     assert all(f"| `{symbol}` |" in page for symbol in OPERATORS)
-    assert set(timing.TIME_KEYS) <= {key for example in examples for key in example}
+    assert set(temporal.TIME_KEYS) <= {key for example in examples for key in example}
     for example in examples:
         assert compiled({**leaf(">"), **example}).references == {PH}
 
@@ -619,6 +619,6 @@ def test_the_page_can_be_checked_and_written_from_the_command_line(
 ) -> None:
     monkeypatch.setattr(operators_page, "PAGE", tmp_path / "operators.md")
     assert operators_page.main(["--check"]) == 1
-    assert "run python -m rules.operators_page" in capsys.readouterr().out
+    assert "run python -m rules.engine.operators_page" in capsys.readouterr().out
     assert operators_page.main([]) == 0
     assert operators_page.main(["--check"]) == 0

@@ -23,12 +23,12 @@ from django.utils import timezone
 from aemos.lib import keys, redis
 from devices import latest
 from devices.models import DeviceState, StateChange
-from notifications import messages, outbox, overdue
+from notifications import messages, outbox, upkeep
 from notifications import retention as history
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
 from notifications.models import Delivery, Notification
-from notifications.publication import Entry, append
-from rules import states
+from notifications.publisher import Entry, append
+from rules.effects import states
 from tests import builders
 from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running
 
@@ -264,13 +264,13 @@ def test_what_an_emptied_redis_held_for_the_broker_is_published_again_to_the_bro
     box.publish(waiting, done)
     made(done, State.ACKNOWLEDGED, Protocol.MQTT)
     redis.client().flushdb()
-    assert overdue.publish_lost(timezone.now()) == 0, "a gateway may have it in hand"
+    assert upkeep.publish_lost(timezone.now()) == 0, "a gateway may have it in hand"
     for message in (waiting, done):
         published_ago(message, 120)
-    assert overdue.publish_lost(timezone.now()) == 1
+    assert upkeep.publish_lost(timezone.now()) == 1
     (again,) = stream()
     assert (again.id, again.protocols) == (waiting.id, (Protocol.MQTT,))
-    assert overdue.publish_lost(timezone.now()) == 0
+    assert upkeep.publish_lost(timezone.now()) == 0
 
 
 def test_what_redis_lost_in_the_middle_of_the_stream_is_published_again_once_gateways_have_nothing_else_to_do(
@@ -283,21 +283,21 @@ def test_what_redis_lost_in_the_middle_of_the_stream_is_published_again_once_gat
     made(later, State.ACKNOWLEDGED, Protocol.MQTT)
     redis.client().xgroup_create(keys.NOTIFICATIONS, keys.NOTIFICATIONS_MQTT_GROUP, id="0-0")
     soon = timezone.now() + timedelta(seconds=10)
-    assert overdue.publish_lost(soon) == 0, "a gateway is still to read what follows"
+    assert upkeep.publish_lost(soon) == 0, "a gateway is still to read what follows"
     taken = redis.client().xreadgroup(keys.NOTIFICATIONS_MQTT_GROUP, "gateway", {keys.NOTIFICATIONS: ">"})
-    assert overdue.publish_lost(soon) == 0, "nor has it finished"
+    assert upkeep.publish_lost(soon) == 0, "nor has it finished"
     redis.client().xack(keys.NOTIFICATIONS, keys.NOTIFICATIONS_MQTT_GROUP, *(entry for entry, _ in taken[0][1]))
-    assert overdue.publish_lost(timezone.now()) == 0, "it may still be noting what the broker has"
-    assert overdue.publish_lost(soon) == 1
+    assert upkeep.publish_lost(timezone.now()) == 0, "it may still be noting what the broker has"
+    assert upkeep.publish_lost(soon) == 1
     assert [message.id for message in stream()] == [later.id, lost.id]
 
 
 def test_what_is_still_in_the_stream_is_not_published_again(box: Outbox) -> None:
     message = box.message()
     box.publish(message)
-    assert overdue.publish_lost(timezone.now() + timedelta(seconds=30)) == 0
+    assert upkeep.publish_lost(timezone.now() + timedelta(seconds=30)) == 0
     published_ago(message, -1)  # a clock that is a little ahead of Redis
-    assert overdue.publish_lost(timezone.now() + timedelta(seconds=300)) == 0
+    assert upkeep.publish_lost(timezone.now() + timedelta(seconds=300)) == 0
 
 
 def test_what_redis_forgot_at_its_end_is_published_again(box: Outbox) -> None:
@@ -305,7 +305,7 @@ def test_what_redis_forgot_at_its_end_is_published_again(box: Outbox) -> None:
     redis.client().xadd(keys.NOTIFICATIONS, {"m": b"old"}, id=f"{int(timezone.now().timestamp() - 3_600) * 1000}-0")
     box.write(message)
     published_ago(message, 120)
-    assert overdue.publish_lost(timezone.now()) == 1
+    assert upkeep.publish_lost(timezone.now()) == 1
 
 
 def test_a_lost_command_that_was_superseded_is_not_sent_again(box: Outbox) -> None:
@@ -315,7 +315,7 @@ def test_a_lost_command_that_was_superseded_is_not_sent_again(box: Outbox) -> No
     redis.client().flushdb()
     published_ago(old, 120)
     published_ago(new, 120)
-    overdue.publish_lost(timezone.now())
+    upkeep.publish_lost(timezone.now())
     assert all(Protocol.MQTT not in each.protocols for each in stream())
     assert states_of(old)["mqtt"] == "expired"
 
@@ -324,23 +324,23 @@ def test_without_a_broker_nothing_is_published_for_it_again(box: Outbox, setting
     settings.MQTT_ENABLED = False
     box.publish(box.message())
     redis.client().flushdb()
-    assert overdue.publish_lost(timezone.now() + LATER) == 0
+    assert upkeep.publish_lost(timezone.now() + LATER) == 0
 
 
 def test_deliveries_that_nobody_made_in_time_expire_and_others_stay(box: Outbox) -> None:
     late, fresh = box.message(expires_at=1.0), box.message()
     box.publish(late, fresh)
     made(late, State.SENT, Protocol.SOCKETIO)
-    assert overdue.expire(timezone.now()) == 2
+    assert upkeep.expire(timezone.now()) == 2
     assert states_of(late) == {"socketio": "sent", "mqtt": "expired", "coap": "expired"}
     assert set(states_of(fresh).values()) == {"pending"}
 
 
 def test_overdue_deliveries_are_looked_for_every_ten_seconds_by_one_scheduler(box: Outbox) -> None:
     box.publish(box.message(expires_at=1.0))
-    assert overdue.settle() == 3
+    assert upkeep.settle() == 3
     box.publish(box.message(expires_at=1.0))
-    assert overdue.settle() == 0
+    assert upkeep.settle() == 0
     assert 0 < redis.client().ttl(keys.OVERDUE_SEEN) <= 10
 
 

@@ -26,10 +26,13 @@ from deploy.local import LocalSystem, local_system
 from deploy.programs import REPOSITORY
 from monitoring.exposition import CIRCUIT_NUMBERS
 from monitoring.queue import Health
-from rules import index, jobs, journal, rejections
-from rules.circuit import State
-from rules.circuit_store import force
-from rules.exceptions import ErrorCode
+from rules import jobs
+from rules.admission import rejections
+from rules.admission.circuit import State
+from rules.admission.circuit_store import force
+from rules.engine.exceptions import ErrorCode
+from rules.journal import slots
+from rules.processing import index
 from tests import builders
 from tests.system_clients import coap_post, reading
 from tests.test_monitoring import redis_away
@@ -109,7 +112,7 @@ def test_what_happens_to_an_event_is_counted_and_told(settings: Any) -> None:
     rejections.shared().flush()
     index.shared().refresh(at_once=True)
     waiting = scraped()
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
     after = scraped()
 

@@ -22,7 +22,8 @@ import pytest
 from aemos.lib import keys, redis
 from deploy.processes import Process, kill, spawn
 from deploy.servers import Server
-from notifications import messages, topics
+from gateway.mqtt import topics
+from notifications import messages
 from tests.gateway_process import REPOSITORY, GatewayProcess, operator, running, until
 from tests.listeners import AIOCOAP, Lines
 from tests.mqtt_clients import operator as mqtt_operator

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rules import regions
-from rules.conditions import compile_condition
-from rules.scope import Reference, Sample, Scope
+from rules.authoring import satisfiability
+from rules.engine.conditions import compile_condition
+from rules.engine.context import Reference, Sample, Scope
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -47,7 +47,7 @@ def either(*parts: object) -> dict[str, object]:
     ],
 )
 def test_what_can_never_be_true_is_nothing(config: dict[str, Any]) -> None:
-    assert not regions.where_true(config)
+    assert not satisfiability.where_true(config)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_can_never_be_true_is_nothing(config: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_what_may_be_true_is_something(config: dict[str, Any]) -> None:
-    assert regions.where_true(config)
+    assert satisfiability.where_true(config)
 
 
 NUMBERS = st.sampled_from([0, 1, 2, 3])
@@ -91,9 +91,9 @@ def truth(config: object, x: Any, y: Any) -> bool:
     return compile_condition(config, path="c").evaluate(scope)
 
 
-def holds(region: regions.Region, x: Any, y: Any) -> bool:
+def holds(region: satisfiability.Region, x: Any, y: Any) -> bool:
     values = {"x": x, "y": y}
-    atoms = {key: next(iter(regions._atoms([value]))) for key, value in values.items()}
+    atoms = {key: next(iter(satisfiability._atoms([value]))) for key, value in values.items()}
     return any(all(span._has(atoms[reference.key]) for reference, span in each.items()) for each in region)
 
 
@@ -101,17 +101,17 @@ def holds(region: regions.Region, x: Any, y: Any) -> bool:
 @given(TREES, st.sampled_from(VALUES), st.sampled_from(VALUES))
 def test_a_region_holds_every_value_for_which_the_condition_is_true(config: Any, x: Any, y: Any) -> None:
     if truth(config, x, y):
-        assert holds(regions.where_true(config), x, y)
+        assert holds(satisfiability.where_true(config), x, y)
 
 
 @UNTIMED
 @given(TREES, NUMBERS, NUMBERS)
 def test_the_region_of_false_holds_every_number_for_which_the_condition_is_false(config: Any, x: Any, y: Any) -> None:
     if not truth(config, x, y):
-        assert holds(regions.where_false(config), x, y)
+        assert holds(satisfiability.where_false(config), x, y)
 
 
 def test_a_transform_makes_what_is_known_of_its_result_unknown() -> None:
-    region = regions.where_true(both(leaf(">", 7), leaf("<", 3, "y")))
-    (left,) = regions.forget(region, "x")
+    region = satisfiability.where_true(both(leaf(">", 7), leaf("<", 3, "y")))
+    (left,) = satisfiability.forget(region, "x")
     assert set(left) == {Reference("sensor", SENSOR, "y")}

@@ -23,10 +23,11 @@ from deploy.local import local_system
 from deploy.servers import free_port
 from devices.exceptions import BadPayload, Overloaded
 from devices.models import Organization
-from rules import events, rejections, retention
+from rules import events, retention
+from rules.admission import rejections
+from rules.admission.rejections import UNRECORDED
 from rules.events import Event
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
-from rules.rejections import UNRECORDED
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_recorder")]
@@ -125,7 +126,7 @@ def test_overflow_is_logged_at_most_every_five_seconds(
 ) -> None:
     monkeypatch.setattr(rejections, "MAXIMUM_ROWS", 0)
     recorder = rejections.shared()
-    with caplog.at_level(logging.WARNING, "rules.rejections"):
+    with caplog.at_level(logging.WARNING, "rules.admission.rejections"):
         for now in (100.0, 101.0, 102.0, 105.5):
             recorder._clock = partial(float, now)
             rejections.record_events([event(organization)], OPEN)

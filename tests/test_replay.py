@@ -19,25 +19,16 @@ from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.exceptions import Overloaded
 from devices.models import DeviceState, Reading, StateChange, Variable
-from rules import (
-    backpressure,
-    circuit_store,
-    events,
-    index,
-    ingest,
-    jobs,
-    journal,
-    rejections,
-    replay,
-    retention,
-    suspension,
-    tickets,
-)
-from rules.circuit import State
-from rules.journal import Account
+from rules import events, ingest, jobs, retention
+from rules.admission import circuit_store, control, rejections, replay
+from rules.admission.circuit import State
+from rules.admission.replay import CannotReplay, Wish
+from rules.effects import suspension
+from rules.journal import slots, tickets
+from rules.journal.ledger import Account, audit
+from rules.journal.tickets import ALLOWED_FUNCTIONS
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
-from rules.replay import CannotReplay, Wish
-from rules.workers import ALLOWED_FUNCTIONS
+from rules.processing import index
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
@@ -77,7 +68,7 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for cached in (catalogue.shared, index.shared, ingest.shared_commit, backpressure.shared, rejections.shared):
+    for cached in (catalogue.shared, index.shared, ingest.shared_commit, control.shared, rejections.shared):
         cached.cache_clear()
     return Farm()
 
@@ -103,12 +94,12 @@ def run(row: Replay) -> Replay:
 
 def drain_all() -> None:
     index.shared().refresh(at_once=True)
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
 
 
 def ledger() -> Account:
-    return sum((journal.audit(slot) for slot in journal.slots()), Account())
+    return sum((audit(slot) for slot in slots.slots()), Account())
 
 
 def test_a_replay_stores_the_readings_with_their_own_time_and_lets_rules_act(farm: Farm) -> None:
@@ -143,7 +134,7 @@ def test_a_replay_that_runs_twice_has_one_effect(farm: Farm) -> None:
 def test_events_keep_their_priority(farm: Farm) -> None:
     farm.refuse(6.0, kind="critical-alarm")
     run(replay.ask(wish(farm)))
-    accounts = {slot.lane: journal.audit(slot).accepted for slot in journal.slots() if journal.audit(slot).accepted}
+    accounts = {slot.lane: audit(slot).accepted for slot in slots.slots() if audit(slot).accepted}
     assert accounts == {"critical": 1}
 
 
@@ -180,18 +171,18 @@ def test_a_replay_waits_while_the_circuit_is_not_closed(farm: Farm) -> None:
     farm.refuse(6.0)
     row = replay.ask(wish(farm))
     circuit_store.force(State.OPEN, actor="test", queue_depth=0)
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     step(row)
     assert (row.replayed, ledger()) == (0, Account())
     assert row.note.startswith("It waits: the circuit is")
     circuit_store.reset("test", 0)
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     assert (run(row).replayed, row.note) == (1, "")
 
 
 def test_a_replay_goes_no_further_than_the_warning_threshold(farm: Farm, settings: Any) -> None:
     settings.QUEUE_RECOVERY_THRESHOLD, settings.QUEUE_WARNING_THRESHOLD, settings.QUEUE_CRITICAL_THRESHOLD = 2, 5, 50
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     farm.refuse(*[6.0] * 20)
     row = step(replay.ask(wish(farm)))
     assert row.replayed == 5
@@ -257,7 +248,7 @@ def test_the_scheduler_queues_one_step_at_a_time(farm: Farm) -> None:
     queue = tickets.queue_of("low")
     assert (replay.queue_steps(), queue.count) == (0, 1)
     (job,) = queue.jobs
-    assert (job.func_name, job.args) == ("rules.replay.step", [str(row.uuid)])
+    assert (job.func_name, job.args) == ("rules.admission.replay.step", [str(row.uuid)])
     assert job.func_name in ALLOWED_FUNCTIONS
     step(row, 1_000.0)
     assert replay.queue_steps() == 0, "it has ended"

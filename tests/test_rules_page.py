@@ -16,7 +16,9 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from devices.models import Device, DeviceState, Organization, Sensor, StateChange, Variable
-from rules import index, jobs, journal, schedules
+from rules import jobs
+from rules.journal import slots
+from rules.processing import index, schedules
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -84,7 +86,7 @@ class Farm:
 
     def drain(self) -> None:
         index.shared().refresh(at_once=True)
-        for slot in journal.slots():
+        for slot in slots.slots():
             jobs.drain(slot.lane, slot.partition)
 
     def done(self) -> str:

@@ -26,11 +26,15 @@ from deploy.programs import REPOSITORY
 from deploy.servers import free_port
 from devices import catalogue, latest
 from devices.models import DeviceState, StateChange
-from rules import backpressure, editing, events, index, jobs, journal, rejections, replay, schedules
-from rules.cron import Schedule
-from rules.exceptions import InvalidChain
-from rules.journal import Account
+from rules import events, jobs
+from rules.admission import control, rejections, replay
+from rules.authoring import editing
+from rules.engine.cron import Schedule
+from rules.engine.exceptions import InvalidChain
+from rules.journal import slots, writing
+from rules.journal.ledger import Account, audit
 from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain
+from rules.processing import index, schedules
 from tests import builders
 from tests.mqtt_clients import until
 from tests.test_drain import make_due
@@ -69,19 +73,19 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for cached in (catalogue.shared, index.shared, backpressure.shared, rejections.shared, schedules.shared):
+    for cached in (catalogue.shared, index.shared, control.shared, rejections.shared, schedules.shared):
         cached.cache_clear()
     return Farm()
 
 
 def drain_all() -> None:
     index.shared().refresh(at_once=True)
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
 
 
 def ledger() -> Account:
-    return sum((journal.audit(slot) for slot in journal.slots()), Account())
+    return sum((audit(slot) for slot in slots.slots()), Account())
 
 
 def fire(now: datetime) -> int:
@@ -232,9 +236,9 @@ def test_a_chain_that_is_due_runs_on_what_is_known_and_moves_on(farm: Farm) -> N
 def test_the_event_is_urgent_and_its_id_follows_from_chain_and_time(farm: Farm) -> None:
     chain = farm.chain()
     fire(SIX)
-    slot = next(slot for slot in journal.slots() if journal.audit(slot).waiting)
+    slot = next(slot for slot in slots.slots() if audit(slot).waiting)
 
-    assert (slot.lane, slot.partition) == ("critical", journal.partition_of(str(chain.uuid)))
+    assert (slot.lane, slot.partition) == ("critical", slots.partition_of(str(chain.uuid)))
     RuleChain.objects.update(next_run_at=SIX)
     fire(SIX + timedelta(seconds=5))
     entries = redis.client().xrange(keys.events(slot.lane, slot.partition))
@@ -278,13 +282,13 @@ def test_two_schedulers_that_both_fire_make_one_run(farm: Farm) -> None:
 
 def test_a_change_of_the_schedule_wins_over_the_scheduler_that_moves_on(farm: Farm, monkeypatch: Any) -> None:
     chain = farm.chain()
-    append = journal.append
+    append = writing.append
 
     def change_meanwhile(batches: Any) -> Any:
         RuleChain.objects.filter(pk=chain.pk).update(next_run_at=SIX + timedelta(hours=3))
         return append(batches)
 
-    monkeypatch.setattr(journal, "append", change_meanwhile)
+    monkeypatch.setattr(writing, "append", change_meanwhile)
     fire(SIX)
     chain.refresh_from_db()
 
@@ -325,7 +329,7 @@ def test_while_redis_is_away_a_chain_stays_due(farm: Farm, settings: Any) -> Non
     chain.refresh_from_db()
     assert chain.next_run_at == SIX
     assert RejectedEvent.objects.count() == 0
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     assert fire(SIX + timedelta(seconds=40)) == 1
     drain_all()
 
@@ -337,10 +341,10 @@ def full_queue() -> Iterator[None]:
     """More events wait than the critical lane's hard cap allows."""
     name = keys.ledger("low", 0)
     redis.client().hset(name, "depth", 100_000)
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
     yield
     redis.client().delete(name)
-    backpressure.shared.cache_clear()
+    control.shared.cache_clear()
 
 
 def test_a_full_queue_holds_a_run_back_and_gives_it_up_only_on_the_record(farm: Farm) -> None:
@@ -389,7 +393,7 @@ def test_a_chain_that_was_made_a_moment_ago_runs_although_the_index_is_older(far
     index.shared().refresh(at_once=True)
     farm.chain()
     fire(SIX)
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
 
     assert farm.state() == "on"
@@ -445,7 +449,7 @@ def test_one_query_when_nothing_is_due_and_few_when_many_are(
 ) -> None:
     for _ in range(20):
         farm.chain()
-    backpressure.shared().snapshot()
+    control.shared().snapshot()
     with django_assert_num_queries(1):
         fire(SIX - timedelta(seconds=1))
     with django_assert_num_queries(2):

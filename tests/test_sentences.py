@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rules import graph
-from rules.actions import ACTIONS
-from rules.chains import NodeSpec
-from rules.operators import OPERATORS
-from rules.sentences import ACTIONS as TOLD_ACTIONS
-from rules.sentences import MAXIMUM_NODES, PREDICATES, TRANSFORMS, Teller
-from rules.transforms import OPERATIONS
+from rules.authoring import graph
+from rules.authoring.sentences import ACTIONS as TOLD_ACTIONS
+from rules.authoring.sentences import MAXIMUM_NODES, PREDICATES, TRANSFORMS, Teller
+from rules.engine.actions import ACTIONS
+from rules.engine.chains import NodeSpec
+from rules.engine.operators import OPERATORS
+from rules.engine.transforms import OPERATIONS
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 PUMP = "e3a90b6d-58c2-47f1-b0d4-6f9e1c3a7b25"

@@ -17,9 +17,9 @@ import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import keys, metrics, redis
+from gateway.socketio.sessions import Session
+from gateway.socketio.transport import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.messages import decode
-from notifications.transports.socketio import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
-from notifications.transports.socketio_sessions import Session
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
 

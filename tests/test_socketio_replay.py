@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from aemos.lib import keys, redis
-from notifications import history, outbox, stream
+from gateway import cursors
+from gateway.socketio import history
+from gateway.socketio.replay import SLICE, Replayer
+from gateway.socketio.sessions import ORGANIZATION, Session
+from notifications import outbox
 from notifications.messages import Message
-from notifications.publication import Entry, append
-from notifications.transports.socketio_replay import SLICE, Replayer
-from notifications.transports.socketio_sessions import ORGANIZATION, Session
+from notifications.publisher import Entry, append
 from tests import builders
 from tests.gateway_process import new_message
 
@@ -99,7 +101,7 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
 ) -> None:
     first, *missed = published(3)
     late: list[str] = []
-    read = stream.stretch_after
+    read = cursors.stretch_after
 
     def slow_read(*arguments: Any, **options: Any) -> Any:
         found = read(*arguments, **options)
@@ -108,7 +110,7 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
             outlet.delivers(late[0])
         return found
 
-    monkeypatch.setattr(stream, "stretch_after", slow_read)
+    monkeypatch.setattr(cursors, "stretch_after", slow_read)
     outlet.comes_back("a", first)
     outlet.serve()
     assert outlet.told("a") == missed + late
@@ -118,13 +120,13 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
 def test_sessions_at_different_positions_share_what_is_read(outlet: Outlet, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *rest = published(SLICE)
     reads: list[bytes] = []
-    read = stream.stretch_after
+    read = cursors.stretch_after
 
-    def counted_read(client: Any, position: bytes, *, count: int) -> stream.Stretch:
+    def counted_read(client: Any, position: bytes, *, count: int) -> cursors.Stretch:
         reads.append(position)
         return read(client, position, count=count)
 
-    monkeypatch.setattr(stream, "stretch_after", counted_read)
+    monkeypatch.setattr(cursors, "stretch_after", counted_read)
     for number, position in enumerate([first, *rest[:20]]):
         outlet.comes_back(str(number), position)
     outlet.serve()

@@ -13,7 +13,7 @@ import pytest
 
 from aemos.lib import keys, metrics, redis
 from deploy.servers import Server
-from notifications.transports import socketio_replay
+from gateway.socketio import replay
 from tests.gateway_process import GatewayProcess, operator, running, until
 from tests.socketio_clients import connected, events, messages, raw_websocket
 
@@ -114,12 +114,12 @@ def test_many_clients_that_come_back_at_once_are_all_given_everything(gateway: G
     streamed(farm, 1)
     position, missed = newest_position(), streamed(farm, 1_000)
     replays = [raw_websocket(gateway, token=farm["access_token"], position=position) for _ in range(20)]
-    connections = [replay.__enter__() for replay in replays]
+    connections = [each.__enter__() for each in replays]
     for connection in connections:
         received = messages(connection)
         assert [next(received)["id"] for _ in missed] == missed
-    for replay in replays:
-        replay.__exit__(None, None, None)
+    for each in replays:
+        each.__exit__(None, None, None)
 
 
 def test_resume_may_be_asked_for_after_rooms_were_chosen(gateway: GatewayProcess, farm: Farm) -> None:
@@ -214,7 +214,7 @@ def test_a_client_that_missed_too_much_is_told_of_a_gap(tmp_path: Path, farm: Fa
     with running(tmp_path / "log", limit) as gateway:
         received = resumed(gateway, farm, position)
     names = [event for event, _ in received]
-    assert 200 <= names.count("alert") < 200 + socketio_replay.SLICE
+    assert 200 <= names.count("alert") < 200 + replay.SLICE
     assert names[-2:] == ["gap", "snapshot"]
 
 

@@ -13,13 +13,17 @@ from prometheus_client.core import Metric
 from rq.serializers import JSONSerializer
 
 from aemos.lib import metrics
-from rules import editing, index, statistics, suspension, tickets
-from rules.chains import Outcome
-from rules.exceptions import ChainFailed, ErrorCode
-from rules.index import BoundChain, RuleIndex
+from rules.authoring import editing
+from rules.effects import suspension
+from rules.engine.bound import BoundChain
+from rules.engine.chains import Outcome
+from rules.engine.exceptions import ChainFailed, ErrorCode
+from rules.journal import tickets
 from rules.models import Alarm, ChainStatistics, RuleChain
-from rules.statistics import Runs, Statistics
-from rules.workers import DrainWorker
+from rules.processing import index, statistics
+from rules.processing.index import RuleIndex
+from rules.processing.statistics import Runs, Statistics
+from rules.processing.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]

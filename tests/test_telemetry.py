@@ -15,9 +15,10 @@ from django.utils import timezone
 from aemos.lib import redis
 from devices import catalogue
 from devices.models import DeviceToken, Sensor
-from rules import journal, rejections
-from rules.group_commit import GroupCommit
-from rules.journal import Account
+from rules.admission import rejections
+from rules.journal import ledger, slots
+from rules.journal.group_commit import GroupCommit
+from rules.journal.ledger import Account
 from rules.models import RejectedEvent
 from tests import builders
 
@@ -38,7 +39,7 @@ def post(body: Any, token: str = "", **headers: str) -> Any:
 
 
 def accepted() -> int:
-    return sum((journal.audit(slot) for slot in journal.slots()), Account()).accepted
+    return sum((ledger.audit(slot) for slot in slots.slots()), Account()).accepted
 
 
 def test_a_batch_is_accepted_as_a_whole_and_counted_in_events(sensor: Sensor) -> None:

@@ -19,9 +19,14 @@ from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
 from notifications.models import Notification
-from rules import backpressure, editing, events, index, jobs, journal, schedules, states, timers
-from rules.journal import Account
+from rules import events, jobs
+from rules.admission import control
+from rules.authoring import editing
+from rules.effects import states
+from rules.journal import ledger, slots, writing
+from rules.journal.ledger import Account
 from rules.models import RuleChain
+from rules.processing import index, schedules, timers
 from tests import builders
 
 in_process = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -48,7 +53,7 @@ class Farm:
 
     @property
     def partition(self) -> int:
-        return journal.partition_of(str(self.sensor.uuid))
+        return slots.partition_of(str(self.sensor.uuid))
 
     def said(self, minutes_ago: float, value: float = 6.0) -> None:
         """As if a worker had processed a reading that old."""
@@ -67,7 +72,7 @@ def farm() -> Farm:
 
 def drain_all() -> None:
     index.shared().refresh(at_once=True)
-    for slot in journal.slots():
+    for slot in slots.slots():
         jobs.drain(slot.lane, slot.partition)
 
 
@@ -164,7 +169,7 @@ class TestInProcess:
         tick()
         farm.said(minutes_ago=9)
         event = reading(farm)
-        journal.append({journal.Slot("normal", journal.partition_of(str(farm.sensor.uuid))): [event]})
+        writing.append({slots.Slot("normal", slots.partition_of(str(farm.sensor.uuid))): [event]})
         drain_all()
 
         (seconds,) = due_in_seconds()
@@ -173,8 +178,8 @@ class TestInProcess:
     def test_what_waits_in_the_queue_is_no_silence(self, farm: Farm) -> None:
         farm.said(minutes_ago=4)
         tick()
-        slot = journal.Slot("normal", journal.partition_of(str(farm.sensor.uuid)))
-        journal.append({slot: [reading(farm)]})
+        slot = slots.Slot("normal", slots.partition_of(str(farm.sensor.uuid)))
+        writing.append({slot: [reading(farm)]})
         farm.said(minutes_ago=10)
         member = redis.client().zrange(keys.TIMERS, 0, -1)[0]
         redis.client().zadd(keys.TIMERS, {member: (time.time() + 0.3) * 1_000})
@@ -198,7 +203,7 @@ class TestInProcess:
         drain_all()
 
         assert farm.switched() == 1
-        total = sum((journal.audit(slot) for slot in journal.slots()), Account())
+        total = sum((ledger.audit(slot) for slot in slots.slots()), Account())
         assert (total.accepted, total.processed, total.closes) == (2, 2, True)
 
     def test_an_edit_elsewhere_leaves_the_timer_alone_and_an_edit_of_the_condition_sets_it_anew(
@@ -244,10 +249,10 @@ class TestInProcess:
     def test_while_the_queue_takes_nothing_timers_wait(self, farm: Farm) -> None:
         name = keys.ledger("low", 0)
         redis.client().hset(name, "depth", 100_000)
-        backpressure.shared.cache_clear()
+        control.shared.cache_clear()
         assert tick() == 0
         redis.client().delete(name)
-        backpressure.shared.cache_clear()
+        control.shared.cache_clear()
 
         assert tick() == 1
 

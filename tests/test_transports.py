@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from gateway.coap.transport import CoapTransport
+from gateway.memory import MemoryTransport
+from gateway.mqtt.transport import MqttTransport
+from gateway.socketio.transport import SocketIoTransport
+from gateway.transport import Transport, TransportError
 from notifications.messages import Message, Protocol
-from notifications.transports.base import Transport, TransportError
-from notifications.transports.coap import CoapTransport
-from notifications.transports.memory import MemoryTransport
-from notifications.transports.mqtt import MqttTransport
-from notifications.transports.socketio import SocketIoTransport
 from tests.gateway_process import new_message, until
 
 

@@ -17,7 +17,8 @@ from devices import latest
 from devices.latest import Latest
 from devices.models import Device, DeviceState, Organization, Reading, Sensor, StateChange, Variable
 from notifications.models import Notification
-from rules import editing, events
+from rules import events
+from rules.authoring import editing
 from rules.models import ActionCooldown, RuleChain
 from tests import builders
 

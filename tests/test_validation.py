@@ -11,10 +11,10 @@ from hypothesis.extra.django import TestCase
 
 from devices import catalogue
 from devices.models import Device, Organization, Sensor
-from rules import editing, validation
-from rules.exceptions import InvalidChain
-from rules.index import RuleIndex
+from rules.authoring import editing, validation
+from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
+from rules.processing.index import RuleIndex
 from tests import builders
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from devices.models import Device, DeviceState, Organization, Reading, Sensor, Variable
-from rules import warnings
+from rules.authoring import lint
 from rules.models import RuleChain, RuleNode
 from tests import builders
 
@@ -40,7 +40,7 @@ class Farm:
         return self.of(chain)
 
     def of(self, chain: RuleChain) -> list[tuple[str, str]]:
-        return [(each.path, each.message) for each in warnings.warnings_of(chain, list(chain.nodes.all()))]
+        return [(each.path, each.message) for each in lint.warnings_of(chain, list(chain.nodes.all()))]
 
     def switching(self, config: dict[str, Any], value: str, name: str, **fields: Any) -> RuleChain:
         nodes = [builders.node("when", config, next="act"), builders.node("act", builders.command(self.pump, value))]
@@ -141,12 +141,12 @@ def test_who_looks_at_all_chains_reads_the_others_once_and_finds_the_same(
         farm.switching(farm.leaf("<", 6), "on", "Low"),
     ]
     farm.switching(farm.leaf("<", 9), "off", "Off", enabled=False)
-    everyone = warnings.Everyone(farm.organization.pk)
+    everyone = lint.Everyone(farm.organization.pk)
     for chain in found:
         nodes = list(chain.nodes.all())
-        alone = warnings.warnings_of(chain, nodes)
+        alone = lint.warnings_of(chain, nodes)
         with django_assert_num_queries(1):
-            assert warnings.warnings_of(chain, nodes, rivals=everyone) == alone
+            assert lint.warnings_of(chain, nodes, rivals=everyone) == alone
         assert len(alone) == 1
 
 

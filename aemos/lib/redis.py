@@ -8,6 +8,7 @@ from typing import Any
 import redis
 from django.conf import settings
 from redis.backoff import NoBackoff
+from redis.commands.core import Script
 from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
@@ -34,6 +35,12 @@ def journal_client(partition: int) -> Client:
 def blocking_client() -> Client:
     """For reads that wait for news on a stream: the socket timeout must outlast the wait."""
     return connect(SOCKET_TIMEOUT_SECONDS + 10)
+
+
+@cache
+def script(source: str) -> Script:
+    """Called with keys, args and client, it sends the digest of `source`, and the source only where the server lacks it."""
+    return Script(client(), source)
 
 
 def connect(timeout_seconds: float) -> Client:
@@ -96,4 +103,5 @@ def _appendfsync() -> str:
 def forget_connections() -> None:
     """For a process that was just forked: sockets of the parent are not its own."""
     client.cache_clear()
+    script.cache_clear()
     blocking_client.cache_clear()

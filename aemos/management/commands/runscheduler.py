@@ -16,9 +16,13 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import commands
-from notifications import overdue
 from notifications import retention as history
-from rules import alarms, backpressure, recovery, replay, retention, schedules, states, timers
+from notifications import upkeep
+from rules import retention
+from rules.admission import control, replay
+from rules.effects import alarms, states
+from rules.journal import recovery
+from rules.processing import schedules, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -28,8 +32,8 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     recovery.reissue_lost_tickets,
     states.sweep,
     commands.expire_overdue,
-    overdue.settle,
-    backpressure.keep_watch,
+    upkeep.settle,
+    control.keep_watch,
     replay.queue_steps,
     alarms.calm_down,
     retention.delete_expired,

@@ -15,7 +15,7 @@ from django.db import transaction
 from devices import tokens
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Role, Sensor, Variable
 from devices.values import Datatype
-from rules import editing
+from rules.authoring import editing
 from rules.models import RuleChain, RuleNode
 
 VARIABLES = {"ph": "", "ec": "mS/cm", "temperature": "°C", "waterLevel": "%"}

@@ -16,9 +16,10 @@ from django.db import Error as DatabaseError
 from django.db.models import QuerySet
 
 from devices.models import Organization
-from rules import schedules, validation, warnings
-from rules.exceptions import Problem
+from rules.authoring import lint, validation
+from rules.engine.exceptions import Problem
 from rules.models import RuleChain
+from rules.processing import schedules
 
 CHUNK = 200
 BAR_WIDTH = 30
@@ -60,14 +61,12 @@ class Command(BaseCommand):
     def _judged(self, chains: QuerySet[RuleChain], number: int) -> Iterator[Finding]:
         done = 0
         for organization_id, own in groupby(chains.iterator(chunk_size=CHUNK), key=attrgetter("organization_id")):
-            everyone = warnings.Everyone(organization_id)
+            everyone = lint.Everyone(organization_id)
             for chain in own:
                 done += 1
                 nodes = list(chain.nodes.all())
                 problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
-                yield Finding(
-                    chain=chain, problems=problems, warnings=warnings.warnings_of(chain, nodes, rivals=everyone)
-                )
+                yield Finding(chain=chain, problems=problems, warnings=lint.warnings_of(chain, nodes, rivals=everyone))
                 self._draw(done, of=number)
 
     def _draw(self, done: int, *, of: int) -> None:

@@ -9,9 +9,9 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as DatabaseError
 
 from devices.exceptions import Overloaded
-from rules import backpressure, circuit_store
-from rules.backpressure import Snapshot
-from rules.circuit import Reason, State
+from rules.admission import circuit_store, control
+from rules.admission.circuit import Reason, State
+from rules.admission.control import Snapshot
 from rules.models import CircuitTransition
 
 SHOWN_TRANSITIONS = 10
@@ -46,7 +46,7 @@ class Command(BaseCommand):
             f"state       {stored.state} (version {stored.version}, since {stored.changed_at:%Y-%m-%d %H:%M:%S} UTC)"
         )
         try:
-            for line in _load_lines(backpressure.shared().snapshot()):
+            for line in _load_lines(control.shared().snapshot()):
                 self.stdout.write(line)
         except Overloaded as refusal:
             self.stdout.write(f"queue       unknown: {refusal.detail}")
@@ -79,6 +79,6 @@ def _set(action: str, *, actor: str, depth: int | None) -> None:
 
 def _depth() -> int | None:
     try:
-        return backpressure.shared().snapshot().depth
+        return control.shared().snapshot().depth
     except Overloaded:
         return None

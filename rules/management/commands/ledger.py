@@ -9,9 +9,9 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from redis.exceptions import RedisError
 
 from aemos.lib import redis
-from rules import journal
 from rules.events import Lane
-from rules.journal import Account
+from rules.journal.ledger import Account, audit
+from rules.journal.slots import slots
 
 COLUMNS = ("accepted", "processed", "duplicate", "dead", "waiting", "in_flight", "missing")
 
@@ -27,15 +27,15 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
-            slots = {slot: journal.audit(slot) for slot in journal.slots()}
+            accounts = {slot: audit(slot) for slot in slots()}
         except RedisError as error:
             raise CommandError(redis.explain(error)) from error
         lanes = {
-            str(lane): sum((account for slot, account in slots.items() if slot.lane == lane), Account())
+            str(lane): sum((account for slot, account in accounts.items() if slot.lane == lane), Account())
             for lane in Lane
         }
         self.stdout.write(_as_json(lanes) if options["json"] else _as_table(lanes))
-        wrong = [f"{slot.lane}/{slot.partition}" for slot, account in slots.items() if not account.closes]
+        wrong = [f"{slot.lane}/{slot.partition}" for slot, account in accounts.items() if not account.closes]
         if wrong:
             raise CommandError(f"The ledger does not close: {', '.join(wrong)}.")
         if not options["json"]:

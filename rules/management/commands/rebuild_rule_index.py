@@ -9,9 +9,9 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error as DatabaseError
 
 from devices import catalogue
-from rules import index
-from rules.exceptions import InvalidChain
+from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain
+from rules.processing import loading
 
 BAR_WIDTH = 30
 DRAW_SECONDS = 0.1
@@ -41,7 +41,7 @@ class Command(BaseCommand):
         invalid: list[str] = []
         chains = nodes = references = 0
         ids = list(RuleChain.objects.running().order_by("pk").values_list("pk", flat=True))
-        for done, (row, result) in enumerate(index.compiled(ids), start=1):
+        for done, (row, result) in enumerate(loading.compiled(ids), start=1):
             if isinstance(result, InvalidChain):
                 invalid.append(_complaint(row, result))
             else:

@@ -15,9 +15,9 @@ from django.db.models import Count
 from django.utils import timezone
 
 from devices.models import Organization
-from rules import filters, replay
+from rules.admission import filtersets, replay
+from rules.admission.replay import CannotReplay, Wish
 from rules.models import Replay
-from rules.replay import CannotReplay, Wish
 
 LOOK_SECONDS = 0.5
 # A replay that has not moved for so long may have nobody who works on it.
@@ -130,7 +130,7 @@ def _wish(options: dict[str, Any]) -> Wish:
     named |= {name: _moment(options[name], name) for name in ("since", "until") if options[name]}
     return Wish(
         kind=kind,
-        criteria=filters.criteria(kind, named),
+        criteria=filtersets.criteria(kind, named),
         organization=_organization(options["organization"]),
         rate=options["rate"],
         with_commands=options["with_commands"],

@@ -11,7 +11,7 @@ from django_rq.management.commands.rqworker import Command as RqWorkerCommand
 from redis.exceptions import RedisError
 
 from aemos.lib import redis
-from rules import index
+from rules.processing import index
 
 WORKER_TTL_SECONDS = 30
 

@@ -1,0 +1,133 @@
+"""The gateway process: settings and options in; Socket.IO, MQTT and CoAP served until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from argparse import ArgumentParser
+from typing import Any
+
+import gevent
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError
+from gevent import monkey
+from gevent.event import Event
+
+from gateway.dispatcher import Companion, Gateway, StartError
+from gateway.transport import Ingest, Transport
+from notifications.messages import Protocol
+
+STOP_SECONDS = 6.0
+_TITLES = {Protocol.SOCKETIO: "Socket.IO", Protocol.MQTT: "MQTT", Protocol.COAP: "CoAP"}
+
+
+class Command(BaseCommand):
+    help = (
+        "Runs the gateway: takes telemetry over MQTT and CoAP, and delivers notifications over Socket.IO, MQTT and CoAP. "
+        "Several gateways may run at the same time. Addresses come from SOCKETIO_HOST and SOCKETIO_PORT, MQTT_HOST and "
+        "MQTT_PORT, COAP_HOST and COAP_PORT; port 0 takes a free one. SIGTERM or Ctrl-C stops it within 8 seconds."
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        for protocol, title in _TITLES.items():
+            parser.add_argument(f"--no-{protocol}", action="store_true", help=f"leave {title} to another gateway")
+
+    def handle(self, *_: Any, **options: Any) -> None:
+        if not monkey.is_module_patched("socket"):
+            raise CommandError(
+                "Start the gateway with `manage.py rungateway`: gevent has to be set up before Django is."
+            )
+        transports, companions = self._compose(options)
+        if not transports:
+            raise CommandError("Every protocol is switched off: nothing to run.")
+        gateway = Gateway(transports, companions=companions)
+        stop = Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, stop.set)
+        try:
+            gateway.start()
+        except StartError as failure:
+            raise CommandError(_why(failure)) from None
+        for transport in transports:
+            self._say(transport.protocol, _where(transport))
+        stop.wait()
+        gateway.stop(timeout_seconds=STOP_SECONDS)
+        self._keep_refusals()
+
+    def _compose(self, options: dict[str, Any]) -> tuple[list[Transport], dict[str, Companion]]:
+        from rules.ingest import submit
+
+        transports = [
+            _transport(protocol, submit)
+            for protocol in _TITLES
+            if not self._is_off(protocol, options[f"no_{protocol}"])
+        ]
+        companions: dict[str, Companion] = {}
+        for transport in transports:
+            companions |= _companions(transport)
+        return transports, companions
+
+    def _keep_refusals(self) -> None:
+        """Refusals of the last moment still wait in this process."""
+        from rules.admission import rejections
+
+        rejections.shared().close()
+
+    def _is_off(self, protocol: Protocol, switched_off: bool) -> bool:
+        if switched_off:
+            self._say(protocol, f"off (--no-{protocol})")
+            return True
+        if protocol is Protocol.MQTT and not settings.MQTT_ENABLED:
+            self._say(protocol, "off (MQTT_ENABLED=false)")
+            return True
+        return False
+
+    def _say(self, protocol: Protocol, text: str) -> None:
+        self.stdout.write(f"{_TITLES[protocol]}: {text}")
+        self.stdout.flush()
+
+
+def _transport(protocol: Protocol, ingest: Ingest) -> Transport:
+    if protocol is Protocol.SOCKETIO:
+        from gateway.socketio.transport import SocketIoTransport
+
+        return SocketIoTransport()
+    if protocol is Protocol.COAP:
+        from gateway.coap.transport import CoapTransport
+
+        return CoapTransport(ingest)
+    from gateway.mqtt.transport import MqttTransport
+
+    return MqttTransport(ingest=ingest)
+
+
+def _companions(transport: Transport) -> dict[str, Companion]:
+    """What runs beside a transport."""
+    if transport.protocol is Protocol.MQTT:
+        from gateway.mqtt.accounts import BrokerSync
+
+        return {"broker accounts": BrokerSync().run}
+    if transport.protocol is Protocol.SOCKETIO:
+        from gateway.live_readings import LiveReadings
+
+        return {"live readings": LiveReadings(transport).run}  # type: ignore[arg-type]  # the one that has an audience
+    return {}
+
+
+def _where(transport: Transport) -> str:
+    if transport.protocol is Protocol.MQTT:
+        return f"broker at {settings.MQTT_HOST}:{settings.MQTT_PORT}"
+    host, port = transport.address  # type: ignore[attr-defined]  # both other transports listen
+    scheme = "http" if transport.protocol is Protocol.SOCKETIO else "coap"
+    return f"listening on {scheme}://{host}:{port}"
+
+
+def _why(failure: StartError) -> str:
+    title, prefix = _TITLES[failure.protocol], failure.protocol.upper()
+    if failure.protocol is Protocol.MQTT:
+        return f"{title} cannot start: {failure.error}"
+    host, port = getattr(settings, f"{prefix}_HOST"), getattr(settings, f"{prefix}_PORT")
+    if failure.error.errno == errno.EADDRINUSE:
+        return f"{title}: port {port} on {host} is in use. Set {prefix}_PORT to another one, or stop what uses it."
+    reason = failure.error.strerror or failure.error
+    return f"{title} cannot listen on {host}:{port}: {reason}. Set {prefix}_HOST and {prefix}_PORT."

@@ -1,0 +1,63 @@
+"""The MQTT transport: messages out (mqtt_outbound), telemetry and reports of devices in (mqtt_inbound, mqtt_reports)."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from gateway.mqtt.inbound import TELEMETRY, Inbound, Telemetry
+from gateway.mqtt.outbound import Outbound
+from gateway.mqtt.reports import REPORTS, Reports
+from gateway.transport import Delivered, Ingest
+from notifications import messages
+from notifications.messages import Message
+
+
+class MqttTransport:
+    """`counts`: published, expired, refused, callback-failed; those of what comes in are in `telemetry.counts`, `reports.counts`.
+
+    A message counts as delivered when the broker has acknowledged it on each of its topics. It may reach a device twice,
+    after a lost connection for example: the "id" in the body says that it is the same.
+    """
+
+    protocol = messages.Protocol.MQTT
+
+    def __init__(self, ingest: Ingest) -> None:
+        kept = Reports()
+        self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take)
+        self.reports = Inbound(REPORTS, kept.take, on_tick=kept.flush)
+        self._outbound = Outbound(kept)
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can be published now."""
+        return self._outbound.connected
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self._outbound.counts
+
+    def start(self) -> None:
+        """Begins to connect and returns: a broker that is away is waited for."""
+        self._outbound.start()
+        self.telemetry.start()
+        self.reports.start()
+
+    def stop(self, *, timeout_seconds: float) -> None:
+        """Takes nothing new, finishes what is in flight within the time, disconnects. The rest comes again later."""
+        deadline = time.monotonic() + timeout_seconds
+        self.telemetry.ask_to_stop()
+        self._outbound.stop(timeout_seconds=timeout_seconds)
+        self.telemetry.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))
+        self.reports.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))  # last: it writes what was sent
+
+    def lead(self, leads: bool) -> None:
+        """Of several gateways, one delivers. It is told when its turn begins, before its first message, and when it ends."""
+        self._outbound.lead(leads)
+
+    def deliver(self, message: Message, delivered: Delivered) -> None:
+        """Hands the message to the broker; `delivered` is called, from another thread, when the broker has all of it.
+
+        Waits while the broker is slow; TransportError when too many messages wait, at once if the broker is away.
+        """
+        self._outbound.deliver(message, delivered)

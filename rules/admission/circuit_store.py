@@ -1,0 +1,54 @@
+"""The circuit's state in the database: one row for all processes, changed by compare-and-set, every change written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from django.db import transaction
+from django.utils import timezone
+
+from rules.admission.circuit import Reason, State
+from rules.models import CircuitState, CircuitTransition
+
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """The row as it was read. Version 0 is a circuit that never moved."""
+
+    state: State = State.CLOSED
+    version: int = 0
+    changed_at: datetime = _NEVER
+
+
+def load() -> Stored:
+    """One query. Raises django.db.Error."""
+    row = CircuitState.objects.filter(pk=CircuitState.SOLE_ID).first()
+    return Stored(state=State(row.state), version=row.version, changed_at=row.changed_at) if row else Stored()
+
+
+def move(seen: Stored, to: State, reason: str, *, queue_depth: int | None, actor: str = "") -> bool:
+    """Changes the state if it is still as it was seen; False when another process was first. Raises django.db.Error."""
+    now = timezone.now()
+    with transaction.atomic():
+        CircuitState.objects.get_or_create(pk=CircuitState.SOLE_ID)
+        changed = CircuitState.objects.filter(pk=CircuitState.SOLE_ID, version=seen.version)
+        if not changed.update(state=to, version=seen.version + 1, changed_at=now):
+            return False
+        CircuitTransition.objects.create(
+            from_state=seen.state, to_state=to, reason=reason, queue_depth=queue_depth, actor=actor, at=now
+        )
+    return True
+
+
+def force(to: State, *, actor: str, queue_depth: int | None, reason: str = Reason.MANUAL) -> None:
+    """A person sets the state; written down also when it is the same. Automatic transitions go on from there."""
+    while not move(load(), to, reason, queue_depth=queue_depth, actor=actor):
+        pass  # somebody was faster: look again
+
+
+def reset(actor: str, queue_depth: int | None) -> None:
+    """A person closes the circuit."""
+    force(State.CLOSED, actor=actor, queue_depth=queue_depth, reason=Reason.RESET)

@@ -1,0 +1,246 @@
+"""Admission: how urgent an event is and whose in, whether it may join the queue and why not out; one truth for all processes.
+
+Each process decides from a snapshot at most a quarter of a second old, so that admission costs no round trip per event. The
+circuit's state is a row that processes change by compare-and-set. What is not known is refused, never taken for empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+
+from django.conf import settings
+from django.db import Error as DatabaseError
+from gevent.event import Event
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
+
+from aemos.lib import redis
+from devices.exceptions import OverLimit, Overloaded
+from rules.admission import circuit, circuit_store, rates
+from rules.admission.circuit import Reason, Samples, Thresholds, Verdict
+from rules.admission.circuit_store import Stored
+from rules.admission.rates import Rate
+from rules.events import Lane, lane_of
+from rules.journal import ledger
+from rules.journal.ledger import Counts
+from rules.journal.tickets import BUDGET_SECONDS
+
+log = logging.getLogger(__name__)
+SNAPSHOT_SECONDS = 0.25
+# While one request renews the snapshot the others go on with the old one, up to this age; then they wait for the new one.
+TRUST_SECONDS = 1.0
+WARN_EVERY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What decisions are made from. Depths and thresholds in events, rates in events/s, delays in seconds.
+
+    `drain_rate` and `delays` are None where they are not known yet; `stale`: the database is away, the state the last known.
+    """
+
+    depth: int
+    lanes: Mapping[str, int]
+    drain_rate: Mapping[str, float | None]
+    delays: Mapping[str, float | None]
+    arrivals: float
+    total_drain_rate: float | None
+    thresholds: Thresholds
+    configured: Thresholds
+    circuit: Stored
+    stale: bool
+    enabled: bool
+    memory_full: bool
+    organizations: Mapping[int, int] = field(default_factory=dict)
+
+
+class Admission:
+    """Decides from a snapshot of the journal and the circuit. One per process; any greenlet may call it."""
+
+    def __init__(
+        self,
+        counts: Callable[[], Counts] = ledger.counts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._counts = counts
+        self._clock = clock
+        self._taken_at = float("-inf")
+        self._renewed = Event()
+        self._renewed.set()
+        self._snapshot: Snapshot | None = None
+        self._circuit = Stored()
+        self._samples = Samples()
+        self._drained = {lane: Rate() for lane in Lane}
+        self._arrived = {lane: Rate() for lane in Lane}
+        self._drained_total = Rate()
+        self._warned_at = float("-inf")
+
+    def snapshot(self) -> Snapshot:
+        """At most a quarter of a second old. Raises Overloaded when Redis does not answer."""
+        if self._age() >= SNAPSHOT_SECONDS and self._renewed.is_set():
+            self._renew()
+        elif self._age() >= TRUST_SECONDS:
+            # Another request is at it; it ends, well or not, when Redis answers or the socket's timeout has passed.
+            self._renewed.wait()
+        if self._snapshot is None or self._age() >= TRUST_SECONDS:
+            raise unavailable(RedisTimeout())
+        return self._snapshot
+
+    def _age(self) -> float:
+        return self._clock() - self._taken_at
+
+    def verdict(self, priority: int, organization_id: int | None = None) -> Verdict:
+        """Raises Overloaded when the depth is not known."""
+        now = self.snapshot()
+        hard = 0 if now.memory_full else now.configured.hard
+        verdict = circuit.decide(
+            now.circuit.state, priority, depth=now.depth, thresholds=now.thresholds, hard=hard, enabled=now.enabled
+        )
+        if not verdict.accept or priority <= circuit.URGENT or organization_id is None or not now.organizations:
+            return verdict
+        held, limit = circuit.share_of(organization_id, now.organizations)
+        if held <= limit:
+            return verdict
+        return replace(verdict, accept=False, reason=Reason.ORGANIZATION, queue_depth=held, threshold=limit)
+
+    def admitted(self, count: int) -> None:
+        """Counts events accepted since the snapshot, so that a burst inside its lifetime cannot pass the limits."""
+        if self._snapshot is not None:
+            self._snapshot = replace(self._snapshot, depth=self._snapshot.depth + count)
+
+    def refusal(self, verdict: Verdict, priority: int) -> Overloaded:
+        """What the sender is told."""
+        now = self._snapshot
+        wait = rates.retry_after(
+            verdict.queue_depth,
+            drain_rate=now.total_drain_rate if now else None,
+            arrivals=now.arrivals if now else 0.0,
+            budget_seconds=BUDGET_SECONDS[lane_of(priority)],
+        )
+        kind, text = _told(verdict)
+        return kind(
+            text,
+            reason=verdict.reason,
+            retry_after=wait,
+            queue_depth=verdict.queue_depth,
+            threshold=verdict.threshold,
+            circuit_state=verdict.circuit_state,
+        )
+
+    def _renew(self) -> None:
+        self._renewed.clear()
+        try:
+            counts = self._counts()
+            self._taken_at = self._clock()
+            self._observe(counts)
+            self._snapshot = self._with_circuit(counts)
+        except RedisError as error:
+            raise unavailable(error) from error
+        finally:
+            self._renewed.set()
+        self._warn(self._snapshot)
+
+    def _observe(self, counts: Counts) -> None:
+        now, before = self._taken_at, self._snapshot
+        for lane in Lane:
+            backlog = counts.depth[lane] > 0 and before is not None and before.lanes[lane] > 0
+            self._drained[lane].observe(now, counts.ended[lane], counts=backlog)
+            self._arrived[lane].observe(now, counts.accepted[lane])
+        backlog = counts.total > 0 and before is not None and sum(before.lanes.values()) > 0
+        self._drained_total.observe(now, sum(counts.ended.values()), counts=backlog)
+
+    def _with_circuit(self, counts: Counts) -> Snapshot:
+        configured = configured_thresholds()
+        rate = self._drained_total.cautious
+        budget = BUDGET_SECONDS[Lane.NORMAL]
+        thresholds = configured if rate is None else configured.within(rate * budget)
+        stale = not self._step(counts.total, thresholds)
+        arrivals: dict[str, float | None] = {lane: self._arrived[lane].value for lane in Lane}
+        return Snapshot(
+            depth=counts.total,
+            lanes=counts.depth,
+            drain_rate={lane: self._drained[lane].value for lane in Lane},
+            delays=rates.delays(tuple(Lane), depths=counts.depth, drain_rate=rate, arrivals=arrivals),
+            arrivals=sum(value or 0.0 for value in arrivals.values()),
+            total_drain_rate=rate,
+            thresholds=thresholds,
+            configured=configured,
+            circuit=self._circuit,
+            stale=stale,
+            enabled=settings.ENABLE_BACKPRESSURE,
+            memory_full=counts.memory_full,
+            organizations=counts.organizations if counts.total >= thresholds.warning else {},
+        )
+
+    def _step(self, depth: int, thresholds: Thresholds) -> bool:
+        """Takes the circuit one step on if the depth calls for it; False when the database is away and nothing moves."""
+        try:
+            self._circuit = circuit_store.load()
+            self._samples = self._samples.seen(depth, thresholds=thresholds, now=self._taken_at)
+            to, reason = circuit.next_state(
+                self._circuit.state,
+                depth,
+                thresholds=thresholds,
+                samples=self._samples,
+                now=self._taken_at,
+                since=self._taken_at - _seconds_since(self._circuit.changed_at),
+            )
+            if to != self._circuit.state:
+                if circuit_store.move(self._circuit, to, reason, queue_depth=depth):
+                    log.warning("circuit %s -> %s at %d events: %s", self._circuit.state, to, depth, reason)
+                self._circuit = circuit_store.load()
+        except DatabaseError as error:
+            log.warning("the circuit stays %s, the database is away: %s", self._circuit.state, error)
+            return False
+        return True
+
+    def _warn(self, now: Snapshot) -> None:
+        if now.depth >= now.thresholds.warning and self._taken_at - self._warned_at >= WARN_EVERY_SECONDS:
+            self._warned_at = self._taken_at
+            log.warning("the queue holds %d events, warning is at %d", now.depth, now.thresholds.warning)
+
+
+def keep_watch() -> None:
+    """Lets the circuit move on while nobody sends anything: called by the scheduler, every second."""
+    try:
+        shared().snapshot()
+    except Overloaded as refusal:
+        log.warning("the circuit is not watched: %s", refusal.detail)
+
+
+def configured_thresholds() -> Thresholds:
+    return Thresholds(
+        recovery=settings.QUEUE_RECOVERY_THRESHOLD,
+        warning=settings.QUEUE_WARNING_THRESHOLD,
+        critical=settings.QUEUE_CRITICAL_THRESHOLD,
+    )
+
+
+@cache
+def shared() -> Admission:
+    """The admission of this process."""
+    return Admission()
+
+
+def unavailable(error: RedisError) -> Overloaded:
+    """Redis is away: refuse, and say so."""
+    wait = rates.retry_after(0, drain_rate=None, arrivals=0.0, budget_seconds=0.0)
+    return Overloaded(
+        f"Events cannot be stored: {redis.explain(error)}.", reason=Reason.ENQUEUE_ERROR, retry_after=wait
+    )
+
+
+def _told(verdict: Verdict) -> tuple[type[Overloaded], str]:
+    if verdict.reason == Reason.ORGANIZATION:
+        text = f"The organization holds {verdict.queue_depth} events of the queue, its share is {verdict.threshold}."
+        return OverLimit, text
+    return Overloaded, f"The queue holds {verdict.queue_depth} events, the limit is {verdict.threshold}."
+
+
+def _seconds_since(moment: datetime) -> float:
+    return (datetime.now(UTC) - moment).total_seconds()

@@ -1,0 +1,51 @@
+"""Rule chains for people: a chain and its nodes in, the names of what they mention, its sentence and its graph out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from devices.models import Device, Sensor
+from rules.authoring import graph, validation
+from rules.authoring.sentences import Names, Teller
+from rules.models import RuleChain, RuleNode
+from rules.processing import loading
+
+
+def names_of(organization_id: int, nodes: Iterable[RuleNode]) -> Names:
+    """Of every sensor and device of the organization that the nodes mention; two queries at most."""
+    wanted: dict[str, set[str]] = {"sensor": set(), "device": set()}
+    for node in nodes:
+        for mention in validation.mentions(node, ""):
+            wanted[mention.source_type].add(mention.uuid)
+    return dict(_named(organization_id, wanted))
+
+
+def sentence_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
+    """The chain in words, with its schedule."""
+    nodes = list(nodes)
+    text = Teller(names_of(chain.organization_id, nodes)).chain(loading.spec_of(chain, nodes).nodes)
+    return f"{_when(chain)} {text[:1].lower()}{text[1:]}" if chain.cron and text else text
+
+
+def graph_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
+    """The chain drawn, as an SVG element for a page."""
+    nodes = list(nodes)
+    teller = Teller(names_of(chain.organization_id, nodes))
+    specs = loading.spec_of(chain, nodes).nodes
+    return graph.svg(specs, {spec.name: teller.node(spec) for spec in specs}, title=f"Graph of {chain.name}")
+
+
+def _when(chain: RuleChain) -> str:
+    only = chain.execution_type == RuleChain.ExecutionType.SCHEDULE_ONLY
+    also = "" if only else ", and with every value reported"
+    return f"At the times {chain.cron} ({chain.timezone}){also}:"
+
+
+def _named(organization_id: int, wanted: Mapping[str, set[str]]) -> Iterator[tuple[tuple[str, str], str]]:
+    for source_type, model in (("sensor", Sensor), ("device", Device)):
+        uuids = sorted(wanted[source_type])
+        for start in range(0, len(uuids), validation.LOOKUP_BATCH):
+            batch = uuids[start : start + validation.LOOKUP_BATCH]
+            rows = model._default_manager.filter(organization_id=organization_id, uuid__in=batch)
+            for uuid, name in rows.values_list("uuid", "name"):
+                yield (source_type, str(uuid)), name

@@ -1,0 +1,306 @@
+"""What looks wrong with a rule chain that may be saved: a chain and its nodes in, warnings with their places out.
+
+A warning refuses nothing. Contradictions follow from the conditions alone
+(rules.authoring.satisfiability); the rest is asked of the database.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from operator import or_
+from typing import NamedTuple
+
+from django.db.models import Exists, OuterRef, Q
+
+from devices.models import DeviceState, Reading, Variable
+from devices.values import Datatype
+from rules.authoring import satisfiability, validation
+from rules.authoring.satisfiability import Region
+from rules.engine import chains
+from rules.engine.chains import NodeSpec
+from rules.engine.context import Reference
+from rules.engine.exceptions import InvalidChain, Problem
+from rules.engine.fields import is_number
+from rules.models import RuleChain, RuleNode
+from rules.processing import loading
+
+MAXIMUM_OTHERS = 100
+"""Other chains that a chain is compared with."""
+
+SHOWN_OPPONENTS = 5
+CHUNK = 200
+_NUMERIC = (">", ">=", "<", "<=", "between")
+
+
+def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: Rivals | None = None) -> list[Problem]:
+    """Everything that looks wrong; nothing of a chain that cannot be compiled, whose problems come first.
+
+    `rivals` gives what other chains do to the same states, so that whoever looks at all chains need not ask for each.
+    """
+    spec = loading.spec_of(chain, nodes)
+    try:
+        chains.compile(spec)
+    except InvalidChain:
+        return []
+    flow = _Flow(spec.nodes)
+    return [
+        *(found for place, node in enumerate(spec.nodes) if node.type == "filter" for found in _clashes(node, place)),
+        *flow.never_reached(),
+        *_unheard(chain, nodes),
+        *_undone_on_the_way(flow),
+        *_opposed(chain, flow, rivals or partial(_rivals_of, chain)),
+    ]
+
+
+class Drive(NamedTuple):
+    """An action that sets a state to a fixed value: where it stands and under which conditions it is reached."""
+
+    chain: str
+    node: str
+    place: int
+    device_uuid: str
+    state_name: str
+    value: object
+    region: Region
+
+    def opposes(self, other: Drive) -> bool:
+        same = (self.device_uuid, self.state_name) == (other.device_uuid, other.state_name)
+        return same and self.value != other.value and bool(satisfiability.meet(self.region, other.region))
+
+
+Rivals = Callable[[Sequence[Drive]], Iterable[Drive]]
+"""What other running chains of the organization do to the states that are driven here."""
+
+
+class Everyone:
+    """What all running chains of an organization do to states, read at once."""
+
+    def __init__(self, organization_id: int) -> None:
+        self._drives: defaultdict[tuple[str, str], list[Drive]] = defaultdict(list)
+        rows = RuleChain.objects.running().filter(organization_id=organization_id).prefetch_related("nodes")
+        for chain in rows.iterator(chunk_size=CHUNK):
+            for drive in _drives_of(chain):
+                self._drives[drive.device_uuid, drive.state_name].append(drive)
+
+    def __call__(self, drives: Sequence[Drive]) -> Iterable[Drive]:
+        found: list[Drive] = []
+        for state in {(drive.device_uuid, drive.state_name) for drive in drives}:
+            found += [other for other in self._drives[state] if other.chain != drives[0].chain][:MAXIMUM_OTHERS]
+        return found
+
+
+class _Flow:
+    """The nodes of a chain that compiles, with the region in which each is reached."""
+
+    def __init__(self, nodes: Sequence[NodeSpec]) -> None:
+        self.nodes = nodes
+        self._places = {node.name: place for place, node in enumerate(nodes)}
+        self.regions: dict[str, Region] = {}
+        self._arriving: dict[str, list[Region]] = {}
+        for name in self._order():
+            self.regions[name] = (
+                satisfiability.join(self._arriving[name]) if name in self._arriving else satisfiability.EVERYTHING
+            )
+            for target, region in self._leaving(self.nodes[self._places[name]]):
+                self._arriving.setdefault(target, []).append(region)
+
+    def never_reached(self) -> Iterator[Problem]:
+        """The first node on each way that contradictions close."""
+        for place, node in enumerate(self.nodes):
+            before = [each for each in self.nodes if node.name in _targets(each) and self.regions[each.name]]
+            if not self.regions[node.name] and any(not self._is_impossible(each) for each in before):
+                yield Problem(f"nodes[{place}]", node.name, "is never reached: the filters before it contradict it")
+
+    def drives(self, chain: str = "") -> list[Drive]:
+        found = []
+        for place, node in enumerate(self.nodes):
+            config = node.config
+            if node.type == "action" and config.get("type") == "device_command" and "value" in config:
+                device, state = str(config.get("deviceUuid")).lower(), str(config.get("stateName"))
+                found.append(Drive(chain, node.name, place, device, state, config["value"], self.regions[node.name]))
+        return found
+
+    def follows(self, name: str) -> set[str]:
+        """Every node that a run may still meet after this one."""
+        found: set[str] = set()
+        stack = [name]
+        while stack:
+            for target in _targets(self.nodes[self._places[stack.pop()]]):
+                if target not in found:
+                    found.add(target)
+                    stack.append(target)
+        return found
+
+    def _is_impossible(self, node: NodeSpec) -> bool:
+        """A filter that is never true has been told about already."""
+        return node.type == "filter" and not satisfiability.where_true(node.config)
+
+    def _leaving(self, node: NodeSpec) -> Iterator[tuple[str, Region]]:
+        here = self.regions[node.name]
+        passed = here
+        if node.type == "filter":
+            passed = satisfiability.meet(here, satisfiability.where_true(node.config))
+        elif node.type == "transform":
+            target = node.config.get("target", node.config.get("key"))
+            passed = satisfiability.forget(here, str(target))
+            if node.config.get("operation") == "rename":
+                passed = satisfiability.forget(passed, str(node.config.get("key")))
+        if node.next:
+            yield node.next, passed
+        if node.on_false:
+            yield node.on_false, satisfiability.meet(here, satisfiability.where_false(node.config))
+        if node.on_failure:
+            yield node.on_failure, here
+
+    def _order(self) -> list[str]:
+        """Every node after those that lead to it."""
+        waiting = {node.name: 0 for node in self.nodes}
+        for node in self.nodes:
+            for target in set(_targets(node)):
+                waiting[target] += 1
+        ready = [name for name, number in waiting.items() if not number]
+        for name in ready:
+            for target in set(_targets(self.nodes[self._places[name]])):
+                waiting[target] -= 1
+                if not waiting[target]:
+                    ready.append(target)
+        return ready
+
+
+def _targets(node: NodeSpec) -> list[str]:
+    return [name for name in (node.next, node.on_false, node.on_failure) if name]
+
+
+def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
+    """The expression of an AND that cannot be true together with those before it."""
+    stack: list[tuple[Mapping[str, object], str]] = [(node.config, f"nodes[{place}].config")]
+    while stack:
+        config, path = stack.pop()
+        parts = config.get("expressions")
+        if not isinstance(parts, list):
+            continue
+        stack.extend((part, f"{path}.expressions[{index}]") for index, part in enumerate(parts))
+        before = satisfiability.EVERYTHING
+        for index, part in enumerate(parts) if config.get("type") == "AND" else ():
+            here = satisfiability.where_true(part)
+            if not here:
+                break  # told of the part itself
+            before = satisfiability.meet(before, here)
+            if not before:
+                text = "can never be true together with the conditions before it, so all of them together never are"
+                yield Problem(f"{path}.expressions[{index}]", part.get("value"), text)
+                break
+
+
+def _unheard(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
+    """Comparisons with what was never reported, and with what is of another kind."""
+    derived = {node.config.get("target") for node in nodes if node.type == RuleNode.Type.TRANSFORM}
+    leaves = [
+        (mention.path, mention.config, satisfiability.reference_of(mention.config))
+        for place, node in enumerate(nodes)
+        if node.type == RuleNode.Type.FILTER
+        for mention in validation.mentions(node, f"nodes[{place}].config")
+        if mention.config.get("key") not in derived
+    ]
+    known = _variables(chain, leaves) | _states(chain, leaves)
+    for path, leaf, reference in leaves:
+        if (fact := known.get(tuple(reference))) is None:
+            continue
+        datatype, heard = fact
+        if not heard:
+            source = "sensor has never reported" if reference.source_type == "sensor" else "device was never told"
+            yield Problem(f"{path}.key", reference.key, f"is what the {source}; as long as that is so, it has no value")
+        if complaint := _kind_complaint(leaf, datatype):
+            yield Problem(f"{path}.value", leaf.get("value"), complaint)
+
+
+Facts = dict[tuple[str, ...], tuple[str, bool]]
+"""(source type, uuid, name) -> its datatype, and whether it ever had a value."""
+_Leaves = Sequence[tuple[str, Mapping[str, object], Reference]]
+
+
+def _variables(chain: RuleChain, leaves: _Leaves) -> Facts:
+    found: Facts = {}
+    heard = Exists(Reading.objects.filter(variable=OuterRef("pk")))
+    for uuids in _batches(leaves, "sensor"):
+        rows = Variable.objects.filter(sensor__organization_id=chain.organization_id, sensor__uuid__in=uuids)
+        for uuid, name, datatype, is_heard in rows.annotate(heard=heard).values_list(
+            "sensor__uuid", "name", "datatype", "heard"
+        ):
+            found["sensor", str(uuid), name] = (datatype, is_heard)
+    return found
+
+
+def _states(chain: RuleChain, leaves: _Leaves) -> Facts:
+    found: Facts = {}
+    for uuids in _batches(leaves, "device"):
+        rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
+        for uuid, name, datatype, changed_at in rows.values_list("device__uuid", "name", "datatype", "changed_at"):
+            found["device", str(uuid), name] = (datatype, changed_at is not None)
+    return found
+
+
+def _batches(leaves: _Leaves, source_type: str) -> Iterator[list[str]]:
+    wanted = sorted({reference.uuid for _, _, reference in leaves if reference.source_type == source_type})
+    size = validation.LOOKUP_BATCH
+    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+
+
+def _kind_complaint(leaf: Mapping[str, object], datatype: str) -> str:
+    operator, value = leaf.get("operator"), leaf.get("value")
+    if operator in _NUMERIC and datatype != Datatype.NUMBER:
+        return f"is a number, and what is compared is a {datatype}: this is never true"
+    if operator == "==" and _datatype_of(value) != datatype:
+        return f"is of another kind than what is compared, a {datatype}: this is never true"
+    return ""
+
+
+def _datatype_of(value: object) -> str:
+    return Datatype.NUMBER if is_number(value) else Datatype.BOOLEAN if isinstance(value, bool) else Datatype.STRING
+
+
+def _undone_on_the_way(flow: _Flow) -> Iterator[Problem]:
+    drives = flow.drives()
+    for first in drives:
+        after = flow.follows(first.node)
+        for second in drives:
+            if second.node in after and first.opposes(second):
+                text = f"is set again in the same run, to another value, by the node {second.node!r}"
+                yield Problem(f"nodes[{first.place}].config.value", first.value, text)
+
+
+def _opposed(chain: RuleChain, flow: _Flow, rivals: Rivals) -> Iterator[Problem]:
+    """Enabled chains that may drive the same state to another value at the same time."""
+    mine = [drive for drive in flow.drives(chain.name) if drive.region] if chain.enabled else []
+    others = list(rivals(mine)) if mine else []
+    for drive in mine:
+        opponents = [other for other in others if drive.opposes(other)]
+        if not opponents:
+            continue
+        named = [f"{each.chain!r} (node {each.node!r}) to {each.value!r}" for each in opponents[:SHOWN_OPPONENTS]]
+        more = f" and {len(opponents) - len(named)} more" if len(opponents) > len(named) else ""
+        text = f"may be set at the same time to something else: by the chain {', '.join(named)}{more}"
+        yield Problem(f"nodes[{drive.place}].config.value", drive.value, text)
+
+
+def _rivals_of(chain: RuleChain, drives: Sequence[Drive]) -> Iterator[Drive]:
+    """Asked of the database for one chain."""
+    devices = sorted({drive.device_uuid for drive in drives})
+    # People may write a uuid in upper case.
+    named = reduce(or_, (Q(config__deviceUuid__iexact=uuid) for uuid in devices[:MAXIMUM_OTHERS]))
+    others = RuleChain.objects.running().filter(organization_id=chain.organization_id).exclude(uuid=chain.uuid)
+    rows = RuleNode.objects.filter(named, type=RuleNode.Type.ACTION, chain__in=others).order_by()
+    ids = list(rows.values_list("chain_id", flat=True).distinct()[:MAXIMUM_OTHERS])
+    for other in RuleChain.objects.filter(pk__in=ids).prefetch_related("nodes"):
+        yield from _drives_of(other)
+
+
+def _drives_of(chain: RuleChain) -> list[Drive]:
+    spec = loading.spec_of(chain, chain.nodes.all())
+    try:
+        chains.compile(spec)
+    except InvalidChain:
+        return []  # it does not run
+    return [drive for drive in _Flow(spec.nodes).drives(chain.name) if drive.region]

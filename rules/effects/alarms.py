@@ -1,0 +1,274 @@
+"""Alarms: requests of rules, people and the system in; rows in the caller's transaction and messages for after it out.
+
+Of one type at one originator at most one alarm is open, which the database enforces: an insert that meets another worker's
+does nothing, and the request then raises that one again. Every message has the key of the effect that caused it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from uuid import uuid4
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models import Q, QuerySet
+from django.utils import timezone
+
+from aemos.lib import metrics
+from devices import catalogue
+from devices.models import Organization
+from notifications import messages, outbox
+from notifications.messages import Message
+from rules import events
+from rules.effects.alarm_lifecycle import Case, Change, Clear, Key, News, Raise, Terms, news_of
+from rules.effects.cooldowns import Permits, permits_all
+from rules.models import Alarm, RuleChain, Severity
+
+log = logging.getLogger(__name__)
+CHAIN = "chain"
+SUSPENDED = "rule chain suspended"
+SYSTEM = "aemos"
+# How often another transaction may come before with the same alarm and be gone again; then something else is wrong.
+ATTEMPTS = 5
+# Rows that people or the scheduler change in one transaction.
+CHUNK_ROWS = 500
+_MOVED = ["last_raised_at", "last_event_at", "times_raised"]
+_CHANGED = [
+    *_MOVED, "severity", "state", "message", "raised_at", "is_flapping", "acknowledged_at", "acknowledged_by", "cleared_at",
+    "cleared_by",
+]  # fmt: skip
+Requests = Mapping[Key, Sequence[Raise | Clear]]
+
+
+def apply(requests: Sequence[Raise | Clear], permits: Permits = permits_all) -> list[Message]:
+    """Raises and clears alarms in the current transaction, each alarm's in order; gives what to `publish` after it."""
+    waiting: defaultdict[Key, list[Raise | Clear]] = defaultdict(list)
+    for request in requests:
+        waiting[request.key].append(request)
+    terms = _terms(permits)
+    news: list[News] = []
+    for _ in range(ATTEMPTS):
+        if not waiting:
+            return _write(news)
+        told, lost = _work_off(waiting, terms)
+        news += told
+        waiting = defaultdict(list, {key: waiting[key] for key in lost})
+    raise RuntimeError(f"alarms cannot be stored: {', '.join(f'{key[3]!r} of {key[2]}' for key in waiting)}")
+
+
+def publish(outgoing: Sequence[Message]) -> None:
+    """After the commit. What fails here the sweep makes good."""
+    for message in outgoing:
+        told = message.payload
+        metrics.ALARM_CHANGES.labels(told["change"]).inc()
+        log.info("alarm %s: %s at %s %s", told["change"], told["type"], told["sourceType"], told["originator"])
+    outbox.publish(outgoing)
+
+
+def acknowledge(alarms: QuerySet[Alarm], *, by: str) -> int:
+    """Somebody knows of them. Gives how many nobody knew of before."""
+
+    def change(row: Alarm, now: datetime) -> None:
+        row.state, row.acknowledged_at, row.acknowledged_by = Alarm.State.ACKNOWLEDGED, now, by
+
+    return _decide(alarms.filter(state=Alarm.State.ACTIVE), change, Change.ACKNOWLEDGED, by=by)
+
+
+def clear(alarms: QuerySet[Alarm], *, by: str) -> int:
+    """A person says that they are over. Gives how many were not. A rule that still finds one wrong raises it anew."""
+
+    def change(row: Alarm, now: datetime) -> None:
+        row.state, row.cleared_at, row.cleared_by = Alarm.State.CLEARED, now, by
+
+    return _decide(_open(alarms), change, Change.CLEARED, by=by)
+
+
+def raise_for_chain(chain: RuleChain, message: str) -> Alarm | None:
+    """Tells people that a chain does not run any more. In a transaction of its own, or as part of the caller's."""
+    request = Raise(
+        effect_key=f"chain:{uuid4()}",
+        organization_id=chain.organization_id,
+        source_type=CHAIN,
+        originator_uuid=str(chain.uuid),
+        type=SUSPENDED,
+        timestamp_us=events.microseconds(timezone.now()),
+        actor=SYSTEM,
+        severity=Severity.CRITICAL,
+        message=message[:500],
+        chain_id=chain.pk,
+    )
+    with transaction.atomic():
+        _publish_on_commit(apply([request]))
+        return _open(_of_chain(chain)).first()
+
+
+def clear_for_chain(chain: RuleChain, *, by: str) -> bool:
+    """The chain runs again, because of this person or part of the system. False when there was no such alarm."""
+    return clear(_of_chain(chain), by=by) > 0
+
+
+def calm_down() -> int:
+    """Alarms that were flapping and have been quiet since: told as they are now. A periodic task; gives how many.
+
+    Raises django.db.Error.
+    """
+    since = timezone.now() - _terms().window
+    quiet = Q(state=Alarm.State.CLEARED, cleared_at__lte=since) | (
+        ~Q(state=Alarm.State.CLEARED) & Q(raised_at__lte=since)
+    )
+    flapping = Alarm.objects.filter(is_flapping=True)
+    if not flapping.exists():
+        return 0
+    with transaction.atomic():
+        rows = list(_locked(flapping.filter(quiet))[:CHUNK_ROWS])
+        for row in rows:
+            row.is_flapping = False
+        Alarm.objects.bulk_update(rows, ["is_flapping"])
+        _publish_on_commit(_write([_calmed(row) for row in rows]))
+    return len(rows)
+
+
+def name_originators(alarms: Sequence[Alarm]) -> None:
+    """Gives each the name of its sensor, device or chain, empty when that was deleted."""
+    names = _names({(alarm.source_type, str(alarm.originator_uuid)) for alarm in alarms})
+    for alarm in alarms:
+        alarm.originator_name = names.get((alarm.source_type, str(alarm.originator_uuid)), "")
+
+
+def _calmed(row: Alarm) -> News:
+    change = Change.CLEARED if row.state == Alarm.State.CLEARED else Change.RAISED
+    by = row.cleared_by or SYSTEM
+    return news_of(change, row, effect_key=f"calm:{row.uuid}:{row.times_raised}", by=by, at=timezone.now())
+
+
+def _terms(permits: Permits = permits_all) -> Terms:
+    window = timedelta(seconds=settings.ALARM_FLAPPING_SECONDS)
+    return Terms(times=settings.ALARM_FLAPPING_TIMES, window=window, now=timezone.now(), permits=permits)
+
+
+def _work_off(requests: Requests, terms: Terms) -> tuple[list[News], set[Key]]:
+    """Writes what the requests come to; gives the news, and the alarms that another transaction has raised meanwhile.
+
+    Of those nothing was written: with that transaction's row they come to something else.
+    """
+    rows = _rows_of(requests, terms)
+    cases = {key: Case(rows[key], terms) for key in requests}
+    for key, case in cases.items():
+        case.work_off(requests[key])
+    contested = {key: row for key, case in cases.items() if (row := case.contested)}
+    # In one order everywhere, so that two workers that insert the same alarms wait for one another in one direction.
+    Alarm.objects.bulk_create([contested[key] for key in sorted(contested)], ignore_conflicts=True)
+    lost = _lost(contested)
+    kept = [case for key, case in cases.items() if key not in lost]
+    _save(kept, but={row.uuid for row in contested.values()})
+    return [news for case in kept for news in case.news], lost
+
+
+def _lost(contested: Mapping[Key, Alarm]) -> set[Key]:
+    """Those that were not inserted, because an open one was there."""
+    if not contested:
+        return set()
+    inserted = set(
+        Alarm.objects.filter(uuid__in=[row.uuid for row in contested.values()]).values_list("uuid", flat=True)
+    )
+    return {key for key, row in contested.items() if row.uuid not in inserted}
+
+
+def _save(cases: Sequence[Case], *, but: set[object]) -> None:
+    """Changed rows before new ones: a new one may take the place of one that is cleared by that."""
+    changed = {uuid: row for case in cases for uuid, row in case.written.changed.items()}
+    moved = {uuid: row for case in cases for uuid, row in case.written.moved.items() if uuid not in changed}
+    Alarm.objects.bulk_update(moved.values(), _MOVED)
+    Alarm.objects.bulk_update(changed.values(), _CHANGED)
+    Alarm.objects.bulk_create(row for case in cases for row in case.written.new if row.uuid not in but)
+
+
+def _rows_of(requests: Requests, terms: Terms) -> defaultdict[Key, list[Alarm]]:
+    """The open rows, and those cleared so lately that they matter, locked."""
+    earliest = min(terms.moment(request) for group in requests.values() for request in group)
+    matters = ~Q(state=Alarm.State.CLEARED) | Q(cleared_at__gt=earliest - terms.window) | Q(last_event_at__gte=earliest)
+    organizations, _, originators, types = (set(parts) for parts in zip(*requests, strict=True))
+    found = Alarm.objects.filter(
+        matters, organization_id__in=organizations, originator_uuid__in=originators, type__in=types
+    )
+    rows: defaultdict[Key, list[Alarm]] = defaultdict(list)
+    for row in _locked(found):
+        rows[row.organization_id, row.source_type, str(row.originator_uuid), row.type].append(row)
+    return rows
+
+
+def _locked(rows: QuerySet[Alarm]) -> QuerySet[Alarm]:
+    """In the order of their ids, so that two workers that want the same rows never deadlock."""
+    return rows.select_for_update(of=("self",)).order_by("pk")
+
+
+def _write(news: Sequence[News]) -> list[Message]:
+    """The news as messages in the outbox; those that were told before are left out."""
+    if not news:
+        return []
+    sources = {(each.key[1], each.key[2]) for each in news}
+    known, names = catalogue.shared().originators(sources), _names(sources)
+    organizations = dict(Organization.objects.filter(pk__in={each.key[0] for each in news}).values_list("pk", "uuid"))
+    outgoing: dict[str, tuple[Message, int, int | None]] = {}
+    for each in news:
+        organization_id, source_type, uuid, _ = each.key
+        device = known.get((source_type, uuid)) if source_type == "device" else None
+        message = Message(
+            id=uuid4(),
+            effect_key=each.effect_key,
+            organization_uuid=str(organizations[organization_id]),
+            device_uuid=device.uuid if device else None,
+            event=messages.ALERT,
+            priority=messages.PRIORITY_BY_SEVERITY[each.severity],
+            timestamp=each.timestamp.isoformat(),
+            payload={**each.payload, "originatorName": names.get((source_type, uuid), "")},
+        )
+        outgoing.setdefault(each.effect_key, (message, organization_id, device.id if device else None))
+    return outbox.write(list(outgoing.values()))
+
+
+def _names(sources: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    names = {key: found.name for key, found in catalogue.shared().originators(sources).items()}
+    chains = [uuid for source_type, uuid in sources if source_type == CHAIN]
+    if chains:
+        rows = RuleChain.objects.filter(uuid__in=chains).values_list("uuid", "name")
+        names |= {(CHAIN, str(uuid)): name for uuid, name in rows}
+    return names
+
+
+def _decide(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], told: Change, *, by: str) -> int:
+    """What a person decides about rows, as far as they are still there to be decided about; some at a time."""
+    number = 0
+    while decided := _decide_some(rows, change, told, by=by):
+        number += decided
+    return number
+
+
+@transaction.atomic
+def _decide_some(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], told: Change, *, by: str) -> int:
+    now = timezone.now()
+    locked = list(_locked(rows)[:CHUNK_ROWS])
+    for row in locked:
+        change(row, now)
+    Alarm.objects.bulk_update(locked, _CHANGED)
+    news = [news_of(told, row, effect_key=f"person:{uuid4()}", by=by, at=now) for row in locked]
+    _publish_on_commit(_write(news))
+    return len(locked)
+
+
+def _publish_on_commit(outgoing: Sequence[Message]) -> None:
+    transaction.on_commit(partial(publish, outgoing))
+
+
+def _open(rows: QuerySet[Alarm]) -> QuerySet[Alarm]:
+    return rows.exclude(state=Alarm.State.CLEARED)
+
+
+def _of_chain(chain: RuleChain) -> QuerySet[Alarm]:
+    return Alarm.objects.filter(
+        organization_id=chain.organization_id, source_type=CHAIN, originator_uuid=chain.uuid, type=SUSPENDED
+    )

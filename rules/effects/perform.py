@@ -1,0 +1,242 @@
+"""Effects: what chains ask for in, done in the caller's transaction, and after its commit told to everybody who listens.
+
+An effect has a key derived from its event and node, and the database takes each key once: StateChange for commands,
+Notification for all that is told. An alarm also knows by the event's time what it has seen (rules.effects.alarm_lifecycle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from aemos.lib import metrics
+from devices import catalogue
+from devices.models import Organization, StateChange
+from notifications import messages, outbox
+from notifications.messages import Message, Protocol
+from notifications.models import Notification
+from rules import events
+from rules.effects import alarms, states
+from rules.effects.alarm_lifecycle import Clear, Raise
+from rules.effects.cooldowns import Cooldowns, Rest
+from rules.engine.actions import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
+from rules.engine.bound import BoundChain
+from rules.engine.context import Value
+from rules.engine.exceptions import ChainFailed
+from rules.events import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something to be told: to a device, or without one to its organization."""
+
+    effect_key: str
+    organization_id: int
+    device_id: int | None
+    device_uuid: str | None
+    severity: str
+    timestamp_us: int
+    payload: Mapping[str, Any]
+    rest: Rest | None = None
+
+
+Told = Note | Raise | Clear
+Wish = states.Request | Told
+"""An effect with everything looked up that it needs to be done."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Performed:
+    """What was done, for `tell`."""
+
+    changes: list[states.Change] = field(default_factory=list)
+    notes: list[Message] = field(default_factory=list)
+    alarms: list[Message] = field(default_factory=list)
+    suppressed: int = 0
+
+    def __iadd__(self, other: Performed) -> Performed:
+        self.changes += other.changes
+        self.notes += other.notes
+        self.alarms += other.alarms
+        self.suppressed += other.suppressed
+        return self
+
+
+def refuses(device_uuid: str, state_name: str, value: Value) -> str:
+    """Why a state cannot be set to the value, as a sentence; empty when it can. No query once the device is known."""
+    key = ("device", device_uuid)
+    device = catalogue.shared().originators([key]).get(key)
+    state = device.fields.get(state_name) if device else None
+    if device is None or state is None:
+        return f"device {device_uuid} has no state {state_name!r} any more"
+    problem = state.problem_with(value)
+    return f"{device.name} cannot be set: {state_name} {problem}" if problem else ""
+
+
+def wish(effect: Effect, bound: BoundChain, event: Event) -> Wish:
+    """Raises ChainFailed when what the effect needs does not exist any more."""
+    return _WISHES[type(effect)](effect, bound, event)
+
+
+def perform(wishes: Sequence[Wish]) -> Performed:
+    """Does what the wishes ask for, in the current transaction, except for what was done before and actions that rest."""
+    cooldowns = Cooldowns(each.rest for each in wishes)
+    commands = [each for each in wishes if isinstance(each, states.Request)]
+    others = _untold([each for each in wishes if not isinstance(each, states.Request)])
+    changes = states.apply(commands, cooldowns.permits)
+    notes = [each for each in others if isinstance(each, Note) and cooldowns.permits(each.rest, each.effect_key)]
+    performed = Performed(
+        changes=changes,
+        notes=_write(notes),
+        alarms=alarms.apply([each for each in others if not isinstance(each, Note)], cooldowns.permits),
+    )
+    cooldowns.save()
+    performed.suppressed = cooldowns.suppressed
+    return performed
+
+
+def tell(performed: Performed) -> None:
+    """After the commit. What fails here, the sweep makes good."""
+    states.tell(performed.changes)
+    outbox.publish(performed.notes)
+    alarms.publish(performed.alarms)
+    if performed.suppressed:
+        metrics.ACTIONS_SUPPRESSED.inc(performed.suppressed)
+
+
+def _command(effect: DeviceCommand, bound: BoundChain, event: Event) -> states.Request:
+    state_id = bound.states.get((effect.device_uuid, effect.state_name))
+    if state_id is None:
+        cause = f"device {effect.device_uuid} has no state {effect.state_name!r} any more"
+        raise ChainFailed(effect.chain_uuid, effect.node, cause)
+    return states.Request(
+        effect_key=effect.effect_key,
+        state_id=state_id,
+        value=effect.value,
+        source=StateChange.Source.RULE,
+        actor=_actor(effect, bound),
+        timestamp_us=effect.timestamp_us,
+        priority=event.priority,
+        always=effect.force,
+        rest=_rest(effect, bound, event),
+    )
+
+
+def _notify(effect: Notify, bound: BoundChain, event: Event) -> Note:
+    payload = {
+        "title": effect.title,
+        "message": effect.message,
+        "severity": effect.severity,
+        "sourceType": event.source_type,
+        "originator": event.originator_uuid,
+        "originatorName": effect.originator,
+        "ruleChain": bound.uuid,
+        "ruleChainName": bound.name,
+        "node": effect.node,
+    }
+    return Note(
+        effect_key=effect.effect_key,
+        organization_id=bound.organization_id,
+        device_id=_device_id(effect, bound),
+        device_uuid=effect.device_uuid,
+        severity=effect.severity,
+        timestamp_us=effect.timestamp_us,
+        payload=payload | ({"roles": list(effect.roles)} if effect.roles else {}),
+        rest=_rest(effect, bound, event),
+    )
+
+
+def _device_id(effect: Notify, bound: BoundChain) -> int | None:
+    if effect.device_uuid is None:
+        return None
+    key = ("device", effect.device_uuid)
+    device = catalogue.shared().originators([key]).get(key)
+    if device is None or device.organization_id != bound.organization_id:
+        raise ChainFailed(effect.chain_uuid, effect.node, f"device {effect.device_uuid} does not exist any more")
+    return device.id
+
+
+def _raise(effect: RaiseAlarm, bound: BoundChain, event: Event) -> Raise:
+    about = _about(effect, bound, event)
+    return Raise(**about, severity=effect.severity, message=effect.message, chain_id=bound.id, node=effect.node)
+
+
+def _clear(effect: ClearAlarm, bound: BoundChain, event: Event) -> Clear:
+    return Clear(**_about(effect, bound, event))
+
+
+def _about(effect: RaiseAlarm | ClearAlarm, bound: BoundChain, event: Event) -> dict[str, Any]:
+    return {
+        "effect_key": effect.effect_key,
+        "organization_id": bound.organization_id,
+        "source_type": event.source_type,
+        "originator_uuid": event.originator_uuid,
+        "type": effect.alarm,
+        "timestamp_us": effect.timestamp_us,
+        "actor": _actor(effect, bound),
+        "rest": _rest(effect, bound, event),
+    }
+
+
+_WISHES: Mapping[type[Effect], Callable[[Any, BoundChain, Event], Wish]] = {
+    DeviceCommand: _command,
+    Notify: _notify,
+    RaiseAlarm: _raise,
+    ClearAlarm: _clear,
+}
+
+
+def _actor(effect: Effect, bound: BoundChain) -> str:
+    return f"{bound.name} / {effect.node}"
+
+
+def _rest(effect: Effect, bound: BoundChain, event: Event) -> Rest | None:
+    if not effect.cooldown_us:
+        return None
+    return Rest(bound.id, effect.node, event.originator_uuid, effect.cooldown_us)
+
+
+def _untold(wishes: Sequence[Told]) -> list[Told]:
+    """Without those that were told of before: a sender that missed the answer sends its event again, with its id."""
+    if not wishes:
+        return []
+    keys = [each.effect_key for each in wishes]
+    known = set(Notification.objects.filter(effect_key__in=keys).values_list("effect_key", flat=True))
+    fresh: dict[str, Told] = {}
+    for each in wishes:
+        if each.effect_key not in known:
+            fresh.setdefault(each.effect_key, each)
+    return list(fresh.values())
+
+
+def _write(notes: Sequence[Note]) -> list[Message]:
+    if not notes:
+        return []
+    wanted = {note.organization_id for note in notes}
+    organizations = dict(Organization.objects.filter(pk__in=wanted).values_list("pk", "uuid"))
+    outgoing = {
+        note.effect_key: (
+            _message(note, str(organizations[note.organization_id])),
+            note.organization_id,
+            note.device_id,
+        )
+        for note in notes
+    }
+    return outbox.write(list(outgoing.values()))
+
+
+def _message(note: Note, organization_uuid: str) -> Message:
+    return Message(
+        id=uuid4(),
+        effect_key=note.effect_key,
+        organization_uuid=organization_uuid,
+        device_uuid=note.device_uuid,
+        event=messages.ALERT if note.severity == "critical" else messages.NOTIFICATION,
+        priority=messages.PRIORITY_BY_SEVERITY[note.severity],
+        timestamp=events.moment(note.timestamp_us).isoformat(),
+        payload=dict(note.payload),
+        # Roles are for people, and they listen on Socket.IO.
+        protocols=(Protocol.SOCKETIO,) if "roles" in note.payload else messages.ALL_PROTOCOLS,
+    )

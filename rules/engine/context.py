@@ -1,0 +1,141 @@
+"""What a rule sees while it runs: values with their times, what it found missing, and what it remembers from run to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rules.engine.actions import Effect
+
+Value = float | int | str | bool | None
+
+
+class Reference(NamedTuple):
+    """One variable of one source; `source_type` is sensor or device, `uuid` a lower-case version 4 UUID."""
+
+    source_type: str
+    uuid: str
+    key: str
+
+
+class Sample(NamedTuple):
+    """A value and when it was taken, in microseconds since 1970 (UTC)."""
+
+    value: Value
+    timestamp_us: int
+
+
+Lookup = Callable[[Reference], Sample | None]
+Source = tuple[str, str]
+"""Source type and uuid."""
+
+
+class Timer(NamedTuple):
+    """A condition that may turn true although its source says nothing; `key` is the same as long as the condition is."""
+
+    key: str
+    source: Source
+
+
+class Watch(NamedTuple):
+    """What a condition over time remembers of the source that it names, from reading to reading.
+
+    `key` is the same as long as the condition is, so that an edit elsewhere in the chain forgets nothing. What is remembered
+    is as JSON holds it; `observe(remembered or None, sample)` gives what to remember after this sample, of which it is told
+    in the order of arrival, late ones too. When it was lost, the readings of the last `window_us` are observed again, at most
+    the newest `maximum`.
+    """
+
+    key: str
+    reference: Reference
+    window_us: int
+    maximum: int
+    observe: Callable[[Any, Sample], Any]
+
+
+class Scope:
+    """One run of one chain for one event, as conditions see it.
+
+    `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's
+    own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` holds, by the
+    key of a watch, what is remembered, this event included. A condition that may turn true without a further event says
+    with `wake` when that is; `wakes` holds the earliest of these times for each source, in microseconds since 1970.
+    """
+
+    __slots__ = ("memory", "missing", "now_us", "read", "wakes")
+
+    def __init__(self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None) -> None:
+        self.read = read
+        self.now_us = now_us
+        self.missing: list[Reference] = []
+        self.memory: Mapping[str, Any] = {} if memory is None else memory
+        self.wakes: dict[Source, int] = {}
+
+    def wake(self, reference: Reference, at_us: int) -> None:
+        source = reference[:2]
+        self.wakes[source] = min(self.wakes.get(source, at_us), at_us)
+
+
+def refuses_nothing(device_uuid: str, state_name: str, value: Value) -> str:
+    """For runs that know no devices."""
+    return ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trigger:
+    """The event that a chain runs for; `uuid` is in lower case, `timestamp_us` in microseconds since 1970 (UTC).
+
+    `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
+    what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
+    the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
+    `deadline` is when the run is stopped, in seconds of `time.monotonic`.
+    """
+
+    event_id: str
+    source_type: str
+    uuid: str
+    values: Mapping[str, Value]
+    timestamp_us: int
+    lookup: Lookup
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Callable[[str, str, Value], str] = refuses_nothing
+    originator: str = ""
+    deadline: float = math.inf
+
+
+class Run(Scope):
+    """The state of one run, with the event's values as transformed so far; it dies with the run."""
+
+    __slots__ = ("effects", "trigger", "values")
+
+    def __init__(self, trigger: Trigger) -> None:
+        self.trigger = trigger
+        self.values = dict(trigger.values)
+        self.effects: list[Effect] = []
+        super().__init__(_reader(trigger, self.values), trigger.timestamp_us, trigger.memory)
+
+
+def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
+    """Read the originator's own values, as transformed so far, and everything else through the trigger's lookup.
+
+    What a device reports and had already it has had since its last change, not since the report.
+    """
+    source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
+
+    def read(reference: Reference) -> Sample | None:
+        if reference.uuid != uuid or reference.key not in values or reference.source_type != source_type:
+            return lookup(reference)
+        value = values[reference.key]
+        if source_type == "device" and (known := lookup(reference)) is not None and _is_same(known.value, value):
+            return known
+        return Sample(value, timestamp_us)
+
+    return read
+
+
+def _is_same(one: Value, other: Value) -> bool:
+    return type(one) is type(other) and one == other

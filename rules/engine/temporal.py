@@ -1,0 +1,200 @@
+"""Conditions over time: the time keys of a leaf in, the leaf that asks about time and what it has to remember out.
+
+"for": "5m"                     true without interruption for so long
+"times": 3, "within": "10m"     true so often in so long
+"off": 6.2                      a dead band: once true, it stays so until the value is beyond this
+"per": "1m"                     the change per so long is compared, not the value
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+from rules.engine import temporal_state
+from rules.engine.ages import reached
+from rules.engine.comparisons import Evaluate
+from rules.engine.context import Reference, Sample, Scope, Timer, Watch
+from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.fields import Fields, is_number, not_a_number
+from rules.engine.operators import OPERATORS
+from rules.engine.temporal_state import Decide, Observe
+
+TIME_KEYS = ("for", "times", "within", "off", "per")
+
+MAX_TIMES = 100
+"""Hits that one condition remembers."""
+
+DAY_US = microseconds_of("1d")
+REBUILD_READINGS = 10_000
+"""Stored readings from which a condition is rebuilt at most."""
+
+_TOGETHER = ({"for"}, {"off"}, {"for", "off"}, {"times", "within"}, {"per"})
+_BACK = {">": "<", ">=": "<", "<": ">", "<=": ">"}
+"""Beyond `off` is on the other side of it."""
+
+_ON_RATES = (*_BACK, "between")
+
+
+EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "`for`",
+        "the comparison was true for every reading from one to the newest, and these are at least so far apart",
+        {"operator": ">", "value": 6.5, "for": "5m"},
+    ),
+    (
+        "`times`, `within`",
+        f"the comparison was true for so many readings (1 to {MAX_TIMES}) within so long, up to the newest reading or the event; "
+        "it stays true while there are so many, also at a reading that is none of them",
+        {"operator": "<", "value": 20, "times": 3, "within": "10m"},
+    ),
+    (
+        "`off`",
+        "dead band: the comparison was true, and no value since then was beyond `off` (below it with > and >=, above it with < "
+        "and <=); in between it stays what it was",
+        {"operator": ">", "value": 6.5, "off": 6.2},
+    ),
+    (
+        "`off`, `for`",
+        "the dead band was true for so long without interruption",
+        {"operator": ">", "value": 6.5, "off": 6.2, "for": "5m"},
+    ),
+    (
+        "`per`",
+        "the change from the last reading but one to the newest, divided by the time between them and brought to so long, "
+        "compares so with `value`; it is below zero when values fall. With > >= < <= and between. A reading less than a second "
+        "after the one before is passed over",
+        {"operator": "<", "value": -0.5, "per": "1m"},
+    ),
+]
+"""Which keys, what the leaf with them means and an example; shown to people."""
+
+
+class Leaf(NamedTuple):
+    """A leaf that compiled, without its time keys."""
+
+    reference: Reference
+    symbol: str
+    operand: Any
+    duration_us: int
+    evaluate: Evaluate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The time keys of a leaf, durations in microseconds; 0 or None stand for a key that is absent."""
+
+    for_us: int = 0
+    times: int = 0
+    within_us: int = 0
+    off: float | None = None
+    per_us: int = 0
+
+
+def not_a_count(value: object) -> str | None:
+    """Refuse what is not a whole number from 1 to MAX_TIMES."""
+    return None if type(value) is int and 1 <= value <= MAX_TIMES else f"must be a whole number from 1 to {MAX_TIMES}"
+
+
+def read_timing(fields: Fields, *, source_type: str, symbol: str, operand: Any) -> Timing | None:
+    """Read the time keys of a leaf; None if it has none. Problems are noted in `fields`; then the result means nothing."""
+    given = [key for key in TIME_KEYS if key in fields]
+    if not given:
+        return None
+    _refuse_where_out_of_place(fields, given, source_type=source_type, symbol=symbol)
+    counted = "times" in fields or "within" in fields
+    timing = Timing(
+        for_us=_duration(fields, "for"),
+        times=fields.get("times", not_a_count) if counted else 0,
+        within_us=_duration(fields, "within", required=counted),
+        off=fields.get("off", not_a_number) if "off" in fields else None,
+        per_us=_duration(fields, "per"),
+    )
+    if timing.off is not None and symbol in _BACK and is_number(operand):
+        _refuse_wrong_side(fields, timing.off, symbol=symbol, operand=operand)
+    return timing
+
+
+def _duration(fields: Fields, key: str, *, required: bool = False) -> int:
+    if not required and key not in fields:
+        return 0
+    text = fields.get(key, not_a_duration)
+    return microseconds_of(text) if text else 0
+
+
+def _refuse_where_out_of_place(fields: Fields, given: list[str], *, source_type: str, symbol: str) -> None:
+    """Each key with operators for which it means something, on sources that have readings, and beside keys it goes with."""
+    for key in given:
+        allowed = _BACK if key == "off" else _ON_RATES if key == "per" else None
+        if allowed and symbol not in allowed:
+            fields.refuse(key, f"goes with {', '.join(allowed)} only, not with {symbol}")
+        elif not OPERATORS[symbol].compares:
+            fields.refuse(key, f"goes with operators that compare the value, such as >; {symbol} does not")
+        elif source_type == "device" and key != "for":
+            fields.refuse(key, "is for sensors: the state of a device stands until it is changed, and has no readings")
+    if not any(set(given) <= together for together in _TOGETHER):
+        fields.refuse(
+            given[-1], f"{', '.join(given)} cannot be combined; only for and off, and times and within, go together"
+        )
+
+
+def _refuse_wrong_side(fields: Fields, off: float, *, symbol: str, operand: float) -> None:
+    above = symbol in (">", ">=")
+    if not (off < operand if above else off > operand):
+        fields.refuse("off", f"must be {'below' if above else 'above'} value, {operand}, for {symbol}")
+
+
+def compile_timed(leaf: Leaf, timing: Timing) -> tuple[Evaluate, Watch | Timer]:
+    """Make the closure of a leaf with time keys, and what it has to remember; the state of a device needs a timer instead."""
+    key = fingerprint(leaf, timing)
+    if leaf.reference.source_type == "device":
+        return _standing(leaf, timing.for_us), Timer(key, leaf.reference[:2])
+    observe, decide, window_us, maximum = _kind(leaf, timing)
+    watch = Watch(key=key, reference=leaf.reference, window_us=window_us, maximum=maximum, observe=observe)
+    return temporal_state.deciding(key, leaf.reference, decide), watch
+
+
+def fingerprint(leaf: Leaf, timing: Timing = Timing()) -> str:
+    """The key of a condition: the same for the same condition, however its durations are written."""
+    text = json.dumps(
+        [*leaf.reference, leaf.symbol, leaf.operand, leaf.duration_us, *astuple(timing)], separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _standing(leaf: Leaf, for_us: int) -> Evaluate:
+    """A state stands until it is changed, so the time of the last change says how long it has been so."""
+
+    def evaluate(scope: Scope) -> bool:
+        sample = scope.read(leaf.reference)
+        if not leaf.evaluate(scope) or sample is None:
+            return False
+        return reached(scope, leaf.reference, sample.timestamp_us + for_us)
+
+    return evaluate
+
+
+def _kind(leaf: Leaf, timing: Timing) -> tuple[Observe, Decide, int, int]:
+    """How to observe, how to decide, and how many stored readings (microseconds back, at most) bring the memory back."""
+    on = temporal_state.alone(leaf.evaluate)
+    if timing.per_us:
+        return temporal_state.observe_steps, temporal_state.changing(on, timing.per_us), DAY_US, 100
+    if timing.times:
+        observe = temporal_state.observing_hits(on, timing.times)
+        return observe, temporal_state.counting(timing.times, timing.within_us), timing.within_us, REBUILD_READINGS
+    observe = temporal_state.observing_hold(on, _off(leaf, timing.off))
+    return observe, temporal_state.holding(timing.for_us), timing.for_us + 7 * DAY_US, REBUILD_READINGS
+
+
+def _off(leaf: Leaf, off: float | None) -> temporal_state.Test:
+    """Which readings end what a leaf began: beyond `off` or no number at all; without a dead band, all that are not on."""
+    if off is None:
+        return lambda _sample: True
+    beyond = temporal_state.alone(OPERATORS[_BACK[leaf.symbol]].make(leaf.reference, off, 0))
+
+    def ends(sample: Sample) -> bool:
+        return not is_number(sample.value) or beyond(sample)
+
+    return ends

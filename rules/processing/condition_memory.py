@@ -1,0 +1,169 @@
+"""What conditions over time remember: watches and samples in, the memory that they see and what is to be kept of it out.
+
+It is kept in Redis, in the same step that acknowledges the events it comes from. So after a crash the events are observed
+again on what was remembered before them, exactly once. What Redis has lost is observed again from the stored readings, and
+so is what has missed some: no event tells the conditions of a chain that is switched off, or that only the clock runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import msgspec
+
+from aemos.lib import keys, redis
+from devices import catalogue
+from devices.latest import Key, Latest
+from rules.effects import states
+from rules.engine.context import Sample, Watch
+from rules.journal import slots
+from rules.journal.lease import Remembered
+from rules.processing import readings
+
+# Longer than what a condition looks back, so that it lives on through a pause of its sensor.
+SHORTEST_LIFETIME_MS = 86_400_000
+LONGEST_LIFETIME_MS = 400 * 86_400_000
+
+# What it does: keeps what is remembered, unless it is not any more what the caller has read. KEYS: what is remembered. ARGV: what
+# was read ('' for nothing), what is to be kept, for how many ms. Returns: 1; 0 when nothing was kept.
+_REPLACE = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+
+
+class Kept(msgspec.Struct, array_like=True):
+    """As Redis holds it. `seen_us` is the time of the newest reading that was observed, 0 for none."""
+
+    seen_us: int
+    value: Any
+
+    def observe(self, watch: Watch, sample: Sample) -> Kept:
+        return Kept(max(self.seen_us, sample.timestamp_us), watch.observe(self.value, sample))
+
+
+class Memory:
+    """Of the batch that a worker is at. `values`: by the key of a watch, what is remembered, as conditions see it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._was: dict[str, bytes] = {}
+        self._seen_us: dict[str, int] = {}
+        self._observed: dict[str, tuple[Watch, list[Sample]]] = {}
+
+    def collect(self, watches: Iterable[Watch], *, since_us: int, latest: Mapping[Key, Latest]) -> None:
+        """Reads what is not known yet; `since_us` is the time of the earliest event, `latest` what is known before the batch.
+
+        Raises RedisError, django.db.Error.
+        """
+        unknown = {watch.key: watch for watch in watches if watch.key not in self.values}
+        for partition, group in _by_partition(unknown.values()).items():
+            held = redis.journal_client(partition).mget([_key(watch) for watch in group])
+            for watch, raw in zip(group, held, strict=True):
+                newest = latest.get(watch.reference)
+                found = _up_to_date(watch, raw, since_us=since_us, seen_us=newest.timestamp_us if newest else 0)
+                self._take(watch, found, _decoded(found))
+
+    def _take(self, watch: Watch, raw: bytes, kept: Kept) -> None:
+        self._was[watch.key] = raw
+        self._seen_us[watch.key], self.values[watch.key] = kept.seen_us, kept.value
+
+    def observe(self, watch: Watch, sample: Sample) -> None:
+        """Tells the watch of a sample of its own source."""
+        _, samples = self._observed.setdefault(watch.key, (watch, []))
+        samples.append(sample)
+        kept = Kept(self._seen_us[watch.key], self.values[watch.key]).observe(watch, sample)
+        self._seen_us[watch.key], self.values[watch.key] = kept.seen_us, kept.value
+
+    @contextmanager
+    def provisionally(self) -> Iterator[None]:
+        """Forgets what was observed inside when that raises, as the database does."""
+        values, seen_us = dict(self.values), dict(self._seen_us)
+        counts = {key: len(samples) for key, (_, samples) in self._observed.items()}
+        try:
+            yield
+        except BaseException:
+            self.values, self._seen_us = values, seen_us
+            for key, (_, samples) in self._observed.items():
+                del samples[counts.get(key, 0) :]
+            raise
+
+    def changes(self) -> list[Remembered]:
+        return [
+            Remembered(_key(watch), self._was[key], self._encoded(key), _lifetime_ms(watch))
+            for key, (watch, samples) in self._observed.items()
+            if samples
+        ]
+
+    def _encoded(self, key: str) -> bytes:
+        return msgspec.json.encode(Kept(self._seen_us[key], self.values[key]))
+
+    def catch_up(self) -> None:
+        """Observes the same samples on what is remembered by now. Raises RedisError, django.db.Error."""
+        for watch, samples in self._observed.values():
+            if not samples:
+                continue
+            raw = redis.journal_client(slots.partition_of(watch.reference.uuid)).get(_key(watch))
+            if raw is None:
+                raw = _remember_anew(watch, b"", since_us=min(sample.timestamp_us for sample in samples))
+            self._take(watch, raw, reduce(lambda kept, sample: kept.observe(watch, sample), samples, _decoded(raw)))
+
+
+def _decoded(raw: bytes) -> Kept:
+    return msgspec.json.decode(raw, type=Kept)
+
+
+def _by_partition(watches: Iterable[Watch]) -> Mapping[int, list[Watch]]:
+    found: defaultdict[int, list[Watch]] = defaultdict(list)
+    for watch in watches:
+        found[slots.partition_of(watch.reference.uuid)].append(watch)
+    return found
+
+
+def _key(watch: Watch) -> str:
+    return keys.remembered(slots.partition_of(watch.reference.uuid), watch.key)
+
+
+def _lifetime_ms(watch: Watch) -> int:
+    return min(max(2 * watch.window_us // 1_000, SHORTEST_LIFETIME_MS), LONGEST_LIFETIME_MS)
+
+
+def _up_to_date(watch: Watch, raw: bytes | None, *, since_us: int, seen_us: int) -> bytes:
+    """What is remembered, if it has seen the newest reading that is known of; else what is stored leads to."""
+    if raw is not None and _decoded(raw).seen_us >= seen_us:
+        return raw
+    return _remember_anew(watch, raw or b"", since_us=since_us, seen_us=seen_us)
+
+
+def _remember_anew(watch: Watch, was: bytes, *, since_us: int, seen_us: int = 0) -> bytes:
+    """What is stored of the source leads to; kept at once, so that a source that is silent is not looked up by every batch.
+
+    `seen_us` is the newest reading that is known of: it may be older than what is looked at, and is not missed then.
+    """
+    kept = reduce(
+        lambda kept, sample: kept.observe(watch, sample),
+        stored(watch, since_us=since_us - watch.window_us),
+        Kept(seen_us, None),
+    )
+    raw = msgspec.json.encode(kept)
+    client, key = redis.journal_client(slots.partition_of(watch.reference.uuid)), _key(watch)
+    if client.eval(_REPLACE, 1, key, was, raw, _lifetime_ms(watch)):
+        return raw
+    faster: bytes = client.get(key) or raw  # another worker
+    return faster
+
+
+def stored(watch: Watch, *, since_us: int) -> list[Sample]:
+    """Readings of a sensor or changes of a device, the newest in ascending order; none of what does not exist any more."""
+    source_type, uuid, name = watch.reference
+    source = catalogue.shared().originators([(source_type, uuid)]).get((source_type, uuid))
+    field = source.fields.get(name) if source else None
+    if field is None:
+        return []
+    recent = readings.recent if source_type == "sensor" else states.recent
+    return [Sample(value, at_us) for at_us, value in recent(field, since_us=since_us, maximum=watch.maximum)]
