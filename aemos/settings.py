@@ -220,8 +220,8 @@ SPECTACULAR_SETTINGS = {
     "POSTPROCESSING_HOOKS": ["drf_spectacular.hooks.postprocess_schema_enums", "aemos.schema.add_telemetry"],
 }
 
-# RQ: one queue per lane, in this order. The functions that a job may name are listed in rules.workers.
-RQ = {"WORKER_CLASS": "rules.workers.DrainWorker", "JOB_CLASS": "rules.workers.AllowedJob", "COMMIT_MODE": "auto"}
+# RQ: one queue per lane, in this order. The functions that a job may name are listed in rules.tickets.
+RQ = {"WORKER_CLASS": "rules.workers.DrainWorker", "JOB_CLASS": "rules.tickets.AllowedJob", "COMMIT_MODE": "auto"}
 LANES = ("critical", "normal", "low")
 RQ_QUEUES = {
     lane: {

@@ -702,7 +702,7 @@ def test_a_device_reports_its_state_and_rules_hear_of_it_once(farm: Farm) -> Non
 def test_the_worker_runs_only_functions_that_are_listed_and_only_json() -> None:
     from rq.serializers import JSONSerializer
 
-    from rules.workers import AllowedJob, ForbiddenJob
+    from rules.tickets import AllowedJob, ForbiddenJob
 
     job = AllowedJob.create("os.system", args=("true",), connection=redis.client(), serializer=JSONSerializer)
     with pytest.raises(ForbiddenJob, match=r"os\.system"):

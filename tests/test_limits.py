@@ -21,7 +21,8 @@ from rules.exceptions import ChainFailed, ErrorCode
 from rules.journal import Account, Slot
 from rules.models import ChainStatistics, DeadLetter
 from rules.scope import Trigger
-from rules.workers import AllowedJob, DrainWorker
+from rules.tickets import AllowedJob
+from rules.workers import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]

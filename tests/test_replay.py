@@ -37,7 +37,7 @@ from rules.circuit import State
 from rules.journal import Account
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
 from rules.replay import CannotReplay, Wish
-from rules.workers import ALLOWED_FUNCTIONS
+from rules.tickets import ALLOWED_FUNCTIONS
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
