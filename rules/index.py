@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from django.db.models import Model, QuerySet
 
+from aemos.lib.batched import batched
 from devices import catalogue
 from devices.models import CatalogueVersion, DeviceState
 from rules import chains, validation
@@ -233,9 +234,8 @@ def _valid(ids: Collection[int]) -> Iterator[tuple[RuleChain, Chain]]:
 
 def _batches(values: Collection[int], rows: QuerySet[M], field: str) -> Iterator[QuerySet[M]]:
     """The rows whose field has one of the values, in as many queries as the number of values needs."""
-    ordered = sorted(values)
-    for start in range(0, len(ordered), LOOKUP_BATCH):
-        yield rows.filter(**{f"{field}__in": ordered[start : start + LOOKUP_BATCH]})
+    for batch in batched(sorted(values), LOOKUP_BATCH):
+        yield rows.filter(**{f"{field}__in": batch})
 
 
 def _bound(row: RuleChain, chain: Chain, states: States) -> BoundChain:

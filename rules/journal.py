@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -145,6 +145,31 @@ def partition_of(originator_uuid: str) -> int:
     return zlib.crc32(originator_uuid.encode()) % settings.EVENT_PARTITIONS
 
 
+def slot_of(event: Event) -> Slot:
+    return Slot(event.lane, partition_of(event.originator_uuid))
+
+
+def by_slot(batch: Iterable[Event]) -> dict[Slot, list[Event]]:
+    """The events in their order, as `append` takes them."""
+    found: dict[Slot, list[Event]] = {}
+    for event in batch:
+        found.setdefault(slot_of(event), []).append(event)
+    return found
+
+
+def by_client(wanted: Iterable[Slot]) -> Iterable[tuple[redis.Client, list[Slot]]]:
+    """The slots of each server, so that one round trip asks for all of them."""
+    found: dict[redis.Client, list[Slot]] = {}
+    for slot in wanted:
+        found.setdefault(redis.journal_client(slot.partition), []).append(slot)
+    return found.items()
+
+
+def milliseconds_of(entry_id: bytes) -> int:
+    """When the entry of a stream was added, in ms since 1970 by the clock of its server."""
+    return int(entry_id.partition(b"-")[0])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What was read from the journal in one piece; `count` is its events."""
@@ -184,10 +209,7 @@ class Overtaken(Exception):
 def append(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
     """Makes the events durable, one round trip per server; gives the slots that need a drain ticket. Raises RedisError."""
     needing: list[Slot] = []
-    by_client: dict[Any, list[Slot]] = {}
-    for slot in batches:
-        by_client.setdefault(redis.journal_client(slot.partition), []).append(slot)
-    for client, mine in by_client.items():
+    for client, mine in by_client(batches):
         with client.pipeline(transaction=False) as pipeline:
             for slot in mine:
                 # EVAL, not EVALSHA: in a pipeline redis-py would first ask, in a round trip of its own, what is loaded.
@@ -252,7 +274,7 @@ class Lease:
     def oldest_ms(self) -> int | None:
         """When the oldest entry was appended, in ms since 1970; None when there is none."""
         first = self._client.xrange(self._stream, count=1)
-        return int(first[0][0].split(b"-")[0]) if first else None
+        return milliseconds_of(first[0][0]) if first else None
 
     def left_behind(self, after: bytes = b"0") -> Entry | None:
         """The first entry after this one that a worker was given and did not finish."""
@@ -364,10 +386,7 @@ def counts() -> Counts:
     depth, accepted, ended = (dict.fromkeys(map(str, Lane), 0) for _ in range(3))
     organizations: dict[int, int] = {}
     memory_full = False
-    by_client: dict[Any, list[Slot]] = {}
-    for slot in slots():
-        by_client.setdefault(redis.journal_client(slot.partition), []).append(slot)
-    for client, mine in by_client.items():
+    for client, mine in by_client(slots()):
         with client.pipeline(transaction=False) as pipeline:
             for slot in mine:
                 pipeline.hgetall(keys.ledger(slot.lane, slot.partition))
