@@ -121,7 +121,7 @@ class Admission:
             arrivals=now.arrivals if now else 0.0,
             budget_seconds=BUDGET_SECONDS[lane_of(priority)],
         )
-        kind, text = _told(verdict)
+        kind, text = refusal_text(verdict)
         return kind(
             text,
             reason=verdict.reason,
@@ -204,7 +204,7 @@ class Admission:
             log.warning("the queue holds %d events, warning is at %d", now.depth, now.thresholds.warning)
 
 
-def keep_watch() -> None:
+def advance_circuit() -> None:
     """Lets the circuit move on while nobody sends anything: called by the scheduler, every second."""
     try:
         shared().snapshot()
@@ -234,7 +234,7 @@ def unavailable(error: RedisError) -> Overloaded:
     )
 
 
-def _told(verdict: Verdict) -> tuple[type[Overloaded], str]:
+def refusal_text(verdict: Verdict) -> tuple[type[Overloaded], str]:
     if verdict.reason == Reason.ORGANIZATION:
         text = f"The organization holds {verdict.queue_depth} events of the queue, its share is {verdict.threshold}."
         return OverLimit, text

@@ -24,7 +24,7 @@ from rules import batch, dead_letters, effects, events, index, tickets, timers
 from rules.batch import Begin, Ended, Failure
 from rules.events import Event
 from rules.exceptions import ErrorCode
-from rules.journal import Entry, Finished, Lease, Overtaken, Slot
+from rules.journal import Entry, Finished, Lease, Slot, StateConflict
 from rules.memory import Memory
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, _process(work.events, work, begin=lease.keep))
+        _finish(lease, work, _process(work.events, work, begin=lease.renew_if_due))
         if time.monotonic() > deadline:
             return
 
@@ -185,7 +185,7 @@ def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
         finished.remembered = memory.changes()
         try:
             return lease.finish(finished)
-        except Overtaken:
+        except StateConflict:
             memory.catch_up()
 
 
@@ -204,7 +204,7 @@ def _take_over(lease: Lease) -> bool:
     if not work:
         return False
     log.warning("taking over %d events that a worker did not finish", len(work.events))
-    suspect, deaths = lease.marked()
+    suspect, deaths = lease.last_checkpoint()
     ended, due = Ended(), work.events
     if deaths >= DEATHS:
         for event in work.events:
@@ -219,9 +219,9 @@ def _take_over(lease: Lease) -> bool:
     except AWAY:
         # Where Redis is away the note stays, and counts as one death.
         with contextlib.suppress(RedisError):
-            lease.unmark()
+            lease.clear_checkpoint()
         raise
-    lease.unmark()
+    lease.clear_checkpoint()
     _finish(lease, work, ended)
     return True
 
@@ -229,20 +229,20 @@ def _take_over(lease: Lease) -> bool:
 def _left_behind(lease: Lease) -> tuple[Work, int]:
     """Entries of at most about one batch, and how often the first of them was given to a worker."""
     work, deliveries = Work(lane=lease.slot.lane, taken_over=True), 0
-    entry = lease.left_behind()
+    entry = lease.next_pending()
     while entry and len(work.events) < BATCH_EVENTS:
         deliveries = deliveries or lease.deliveries(entry)
         _add(work, entry)
-        entry = lease.left_behind(entry.id)
+        entry = lease.next_pending(entry.id)
     return work, deliveries
 
 
 def _begin(lease: Lease, event: Event | None, *, deaths: Mapping[str, int]) -> None:
     """Notes the event that is decided next. After the last one nothing is noted: their effects are made together."""
     if event is None:
-        lease.unmark()
+        lease.clear_checkpoint()
     else:
-        lease.mark(str(event.id), deaths=deaths.get(str(event.id), 0))
+        lease.checkpoint(str(event.id), deaths=deaths.get(str(event.id), 0))
     lease.renew()
 
 

@@ -19,7 +19,7 @@ from aemos.lib import keys, redis
 from devices import catalogue
 from devices.latest import Key, Latest
 from rules import journal, readings, states
-from rules.journal import Remembered
+from rules.journal import ConditionStateUpdate
 from rules.scope import Sample, Watch
 
 # Longer than what a condition looks back, so that it lives on through a pause of its sensor.
@@ -91,9 +91,9 @@ class Memory:
                 del samples[counts.get(key, 0) :]
             raise
 
-    def changes(self) -> list[Remembered]:
+    def changes(self) -> list[ConditionStateUpdate]:
         return [
-            Remembered(_key(watch), self._was[key], self._encoded(key), _lifetime_ms(watch))
+            ConditionStateUpdate(_key(watch), self._was[key], self._encoded(key), _lifetime_ms(watch))
             for key, (watch, samples) in self._observed.items()
             if samples
         ]

@@ -84,7 +84,7 @@ class Recorder:
     def has_room(self) -> bool:
         return len(self._waiting) < MAXIMUM_ROWS and self._bytes < MAXIMUM_BUFFERED_BYTES
 
-    def keep(self, build: Build, size_bytes: int) -> None:
+    def add(self, build: Build, size_bytes: int) -> None:
         """Only while `has_room`."""
         self._waiting.append(_Waiting(build, size_bytes))
         self._bytes += size_bytes
@@ -270,7 +270,7 @@ def record(refusal: Refusal, payload: bytes, *, credential: Credential | None, p
     cut = payload[:MAXIMUM_PAYLOAD]
     now = timezone.now()
 
-    recorder.keep(partial(_request_row, refusal, cut, credential, protocol, uuid, now), ROW_BYTES + len(cut))
+    recorder.add(partial(_request_row, refusal, cut, credential, protocol, uuid, now), ROW_BYTES + len(cut))
 
 
 def _request_row(
@@ -308,7 +308,7 @@ def record_events(refused: Sequence[Event], refusal: Overloaded) -> None:
         if not recorder.has_room():
             recorder.overflow(len(refused) - position)
             return
-        recorder.keep(partial(_event_row, event, refusal), _size_bytes(event))
+        recorder.add(partial(_event_row, event, refusal), _size_bytes(event))
 
 
 def _size_bytes(event: Event) -> int:

@@ -29,7 +29,7 @@ DUTIES: tuple[Callable[[], object], ...] = (
     states.sweep,
     commands.expire_overdue,
     overdue.settle,
-    backpressure.keep_watch,
+    backpressure.advance_circuit,
     replay.queue_steps,
     alarms.calm_down,
     retention.delete_expired,

@@ -61,7 +61,7 @@ class Command(BaseCommand):
             if not options["dry_run"]:
                 self._replay(wish)
         except (CannotReplay, ValidationError) as error:
-            raise CommandError(_told(error)) from error
+            raise CommandError(_error_text(error)) from error
         except DatabaseError as error:
             raise CommandError(f"The database cannot be reached: {error}") from error
 
@@ -156,7 +156,7 @@ def _organization(uuid: str | None) -> Organization | None:
         raise CommandError(f"There is no organization with the uuid {uuid}.") from error
 
 
-def _told(error: CannotReplay | ValidationError) -> str:
+def _error_text(error: CannotReplay | ValidationError) -> str:
     if isinstance(error, ValidationError) and hasattr(error, "error_dict"):
         return " ".join(f"{name}: {text}" for name, texts in error.message_dict.items() for text in texts)
     return " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
