@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from aemos.lib import redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.exceptions import OverLimit, Overloaded
 from rules import circuit, circuit_store, drain_rate, journal
 from rules.circuit import Reason, Samples, Thresholds, Verdict
@@ -77,7 +78,7 @@ class Admission:
         self._drained = {lane: Rate() for lane in Lane}
         self._arrived = {lane: Rate() for lane in Lane}
         self._drained_total = Rate()
-        self._warned_at = float("-inf")
+        self._log = RateLimitedLog(log, seconds=WARN_EVERY_SECONDS, clock=self._clock)
 
     def snapshot(self) -> Snapshot:
         """At most a quarter of a second old. Raises Overloaded when Redis does not answer."""
@@ -194,14 +195,25 @@ class Admission:
                     log.warning("circuit %s -> %s at %d events: %s", self._circuit.state, to, depth, reason)
                 self._circuit = circuit_store.load()
         except DatabaseError as error:
-            log.warning("the circuit stays %s, the database is away: %s", self._circuit.state, error)
+            self._log.log(
+                "database",
+                logging.WARNING,
+                "the circuit stays %s, the database is away: %s",
+                self._circuit.state,
+                error,
+            )
             return False
         return True
 
     def _warn(self, now: Snapshot) -> None:
-        if now.depth >= now.thresholds.warning and self._taken_at - self._warned_at >= WARN_EVERY_SECONDS:
-            self._warned_at = self._taken_at
-            log.warning("the queue holds %d events, warning is at %d", now.depth, now.thresholds.warning)
+        if now.depth >= now.thresholds.warning and self._log.is_due("depth"):
+            self._log.log(
+                "depth",
+                logging.WARNING,
+                "the queue holds %d events, warning is at %d",
+                now.depth,
+                now.thresholds.warning,
+            )
 
 
 def advance_circuit() -> None:

@@ -20,17 +20,17 @@ class RateLimitedLog:
         self._written_at: dict[str, float] = {}
         self._suppressed: Counter[str] = Counter()
 
-    def log(self, kind: str, level: int, text: str, *arguments: object, trace: bool = False) -> bool:
-        """Returns whether the message was written.
+    def is_due(self, kind: str) -> bool:
+        """Whether the next message of this kind is written: for callers that add up by themselves what they report."""
+        return self._clock() - self._written_at.get(kind, float("-inf")) >= self._seconds
 
-        `text` and `arguments` are those of `logging`; messages of one `kind` share one limit. `trace` adds the traceback.
-        """
-        if self._clock() - self._written_at.get(kind, float("-inf")) < self._seconds:
+    def log(self, kind: str, level: int, text: str, *arguments: object, trace: bool = False) -> None:
+        """`text` and `arguments` are those of `logging`; messages of one `kind` share one limit. `trace` adds the traceback."""
+        if not self.is_due(kind):
             self._suppressed[kind] += 1
-            return False
+            return
         self._written_at[kind] = self._clock()
         suppressed = self._suppressed.pop(kind, 0)
         if suppressed:
             text, arguments = f"{text} (and %d times before)", (*arguments, suppressed)
         self._logger.log(level, text, *arguments, exc_info=trace)
-        return True

@@ -23,6 +23,7 @@ from gevent import monkey
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
 # One record: a name, padded with zeros, then what was counted and what of it is in Redis.
@@ -119,7 +120,8 @@ class Counters:
     def __init__(self, folder: Callable[[], Path]) -> None:
         self._folder = folder
         self._own: CounterFile | None = None
-        self._away = self._scheduled = False
+        self._log = RateLimitedLog(log)
+        self._scheduled = False
         self._forget()
         # The counts of a parent are its own; its lock must not be kept alive by a child.
         os.register_at_fork(after_in_child=self._forget_parent)
@@ -148,16 +150,14 @@ class Counters:
                     finally:
                         orphan.close()
 
-    def try_flush(self) -> None:
-        """As `flush`; when Redis is away, says so once and leaves the numbers for the next time."""
+    def try_flush(self) -> bool:
+        """As `flush`; False when Redis is away: the numbers are left for the next time."""
         try:
             self.flush()
         except RedisError as error:
-            if not self._away:
-                log.warning("counts wait for Redis: %s", redis.explain(error))
-            self._away = True
-        else:
-            self._away = False
+            self._log.log("redis", logging.WARNING, "counts wait for Redis: %s", redis.explain(error))
+            return False
+        return True
 
     def _flush_file(self, counts: CounterFile) -> None:
         with self._adding:
@@ -183,8 +183,7 @@ class Counters:
 
     def _flush_later(self) -> None:
         self._scheduled = False
-        self.try_flush()
-        if self._away:
+        if not self.try_flush():
             self._schedule()
 
     def _close(self) -> None:
@@ -203,4 +202,4 @@ class Counters:
         self._own = None
         self._adding = threading.Lock()
         self._flushing = threading.Lock()
-        self._away = self._scheduled = False
+        self._scheduled = False

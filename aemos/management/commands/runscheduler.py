@@ -63,25 +63,20 @@ class Command(BaseCommand):
 def _run(stop: threading.Event) -> None:
     leader = Leader(keys.SCHEDULER_LEADER)
     while not stop.wait(TICK_SECONDS):
-        try:
-            if leader.leads():
-                _do_duties()
-        except RedisError as error:
-            log.warning("the scheduler waits: %s", redis.explain(error))
-    try:
-        leader.resign()
-    except RedisError as error:
-        log.warning("another scheduler takes over in five seconds: %s", redis.explain(error))
+        if leader.leads_or(False):
+            _do_duties()
+    leader.resign()
 
 
 def _do_duties() -> None:
-    """Each on its own: what one of them stumbles over must not keep the others from their work."""
+    """Each on its own: what one of them stumbles over must not keep the others from their work, except that all need Redis."""
     for duty in DUTIES:
         name = f"{duty.__module__}.{duty.__qualname__}"
         try:
             duty()
-        except RedisError:
-            raise  # the others need it, too
+        except RedisError as error:
+            log.warning("the scheduler waits: %s", redis.explain(error))
+            return  # the others need it, too
         except DatabaseError as error:
             log.warning("%s waits, the database is away: %s", name, error)
         except Exception:  # the process loop: a standby would stumble over the same
