@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from django.apps import AppConfig
+
+log = logging.getLogger(__name__)
 
 
 class AemosConfig(AppConfig):
@@ -13,3 +17,5 @@ class AemosConfig(AppConfig):
         from aemos import checks
 
         checks.refuse_unsafe_settings()
+        for warning in checks.earlier_names():
+            log.warning("%s: %s", warning.id, warning.msg)

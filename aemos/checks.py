@@ -1,7 +1,8 @@
 """System checks of the configuration: settings in, Django check messages out; errors stop every process that sets Django up.
 
 Ids: E001 REDIS_PASSWORD, E002 SECRET_KEY, E003 JWT_SECRET, E004 a value that cannot be used, E005 queue thresholds out of
-order, E006 timeouts out of order, E007 METRICS_TOKEN; W001-W003 and W007 are the same where they only warn (staging).
+order, E006 timeouts out of order, E007 METRICS_TOKEN; W001-W003 and W007 are the same where they only warn (staging);
+W008 a setting under its earlier name.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def check_configuration(**_: Any) -> list[CheckMessage]:
 
 
 def configuration_messages() -> list[CheckMessage]:
-    return [*_secrets(), *_values(), *_relations()]
+    return [*_secrets(), *_values(), *_relations(), *earlier_names()]
 
 
 def _secrets() -> list[CheckMessage]:
@@ -102,6 +103,15 @@ def _values() -> list[CheckMessage]:
     ]
 
 
+def earlier_names() -> list[CheckMessage]:
+    return [
+        Warning(
+            f"{old} is now called {new}; the earlier name still works.", hint=f"Rename it to {new}.", id="aemos.W008"
+        )
+        for old, new in settings.ENVIRONMENT.earlier_names.items()
+    ]
+
+
 def _relations() -> list[CheckMessage]:
     found: list[CheckMessage] = []
     recovery, warning = settings.QUEUE_RECOVERY_THRESHOLD, settings.QUEUE_WARNING_THRESHOLD
@@ -112,11 +122,11 @@ def _relations() -> list[CheckMessage]:
         found.append(Error(text, hint=hint, id="aemos.E005"))
     collection, chain = settings.DATA_COLLECTION_TIMEOUT_MS, settings.RULE_CHAIN_TIMEOUT_MS
     if not collection < chain:
-        text = f"DATA_COLLECTION_TIMEOUT ({collection} ms) is not below RULE_CHAIN_TIMEOUT ({chain} ms)."
-        hint = "Set DATA_COLLECTION_TIMEOUT lower: a chain must be able to collect its data and still run."
+        text = f"DATA_COLLECTION_TIMEOUT_MS ({collection}) is not below RULE_CHAIN_TIMEOUT_MS ({chain})."
+        hint = "Set DATA_COLLECTION_TIMEOUT_MS lower: a chain must be able to collect its data and still run."
         found.append(Error(text, hint=hint, id="aemos.E006"))
     if not chain < settings.WORKER_TIMEOUT_MS:
-        text = f"RULE_CHAIN_TIMEOUT ({chain} ms) is not below WORKER_TIMEOUT ({settings.WORKER_TIMEOUT_MS} ms)."
-        hint = "Set RULE_CHAIN_TIMEOUT lower: a chain must be stopped, and named, before its worker is."
+        text = f"RULE_CHAIN_TIMEOUT_MS ({chain}) is not below WORKER_TIMEOUT_MS ({settings.WORKER_TIMEOUT_MS})."
+        hint = "Set RULE_CHAIN_TIMEOUT_MS lower: a chain must be stopped, and named, before its worker is."
         found.append(Error(text, hint=hint, id="aemos.E006"))
     return found

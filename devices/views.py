@@ -61,7 +61,7 @@ class LoginThrottle(ScopedRateThrottle):
     def get_ident(self, request: Request) -> str:
         """The client's address: what the proxy in front appended last, because senders can write the rest themselves."""
         address = request.META.get("REMOTE_ADDR", "")
-        forwarded = request.META.get("HTTP_X_FORWARDED_FOR", "") if settings.TLS_IN_FRONT else ""
+        forwarded = request.META.get("HTTP_X_FORWARDED_FOR", "") if settings.BEHIND_TLS_PROXY else ""
         return str(forwarded.rsplit(",", 1)[-1].strip() or address)
 
     def throttle_success(self) -> bool:

@@ -169,7 +169,7 @@ class LiveReadings:
                 continue
             for event, body in each.events(watched):
                 self._audience.tell_watchers(watched.uuid, event, body)
-            metrics.LIVE_READINGS.labels("told").inc(each.count)
+            metrics.LIVE_READINGS.labels("delivered").inc(each.count)
 
     def look(self) -> None:
         """Looks who watches what, and says so to the workers when it has changed or is due. Raises RedisError."""
@@ -185,7 +185,7 @@ class LiveReadings:
     def _learn(self, uuids: set[str]) -> bool:
         room = MAXIMUM_VARIABLES - len(self._watched)
         if len(uuids) > room:
-            metrics.LIVE_READINGS.labels("over-bound").inc(len(uuids) - room)
+            metrics.LIVE_READINGS.labels("over-limit").inc(len(uuids) - room)
             log.warning("%d variables are not told live: %d are watched", len(uuids) - room, MAXIMUM_VARIABLES)
         if not uuids or room <= 0:
             return False

@@ -112,7 +112,7 @@ def clear_for_chain(chain: RuleChain, *, by: str) -> bool:
 
 
 def calm_down() -> int:
-    """Alarms that were flapping and have been quiet since: told as they are now. A duty of the scheduler; gives how many.
+    """Alarms that were flapping and have been quiet since: told as they are now. A periodic task; gives how many.
 
     Raises django.db.Error.
     """

@@ -319,7 +319,7 @@ def _limited_in_time(event: Event, row: RejectedEvent | DeadLetter, *, with_comm
     """A pump must not start for what a sensor saw yesterday, and not for the time of a clock that is ahead either."""
     happened = min(event.timestamp_us, events.microseconds(row.received_at)) if isinstance(row, RejectedEvent) else 0
     happened = happened or min(event.timestamp_us, event.received_us)
-    deadline = happened + settings.REPLAY_MAX_COMMAND_AGE * 1_000_000
+    deadline = happened + settings.REPLAY_MAX_COMMAND_AGE_SECONDS * 1_000_000
     return msgspec.structs.replace(event, command_deadline_us=0 if with_commands else deadline)
 
 

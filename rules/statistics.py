@@ -159,7 +159,7 @@ def shared() -> Statistics:
 
 def _suspend_failing(in_a_row: dict[int, int], taken: dict[int, Count]) -> None:
     """Should this not be reached after the counts were written, the next failure finds them as high."""
-    limit = settings.RULE_CHAIN_SUSPEND_AFTER
+    limit = settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES
     for pk, number in in_a_row.items():
         if limit and number >= limit:
             try:

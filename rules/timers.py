@@ -66,7 +66,7 @@ def remember(wakes: Mapping[Waiting, int]) -> None:
 
 
 def fire_due() -> int:
-    """Puts an event into the journal for every timer that is due; a duty of the scheduler, called every second.
+    """Puts an event into the journal for every timer that is due; a periodic task of the scheduler, called every second.
 
     Gives their number. Raises RedisError or django.db.Error; what was not done then stays due.
     """

@@ -17,7 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from aemos.lib import keys, metrics, redis
-from aemos.management.commands.runscheduler import DUTIES
+from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.models import Organization, Sensor
 from notifications import messages, outbox
@@ -290,7 +290,7 @@ def test_a_flapping_alarm_that_went_is_told_as_cleared_when_it_has_calmed_down(s
 
 
 def test_calming_down_is_a_duty_of_the_scheduler_that_costs_one_query() -> None:
-    assert alarms.calm_down in DUTIES
+    assert alarms.calm_down in PERIODIC_TASKS
     with CaptureQueriesContext(connection) as asked:
         alarms.calm_down()
     assert len(asked) == 1

@@ -111,7 +111,7 @@ def test_successful_logins_are_not_limited(person: User) -> None:
 @pytest.mark.parametrize(("tls_in_front", "ident"), [(True, "192.0.2.7"), (False, "127.0.0.1")])
 def test_the_throttle_believes_only_the_proxy_in_front(tls_in_front: bool, ident: str) -> None:
     request = RequestFactory().post("/", headers={"X-Forwarded-For": "10.1.1.1, 192.0.2.7"})
-    with override_settings(TLS_IN_FRONT=tls_in_front):
+    with override_settings(BEHIND_TLS_PROXY=tls_in_front):
         assert LoginThrottle().get_ident(request) == ident  # type: ignore[arg-type]
 
 

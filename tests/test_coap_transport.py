@@ -248,7 +248,7 @@ def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     client = redis.client()
     assert client.dbsize() == 0, "the test database of Redis is not empty"
-    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}, COAP_MAX_AGE="10") as process:
+    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}, COAP_MAX_AGE_SECONDS="10") as process:
         yield process
     client.flushdb()
 

@@ -245,20 +245,20 @@ def stumbles() -> None:
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("empty_redis")
-def test_a_duty_of_the_scheduler_that_fails_does_not_keep_the_others_from_their_work(
+def test_a_periodic_task_that_fails_does_not_keep_the_others_from_running(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     done: list[str] = []
 
-    monkeypatch.setattr(runscheduler, "DUTIES", (stumbles, lambda: done.append("next")))
-    runscheduler._do_duties()
+    monkeypatch.setattr(runscheduler, "PERIODIC_TASKS", (stumbles, lambda: done.append("next")))
+    runscheduler._run_tasks()
 
     assert done == ["next"]
     assert "stumbles failed and is tried again" in caplog.text
     counted = {
-        sample.labels.get("duty", ""): sample.value
+        sample.labels.get("task", ""): sample.value
         for each in metrics.collect()
         for sample in each.samples
         if sample.name == "scheduler_failures_total"
     }
-    assert [number for duty, number in counted.items() if "stumbles" in duty] == [1.0]
+    assert [number for task, number in counted.items() if "stumbles" in task] == [1.0]

@@ -139,7 +139,7 @@ def test_development_keeps_its_made_up_secret_to_itself_and_over_restarts(tmp_pa
     ("variables", "identifier", "named"),
     [
         ({"QUEUE_CRITICAL_THRESHOLD": "9000"}, "aemos.E005", "QUEUE_RECOVERY_THRESHOLD < QUEUE_WARNING_THRESHOLD"),
-        ({"DATA_COLLECTION_TIMEOUT": "30000"}, "aemos.E006", "RULE_CHAIN_TIMEOUT"),
+        ({"DATA_COLLECTION_TIMEOUT_MS": "30000"}, "aemos.E006", "RULE_CHAIN_TIMEOUT_MS"),
         ({"REDIS_PORT": "sixty"}, "aemos.E004", "REDIS_PORT is 'sixty'"),
         ({"MQTT_TLS": "perhaps"}, "aemos.E004", "MQTT_TLS is 'perhaps'"),
     ],
@@ -186,3 +186,20 @@ def test_a_secret_given_twice_is_refused(tmp_path: Path) -> None:
 
     assert ended.returncode == 1
     assert "SECRET_KEY is set and so is SECRET_KEY_FILE" in ended.stderr
+
+
+def test_a_renamed_setting_is_read_under_its_earlier_name_with_a_warning(tmp_path: Path) -> None:
+    ended = run("check", tmp_path, AEMOS_ENV="production", **GOOD, DATA_COLLECTION_TIMEOUT="29999")
+    refused = run("check", tmp_path, AEMOS_ENV="production", **GOOD, DATA_COLLECTION_TIMEOUT="30000")
+
+    assert ended.returncode == 0, ended.stderr
+    assert "aemos.W008" in ended.stderr
+    assert "DATA_COLLECTION_TIMEOUT_MS" in ended.stderr
+    assert (refused.returncode, "aemos.E006" in refused.stderr) == (1, True)
+
+
+def test_a_setting_under_both_names_is_refused(tmp_path: Path) -> None:
+    ended = run("check", tmp_path, **GOOD, WORKER_TIMEOUT="61000", WORKER_TIMEOUT_MS="60000")
+
+    assert ended.returncode == 1
+    assert "aemos.E004: WORKER_TIMEOUT_MS is set and so is WORKER_TIMEOUT" in ended.stderr

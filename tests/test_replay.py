@@ -15,7 +15,7 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from aemos.lib import keys, redis
-from aemos.management.commands.runscheduler import DUTIES
+from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.exceptions import Overloaded
 from devices.models import DeviceState, Reading, StateChange, Variable
@@ -151,7 +151,7 @@ def test_events_keep_their_priority(farm: Farm) -> None:
 def test_old_events_switch_nothing_unless_that_is_asked_for(
     farm: Farm, settings: Any, with_commands: bool, state: Any
 ) -> None:
-    settings.REPLAY_MAX_COMMAND_AGE = 60
+    settings.REPLAY_MAX_COMMAND_AGE_SECONDS = 60
     farm.refuse(5.0, ago=timedelta(seconds=90))
     run(replay.ask(wish(farm, with_commands=with_commands)))
     drain_all()
@@ -261,7 +261,7 @@ def test_the_scheduler_queues_one_step_at_a_time(farm: Farm) -> None:
     assert job.func_name in ALLOWED_FUNCTIONS
     step(row, 1_000.0)
     assert replay.queue_steps() == 0, "it has ended"
-    assert {replay.queue_steps, retention.delete_expired} <= set(DUTIES)
+    assert {replay.queue_steps, retention.delete_expired} <= set(PERIODIC_TASKS)
 
 
 def test_two_workers_do_not_step_at_the_same_time(farm: Farm) -> None:

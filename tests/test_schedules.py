@@ -19,7 +19,7 @@ from django.utils import timezone
 from redis import Redis
 
 from aemos.lib import keys, redis
-from aemos.management.commands.runscheduler import DUTIES
+from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from deploy.local import LocalSystem, local_system
 from deploy.processes import Process, kill, spawn
 from deploy.programs import REPOSITORY
@@ -453,7 +453,7 @@ def test_one_query_when_nothing_is_due_and_few_when_many_are(
 
 
 def test_the_scheduler_fires_what_is_due() -> None:
-    assert schedules.fire_due in DUTIES
+    assert schedules.fire_due in PERIODIC_TASKS
 
 
 CHAINS = 60

@@ -487,7 +487,7 @@ def test_without_configured_origins_any_page_may_connect(gateway: GatewayProcess
 
 
 def test_configured_origins_keep_other_pages_out_but_not_the_python_client(tmp_path: Path, farm: Farm) -> None:
-    with running(tmp_path / "log", {"kind": "socketio"}, SOCKETIO_ORIGINS="https://dashboard.example") as other:
+    with running(tmp_path / "log", {"kind": "socketio"}, SOCKETIO_ALLOWED_ORIGINS="https://dashboard.example") as other:
         assert opening(other, origin="https://evil.example") == 400
         assert opening(other, origin="https://dashboard.example") == 200
         assert opening(other, origin=None) == 200

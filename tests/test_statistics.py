@@ -203,7 +203,7 @@ def test_an_error_of_any_length_and_text_is_kept_as_far_as_it_fits(worker: Worke
 def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm_and_not_silently(
     worker: Worker, settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
     bound, other = bound_chain(name="pH down"), bound_chain()
     index = RuleIndex()
     index.refresh()
@@ -223,7 +223,7 @@ def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm_and_no
 
 
 def test_a_chain_is_suspended_once_however_many_workers_find_it_failing(clock: Clock, settings: Any) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 2
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 2
     bound, workers = bound_chain(), [Worker(clock) for _ in range(3)]
     before = counted("rule_chains_suspended_total")
     for each in workers:
@@ -237,7 +237,7 @@ def test_a_chain_is_suspended_once_however_many_workers_find_it_failing(clock: C
 
 
 def test_chains_whose_data_could_not_be_read_in_time_are_not_suspended(worker: Worker, settings: Any) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
     bound, batch = bound_chain(), Runs()
     for _ in range(5):
         slow = ChainFailed(bound.uuid, "", "not read", code=ErrorCode.DATA_COLLECTION_TIMEOUT)
@@ -250,7 +250,7 @@ def test_chains_whose_data_could_not_be_read_in_time_are_not_suspended(worker: W
 
 
 def test_without_a_limit_no_chain_is_suspended(worker: Worker, settings: Any) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 0
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 0
     worker.batch(bound_chain(), "-" * 100)
     worker.flush()
 
@@ -267,7 +267,7 @@ def test_a_chain_that_is_off_or_gone_is_not_suspended() -> None:
 
 
 def test_a_lifted_chain_runs_again_counts_from_none_and_its_alarm_is_cleared(worker: Worker, settings: Any) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
     bound = bound_chain()
     worker.batch(bound, "---")
     worker.flush()
@@ -326,7 +326,7 @@ def test_every_error_code_has_its_counter_before_anything_took_too_long() -> Non
 
 @pytest.mark.django_db(transaction=True)
 def test_a_worker_writes_what_its_chains_did_before_it_ends(settings: Any) -> None:
-    settings.RULE_CHAIN_SUSPEND_AFTER = 3
+    settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
     for cached in (index.shared, statistics.shared):
         cached.cache_clear()
     farm = builders.organization()

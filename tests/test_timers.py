@@ -14,7 +14,7 @@ import requests
 from redis.exceptions import ConnectionError
 
 from aemos.lib import keys, redis
-from aemos.management.commands.runscheduler import DUTIES
+from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
@@ -345,7 +345,7 @@ class TestInProcess:
         assert Notification.objects.get().published_at is None
 
     def test_the_scheduler_fires_timers(self) -> None:
-        assert timers.fire_due in DUTIES
+        assert timers.fire_due in PERIODIC_TASKS
 
 
 def reading(farm: Farm) -> events.Event:

@@ -20,13 +20,25 @@ class Problem:
 
 @dataclass(slots=True)
 class Environment:
-    """Reads variables and collects problems instead of raising, so that all of them can be told in one message."""
+    """Reads variables and collects problems instead of raising, so that one message can list all of them.
+
+    `renamed` maps a variable to the name it had before, which is read where the new one is not set. `earlier_names` holds
+    those that were found: earlier name -> name.
+    """
 
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    earlier_names: dict[str, str] = field(default_factory=dict)
 
     def text(self, name: str, default: str = "") -> str:
-        return self.variables.get(name, "").strip() or default
+        value = self.variables.get(name, "").strip()
+        earlier = self.renamed.get(name, "")
+        if under_earlier_name := self.variables.get(earlier, "").strip():
+            self.earlier_names[earlier] = name
+        if value and under_earlier_name:
+            self._wrong(name, f"is set and so is {earlier}, its earlier name", f"Set only {name}.")
+        return value or under_earlier_name or default
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.text(name, default)

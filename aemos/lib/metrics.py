@@ -1,4 +1,4 @@
-"""What AEMOS counts and measures, for Prometheus: increments of this process in, families with sums over all processes out.
+"""Metrics of AEMOS for Prometheus: each process adds to them, and a scrape gives the sums over all processes.
 
 No label ever carries a device, sensor, user or event. django-prometheus counts HTTP and database of the web process by itself.
 """
@@ -107,15 +107,15 @@ INGESTED = Counter(
     ["protocol", "result"],
 )
 UNRECORDED = Counter(
-    "rejected_unrecorded_total", "Refusals that were counted but not kept, because too many came at once."
+    "rejected_unrecorded_total", "Rejected events that were counted but not recorded, because too many came at once."
 )
 RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by result: completed or failed.", ["result"])
 RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
 RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
-ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that were not done because of their cooldown.")
+ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that had no effect because of their cooldown.")
 ALARM_CHANGES = Counter(
     "alarm_changes_total",
-    "Changes of alarms that were told: raised, severity-raised, flapping, acknowledged or cleared.",
+    "Changes of alarms that people were notified of: raised, severity-raised, flapping, acknowledged or cleared.",
     ["change"],
 )
 RULE_FILTERS = Counter(
@@ -134,7 +134,7 @@ CHAINS_SUSPENDED = Counter(
     "rule_chains_suspended_total", "Rule chains that were suspended because they failed too often in a row."
 )
 SCHEDULER_FAILURES = Counter(
-    "scheduler_failures_total", "Duties of the scheduler that failed in a way nobody foresaw.", ["duty"]
+    "scheduler_failures_total", "Unexpected failures of a periodic task of the scheduler.", ["task"]
 )
 COLLECTION_SECONDS = Histogram(
     "data_collection_duration_seconds", "How long it took to read what the rules of one batch of events need."
@@ -144,12 +144,12 @@ STATE_CHANGES = Counter(
 )
 NOTIFICATIONS_SENT = Counter(
     "notifications_sent_total",
-    "Messages that a transport was done with, by protocol and state: sent, acknowledged, failed or expired.",
+    "Deliveries that ended, by protocol and state: sent, acknowledged, failed or expired.",
     ["protocol", "state"],
 )
 LIVE_READINGS = Counter(
     "live_readings_total",
-    "Readings that somebody watches, by result: published by workers, told by gateways, lost, over-bound.",
+    "Live readings, by result: published by workers, delivered by gateways, lost, over-limit.",
     ["result"],
 )
 COAP_REFUSED = Counter(
@@ -164,12 +164,12 @@ SOCKETIO_ENDED = Counter(
 )
 SOCKETIO_RESUMES = Counter(
     "socketio_resumes_total",
-    "Socket.IO clients that came back, by result: complete, or gap if too much was missed.",
+    "Socket.IO clients that resumed, by result: complete, or gap if messages are no longer kept.",
     ["result"],
 )
 GATEWAY_FAILURES = Counter(
     "gateway_failures_total",
-    "What failed in a gateway in a way nobody foresaw, by part: gateway, accounts, socketio, mqtt or coap.",
+    "Unexpected failures in a gateway, by part: gateway, accounts, socketio, mqtt or coap.",
     ["part"],
 )
 FAMILIES: tuple[Counter | Histogram, ...] = (
@@ -196,7 +196,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
 
 
 def flush() -> None:
-    """Adds what this process has counted to the sums in Redis; when Redis is away, the numbers wait."""
+    """Adds what this process has counted to the sums in Redis; while Redis does not answer, the counts stay here."""
     COUNTERS.try_flush()
 
 

@@ -3,7 +3,7 @@
     POST /devices/{uuid}/datastream?token=...   telemetry of the sensor or device whose token it is
     GET  /devices/{uuid}/state?token=...        what the device's states are; may be observed
 
-Both speak JSON and CBOR. An observer is told every change and, changed or not, something before COAP_MAX_AGE is over.
+Both speak JSON and CBOR. An observer is told every change and, changed or not, something before COAP_MAX_AGE_SECONDS is over.
 The state is shown to the device itself (its own token) and to people of its organization (an access token). The right is
 looked at for every notification, and every few seconds in between, so that an observation ends with its right.
 """
@@ -41,7 +41,7 @@ LINKS = (
 )
 RIGHTS_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 5
-# Of COAP_MAX_AGE: the rest is for a notification that gets lost and is sent again.
+# Of COAP_MAX_AGE_SECONDS: the rest is for a notification that gets lost and is sent again.
 REFRESH_SHARE = 0.75
 
 # The one place that says which refusal is which code; a special case stands before the general one.
@@ -142,7 +142,7 @@ class CoapTransport:
         if request.observe:
             self._watches[uuid, watch.token] = watch
         response = _encoded(Code.CONTENT, self._states.of(uuid), request.accept)
-        return replace(response, max_age=settings.COAP_MAX_AGE, observable=True)
+        return replace(response, max_age=settings.COAP_MAX_AGE_SECONDS, observable=True)
 
     def _check_for_ever(self) -> None:
         while True:
@@ -241,7 +241,7 @@ def _text(code: Code, sentence: str, *, max_age: int | None = None) -> CoapRespo
 
 def _limits() -> Limits:
     return Limits(
-        refresh_seconds=REFRESH_SHARE * settings.COAP_MAX_AGE,
+        refresh_seconds=REFRESH_SHARE * settings.COAP_MAX_AGE_SECONDS,
         requests_per_second=settings.COAP_REQUESTS_PER_SECOND,
         request_burst=2 * settings.COAP_REQUESTS_PER_SECOND,
     )

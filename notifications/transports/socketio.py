@@ -10,7 +10,7 @@ Every message carries its `position`. A client that was away gives the last one 
 (`auth={"token": ..., "position": ...}`) or with `resume` {"position": ...}, to any gateway, and is replayed what followed.
 
 The token comes in the handshake (`auth={"token": ...}` or `Authorization: Bearer ...`), never in a cookie, so a foreign
-page has nothing to misuse: without SOCKETIO_ORIGINS every origin may connect. With it, the listed origins and the
+page has nothing to misuse: without SOCKETIO_ALLOWED_ORIGINS every origin may connect. With it, the listed origins and the
 server's own host may, because other clients than browsers send that as their Origin.
 """
 
@@ -95,7 +95,7 @@ class SocketIoTransport:
         self._rights_at = time.monotonic()
         self._greenlets: list[gevent.Greenlet[..., None]] = []
         self._server = Server(
-            cors_allowed_origins=_is_allowed_origin if settings.SOCKETIO_ORIGINS else "*",
+            cors_allowed_origins=_is_allowed_origin if settings.SOCKETIO_ALLOWED_ORIGINS else "*",
             cors_credentials=False,
             max_http_buffer_size=MAXIMUM_REQUEST_BYTES,
             on_excess=self._end_busy,
@@ -357,7 +357,7 @@ class SocketIoTransport:
 
 def _is_allowed_origin(origin: str, environ: Mapping[str, Any]) -> bool:
     own_hosts = {environ.get("HTTP_HOST"), environ.get("HTTP_X_FORWARDED_HOST")}
-    return origin in settings.SOCKETIO_ORIGINS or urlsplit(origin).netloc in own_hosts
+    return origin in settings.SOCKETIO_ALLOWED_ORIGINS or urlsplit(origin).netloc in own_hosts
 
 
 def _token(environ: Mapping[str, Any], auth: object) -> str:

@@ -1,4 +1,4 @@
-"""`manage.py runscheduler`: does what time, not an event, calls for; of several that run, one leads."""
+"""`manage.py runscheduler`: run the periodic tasks; of several schedulers, one leads and the others stand by."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rules import alarms, backpressure, recovery, replay, retention, schedules, 
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
-DUTIES: tuple[Callable[[], object], ...] = (
+PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     schedules.fire_due,
     timers.fire_due,
     recovery.reissue_lost_tickets,
@@ -39,24 +39,23 @@ DUTIES: tuple[Callable[[], object], ...] = (
 
 class Command(BaseCommand):
     help = (
-        "Run rule chains on schedule and when their time has come, queue lost drain tickets again, publish notifications "
-        "that a crash left in the outbox, move the circuit and replays on, tell of alarms that have calmed down, delete what "
-        "is too old. Run two or more: one "
-        "leads, another takes over within five seconds when it dies."
+        "Run the periodic tasks: schedules and timers of rule chains, lost drain tickets, notifications that a crash left in "
+        "the outbox, the circuit, replays, flapping alarms, retention. Run two or more: one leads, and another takes over "
+        "within five seconds when it dies."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--once", action="store_true", help="Do every duty once, leading or not, and end.")
+        parser.add_argument("--once", action="store_true", help="Run every task once, leading or not, and exit.")
 
     def handle(self, *args: Any, **options: Any) -> None:
         if options["once"]:
-            for duty in DUTIES:
-                duty()
+            for task in PERIODIC_TASKS:
+                task()
             return
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        self.stdout.write("The scheduler runs; Ctrl-C stops it.")
+        self.stdout.write("The scheduler is running; Ctrl-C stops it.")
         _run(stop)
 
 
@@ -64,22 +63,22 @@ def _run(stop: threading.Event) -> None:
     leader = Leader(keys.SCHEDULER_LEADER)
     while not stop.wait(TICK_SECONDS):
         if leader.leads_or(False):
-            _do_duties()
+            _run_tasks()
     leader.resign()
 
 
-def _do_duties() -> None:
-    """Each on its own: what one of them stumbles over must not keep the others from their work, except that all need Redis."""
-    for duty in DUTIES:
-        name = f"{duty.__module__}.{duty.__qualname__}"
+def _run_tasks() -> None:
+    """Run each task on its own: the failure of one must not keep the others from running, unless it is Redis that is away."""
+    for task in PERIODIC_TASKS:
+        name = f"{task.__module__}.{task.__qualname__}"
         try:
-            duty()
+            task()
         except RedisError as error:
             log.warning("the scheduler waits: %s", redis.explain(error))
             return  # the others need it, too
         except DatabaseError as error:
-            log.warning("%s waits, the database is away: %s", name, error)
-        except Exception:  # the process loop: a standby would stumble over the same
+            log.warning("%s waits for the database: %s", name, error)
+        except Exception:  # the process loop: a standby would fail in the same way
             metrics.SCHEDULER_FAILURES.labels(name).inc()
             log.exception("%s failed and is tried again", name)
         finally:
