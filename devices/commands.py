@@ -22,6 +22,7 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import redis
+from aemos.lib.batched import batched
 from devices import latest
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
@@ -166,5 +167,5 @@ def _rows(uuids: Sequence[UUID]) -> Iterator[StateChange]:
 
 def _commands(uuids: Sequence[UUID]) -> Iterator[QuerySet[StateChange]]:
     """The rows with these uuids that are commands, in as many queries as one statement has room for."""
-    for start in range(0, len(uuids), STATEMENT_ROWS):
-        yield StateChange.objects.filter(uuid__in=uuids[start : start + STATEMENT_ROWS]).exclude(command_state="")
+    for batch in batched(uuids, STATEMENT_ROWS):
+        yield StateChange.objects.filter(uuid__in=batch).exclude(command_state="")

@@ -9,6 +9,7 @@ from uuid import UUID
 from django.db.models import Q
 from django.utils import timezone
 
+from aemos.lib.batched import batched
 from devices.models import Device
 
 STATEMENT_ROWS = 500
@@ -31,7 +32,6 @@ def record(said: Mapping[UUID, bool]) -> list[Device]:
 
 def note_seen(uuids: Collection[UUID], *, at: datetime) -> None:
     """The devices spoke. A last will is not speaking: the broker says it for a device that is gone."""
-    wanted = list(uuids)
-    for start in range(0, len(wanted), STATEMENT_ROWS):
-        rows = Device.objects.filter(uuid__in=wanted[start : start + STATEMENT_ROWS])
+    for batch in batched(list(uuids), STATEMENT_ROWS):
+        rows = Device.objects.filter(uuid__in=batch)
         rows.filter(Q(last_seen_at=None) | Q(last_seen_at__lt=at)).update(last_seen_at=at)

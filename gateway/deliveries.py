@@ -19,6 +19,7 @@ from django.db.models.functions import Greatest
 from django.utils import timezone
 from gevent.event import Event
 
+from aemos.lib.batched import batched
 from aemos.lib.text import storable
 from notifications.messages import Protocol
 from notifications.models import Delivery
@@ -104,8 +105,8 @@ class Deliveries:
         for (message_id, protocol), outcome in taken.items():
             alike[protocol, outcome].append(message_id)
         for (protocol, outcome), ids in alike.items():
-            for start in range(0, len(ids), STATEMENT_ROWS):
-                _update(ids[start : start + STATEMENT_ROWS], protocol, outcome)
+            for batch in batched(ids, STATEMENT_ROWS):
+                _update(batch, protocol, outcome)
 
     def _keep(self, taken: dict[tuple[UUID, Protocol], Outcome], error: Exception) -> None:
         if not self._away:

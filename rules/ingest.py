@@ -40,31 +40,99 @@ class Receipt:
     results: tuple[Result, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a transport received. `credential` None: nobody was recognized; `uuid`: the originator that path or topic names."""
+
+    payload: bytes
+    credential: Credential | None
+    protocol: str
+    uuid: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Which events of a request may join the queue: a refusal for each priority that may not, a verdict where one was reached."""
+
+    events: Sequence[Event]
+    accepted: Sequence[Event]
+    verdicts: Mapping[int, Verdict]
+    refusals: Mapping[int, Overloaded]
+
+
 def submit(
     payload: bytes, *, credential: Credential | None, protocol: str, uuid: str | None = None, hold: bool = False
 ) -> Pending:
-    """Judges a request and sends its events on their way; `wait` on the result before acknowledging anything.
+    """Takes in one request; `wait` on the result before acknowledging anything.
 
-    `uuid` is the originator that the path or topic names. Raises devices.exceptions.Refusal, counted and recorded; then
-    nothing of the request was accepted. With `hold` an Overloaded is neither: the caller keeps the request and tries again.
+    1. `read`: the sender is authorized, the payload becomes events.
+    2. `decide`: admission gives a verdict for each priority among them.
+    3. `record`: refused events are counted and recorded; when all are refused, it ends here.
+    4. `commit`: accepted events join the next group that is written to the journal.
+    5. `Pending.wait` returns the receipt once the journal has them.
+
+    Raises devices.exceptions.Refusal, counted and recorded; then nothing of the request was accepted. With `hold` an
+    Overloaded is neither counted nor recorded: the caller keeps the request and submits it again.
     """
+    request = Request(payload=payload, credential=credential, protocol=protocol, uuid=uuid)
+    batch = read(request)
+    decision = decide(batch)
+    record(decision, hold=hold)
+    return commit(decision, hold=hold)
+
+
+def read(request: Request) -> list[Event]:
+    """The events of an authorized sender. Raises Refusal, which is counted and recorded with what was sent."""
     try:
-        sender = _authorized(credential, uuid)
-        batch = events.decode(
-            payload,
+        sender = _authorized(request.credential, request.uuid)
+        return events.decode(
+            request.payload,
             sender.originator,
             highest_priority=sender.highest_priority,
             now=datetime.now(UTC),
-            protocol=protocol,
+            protocol=request.protocol,
         )
     except Refusal as refusal:
-        rejections.record(refusal, payload, credential=credential, protocol=protocol, uuid=uuid)
+        rejections.record(
+            refusal,
+            request.payload,
+            credential=request.credential,
+            protocol=request.protocol,
+            uuid=request.uuid,
+        )
         raise
-    verdicts = _verdicts(batch, hold=hold)
-    accepted = [event for event in batch if verdicts[event.priority].accept]
-    control.shared().admitted(len(accepted))
-    receipt = _receipt(batch, verdicts, len(accepted))
-    return Pending(shared_commit().put(accepted), accepted, receipt=receipt, hold=hold)
+
+
+def decide(batch: Sequence[Event]) -> Decision:
+    """One verdict per priority, so that events of one priority are accepted or refused together. Records nothing."""
+    admission = control.shared()
+    priorities = {event.priority for event in batch}
+    try:
+        verdicts = {priority: admission.verdict(priority, batch[0].organization_id) for priority in priorities}
+    except Overloaded as unknown:
+        return Decision(events=batch, accepted=(), verdicts={}, refusals=dict.fromkeys(priorities, unknown))
+    refusals = {
+        priority: admission.refusal(verdict, priority) for priority, verdict in verdicts.items() if not verdict.accept
+    }
+    accepted = [event for event in batch if event.priority not in refusals]
+    return Decision(events=batch, accepted=accepted, verdicts=verdicts, refusals=refusals)
+
+
+def record(decision: Decision, *, hold: bool) -> None:
+    """Counts and records what was refused. Raises the most urgent refusal when nothing was accepted."""
+    # A request that is accepted in part is answered, so what was refused of it does not come again.
+    hold = hold and not decision.accepted
+    for priority, refusal in decision.refusals.items():
+        _refuse([event for event in decision.events if event.priority == priority], refusal, hold=hold)
+    if not decision.accepted:
+        raise decision.refusals[min(decision.refusals)]
+
+
+def commit(decision: Decision, *, hold: bool) -> Pending:
+    """Sends the accepted events on their way into the journal."""
+    control.shared().admitted(len(decision.accepted))
+    result = shared_commit().put(decision.accepted)
+    return Pending(result, decision.accepted, receipt=_receipt(decision), hold=hold)
 
 
 class Pending:
@@ -77,7 +145,7 @@ class Pending:
         self._hold = hold
 
     def wait(self) -> Receipt:
-        """Returns once the journal has the events; raises Overloaded, as `submit` does, when it may not have them."""
+        """Returns once the journal has the events. Raises Overloaded, as `submit` does, when they may not be there."""
         try:
             self._result.get()
         except RedisError as error:
@@ -102,35 +170,16 @@ def _authorized(credential: Credential | None, uuid: str | None) -> Credential:
     return credential
 
 
-def _verdicts(batch: Sequence[Event], *, hold: bool) -> dict[int, Verdict]:
-    """The decision about each priority of the batch. Raises Overloaded when none may go on."""
-    admission = control.shared()
-    priorities = {event.priority for event in batch}
-    try:
-        verdicts = {priority: admission.verdict(priority, batch[0].organization_id) for priority in priorities}
-    except Overloaded as refusal:
-        _refuse(batch, refusal, hold=hold)
-        raise
-    refusals = {
-        priority: admission.refusal(verdict, priority) for priority, verdict in verdicts.items() if not verdict.accept
-    }
-    whole = len(refusals) == len(verdicts)
-    for priority, told in refusals.items():
-        _refuse([event for event in batch if event.priority == priority], told, hold=hold and whole)
-    if whole:
-        raise refusals[min(refusals)]
-    return verdicts
-
-
 def _refuse(refused: Sequence[Event], refusal: Overloaded, *, hold: bool) -> None:
     if not hold:
         rejections.record_events(refused, refusal)
         refusal.recorded = True
 
 
-def _receipt(batch: Sequence[Event], verdicts: Mapping[int, Verdict], accepted: int) -> Receipt:
-    if accepted == len(batch):
+def _receipt(decision: Decision) -> Receipt:
+    accepted = len(decision.accepted)
+    if not decision.refusals:
         return Receipt(accepted=accepted)
-    decided = {priority: Result(verdict.accept, verdict.reason) for priority, verdict in verdicts.items()}
-    results = tuple(decided[event.priority] for event in batch)
-    return Receipt(accepted=accepted, rejected=len(batch) - accepted, results=results)
+    by_priority = {priority: Result(verdict.accept, verdict.reason) for priority, verdict in decision.verdicts.items()}
+    results = tuple(by_priority[event.priority] for event in decision.events)
+    return Receipt(accepted=accepted, rejected=len(results) - accepted, results=results)

@@ -25,7 +25,7 @@ from rules.effects import perform
 from rules.engine.exceptions import ErrorCode
 from rules.events import Event
 from rules.journal import tickets
-from rules.journal.lease import Entry, Finished, Lease, Overtaken
+from rules.journal.lease import Entry, Finished, Lease, StateConflict
 from rules.journal.slots import Slot
 from rules.processing import batch, failures, index, timers
 from rules.processing.batch import Begin, Ended
@@ -73,7 +73,7 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, _process(work.events, work, begin=lease.keep))
+        _finish(lease, work, _process(work.events, work, begin=lease.renew_if_due))
         if time.monotonic() > deadline:
             return
 
@@ -190,7 +190,7 @@ def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
         finished.remembered = memory.changes()
         try:
             return lease.finish(finished)
-        except Overtaken:
+        except StateConflict:
             memory.catch_up()
 
 
@@ -209,7 +209,7 @@ def _take_over(lease: Lease) -> bool:
     if not work:
         return False
     log.warning("taking over %d events that a worker did not finish", len(work.events))
-    suspect, deaths = lease.marked()
+    suspect, deaths = lease.last_checkpoint()
     ended, due = Ended(), work.events
     if deaths >= DEATHS:
         for event in work.events:
@@ -224,9 +224,9 @@ def _take_over(lease: Lease) -> bool:
     except AWAY:
         # Where Redis is away the note stays, and counts as one death.
         with contextlib.suppress(RedisError):
-            lease.unmark()
+            lease.clear_checkpoint()
         raise
-    lease.unmark()
+    lease.clear_checkpoint()
     _finish(lease, work, ended)
     return True
 
@@ -234,20 +234,20 @@ def _take_over(lease: Lease) -> bool:
 def _left_behind(lease: Lease) -> tuple[Work, int]:
     """Entries of at most about one batch, and how often the first of them was given to a worker."""
     work, deliveries = Work(lane=lease.slot.lane, taken_over=True), 0
-    entry = lease.left_behind()
+    entry = lease.next_pending()
     while entry and len(work.events) < BATCH_EVENTS:
         deliveries = deliveries or lease.deliveries(entry)
         _add(work, entry)
-        entry = lease.left_behind(entry.id)
+        entry = lease.next_pending(entry.id)
     return work, deliveries
 
 
 def _begin(lease: Lease, event: Event | None, *, deaths: Mapping[str, int]) -> None:
     """Notes the event that is decided next. After the last one nothing is noted: their effects are made together."""
     if event is None:
-        lease.unmark()
+        lease.clear_checkpoint()
     else:
-        lease.mark(str(event.id), deaths=deaths.get(str(event.id), 0))
+        lease.checkpoint(str(event.id), deaths=deaths.get(str(event.id), 0))
     lease.renew()
 
 

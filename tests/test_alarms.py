@@ -104,7 +104,7 @@ def test_many_alarms_of_one_batch_are_written_and_told_together(sensor: Sensor, 
 
 def test_changes_that_are_told_are_counted(sensor: Sensor) -> None:
     def counted(change: str) -> float:
-        metrics.TALLY.flush()
+        metrics.COUNTERS.flush()
         return float(redis.client().hget(keys.METRICS, f"alarm_changes_total|{change}") or 0)
 
     before = counted("raised"), counted("cleared")

@@ -228,7 +228,7 @@ def test_a_database_that_is_away_is_said_to_all_who_wait_and_tried_again(monkeyp
 
 def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: Counter[str] = Counter()
-    monkeypatch.setattr(metrics.TALLY, "add", lambda name, amount: counted.update({name: amount}))
+    monkeypatch.setattr(metrics.COUNTERS, "add", lambda name, amount: counted.update({name: amount}))
     transport = CoapTransport(ScriptedIngest(), port=0)
     transport.start()
     try:

@@ -420,7 +420,7 @@ def test_redis_that_goes_away_under_a_take_over_costs_no_event(farm: Farm, monke
         with monkeypatch.context() as patch:
             # After the note, as `_begin` has it: what follows does not reach Redis, the removal of the note included.
             patch.setattr(Lease, "renew", away)
-            patch.setattr(Lease, "unmark", away)
+            patch.setattr(Lease, "clear_checkpoint", away)
             jobs.drain(farm.slot.lane, farm.slot.partition)
     drain_all()
 
@@ -512,7 +512,7 @@ def test_a_worker_that_lost_its_lease_acknowledges_nothing(farm: Farm) -> None:
     assert not old.renew()
     assert not old.finish(lease.Finished(entry_ids=[entry.id], processed=1))
     assert audit(farm.slot) == Account(accepted=1, depth=1, in_flight=1)
-    left = new.left_behind()
+    left = new.next_pending()
     assert left is not None
     assert left.id == entry.id
 

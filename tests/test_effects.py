@@ -280,7 +280,7 @@ def test_an_action_rests_after_it_was_done_and_what_is_left_out_is_counted(farm:
 
 
 def suppressed_in_total() -> float:
-    metrics.TALLY.flush()
+    metrics.COUNTERS.flush()
     return float(redis.client().hget(keys.METRICS, "rule_actions_suppressed_total") or 0)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
 from aemos.lib import leader, redis
 from aemos.lib.leader import Leader
 from tests.gateway_process import until
+from tests.test_monitoring import redis_away
 
 pytestmark = pytest.mark.usefixtures("empty_redis")
 
@@ -67,3 +69,14 @@ def test_a_leader_that_dies_while_redis_is_emptied_is_replaced_at_the_end_of_its
     began = time.monotonic()
     until(two.leads, seconds=5)
     assert 0.2 < time.monotonic() - began < 3
+
+
+def test_while_redis_is_away_the_fallback_counts_and_it_is_logged_once(
+    settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = candidates()
+    with redis_away(settings):
+        assert [one.leads_or(False), one.leads_or(True)] == [False, True]
+        assert len(caplog.records) == 1
+        one.resign()
+    assert one.leads_or(False)

@@ -467,7 +467,7 @@ def test_callback_that_fails_does_not_stop_the_messages_behind_it(
     broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[str] = []
-    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+    monkeypatch.setattr(metrics.COUNTERS, "add", lambda name, _amount: counted.append(name))
 
     def fails(_: Message) -> None:
         raise RuntimeError("nobody foresaw this")

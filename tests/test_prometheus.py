@@ -21,7 +21,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from aemos.lib import keys, metrics, redis
-from aemos.lib.tally import RECORDS, Page, Tally
+from aemos.lib.tally import RECORDS, CounterFile, Counters
 from deploy.local import LocalSystem, local_system
 from deploy.programs import REPOSITORY
 from monitoring.exposition import CIRCUIT_NUMBERS
@@ -197,8 +197,8 @@ def test_labels_have_few_values_and_the_page_names_them() -> None:
         assert not family.samples or used == set(labels.split(", ")), name
 
 
-def tally(folder: Path) -> Tally:
-    return Tally(lambda: folder)
+def tally(folder: Path) -> Counters:
+    return Counters(lambda: folder)
 
 
 def told() -> dict[str, float]:
@@ -235,8 +235,8 @@ import os, sys, time
 import django
 django.setup()
 from pathlib import Path
-from aemos.lib.tally import Tally
-tally = Tally(lambda: Path(sys.argv[1]))
+from aemos.lib.tally import Counters
+tally = Counters(lambda: Path(sys.argv[1]))
 for number in range(1000):
     tally.add("a")
     if sys.argv[2] == "flush" and number % 100 == 0:
@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written_costs_no_count(tmp_path: Path) -> None:
 
 
 def test_labels_that_would_grow_without_bound_are_refused(tmp_path: Path) -> None:
-    page = Page.create(tmp_path)
+    page = CounterFile.create(tmp_path)
     for number in range(RECORDS):
         page.add(f"count {number}", 1)
     for name in ("one more", "x" * 200):

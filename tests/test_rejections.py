@@ -128,7 +128,7 @@ def test_overflow_is_logged_at_most_every_five_seconds(
     recorder = rejections.shared()
     with caplog.at_level(logging.WARNING, "rules.admission.rejections"):
         for now in (100.0, 101.0, 102.0, 105.5):
-            recorder._clock = partial(float, now)
+            recorder._log._clock = partial(float, now)
             rejections.record_events([event(organization)], OPEN)
             recorder.flush()
     assert [record.args for record in caplog.records] == [(1,), (3,)]

@@ -346,7 +346,7 @@ def test_a_handler_that_fails_is_told_and_counted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     counted: list[str] = []
-    monkeypatch.setattr(metrics.TALLY, "add", lambda name, _amount: counted.append(name))
+    monkeypatch.setattr(metrics.COUNTERS, "add", lambda name, _amount: counted.append(name))
     transport = SocketIoTransport(port=0)
 
     def fails(_sid: str) -> None:

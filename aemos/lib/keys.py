@@ -90,9 +90,9 @@ def replay_pace(uuid: str) -> str:
     return f"aemos:replay-pace:{uuid}"
 
 
-NOTIFICATION_RETENTION_DONE = "aemos:notifications:retention-done"  # the same for notifications
 OVERDUE_SEEN = "aemos:notifications:overdue-seen"  # flag that expires: overdue deliveries were looked for
 TELEMETRY = "aemos:telemetry"  # channel: readings that somebody watches, from workers to gateways
 TELEMETRY_WANTED = "aemos:telemetry:wanted"  # sorted set: variable id -> until when (s) a gateway wants its readings
 RETENTION_DONE = "aemos:retention-done"  # flag that expires: what is too old was deleted within the last hour
+NOTIFICATION_RETENTION_DONE = "aemos:notifications:retention-done"  # the same for notifications
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 
+from redis.exceptions import RedisError
+
 from aemos.lib import redis
+from aemos.lib.rate_limited_log import RateLimitedLog
+
+log = logging.getLogger(__name__)
 
 TERM_MS = 5_000
 
@@ -36,6 +42,7 @@ class Leader:
         self._key = key
         self._token = uuid.uuid4().hex
         self._anothers_until = 0.0
+        self._log = RateLimitedLog(log)
 
     def leads(self) -> bool:
         """Whether this process leads for the next five seconds. Raises RedisError."""
@@ -45,6 +52,21 @@ class Leader:
             self._anothers_until = time.monotonic() + answer / 1_000
         return bool(answer == _OURS)
 
+    def leads_or(self, fallback: bool) -> bool:
+        """As `leads`; `fallback` when Redis does not answer, which is logged at a limited rate.
+
+        The fallback is False for work that needs Redis anyway, and what `leads` said last for work that does not: nobody else
+        can take over while Redis is away.
+        """
+        try:
+            return self.leads()
+        except RedisError as error:
+            self._log.log("redis", logging.WARNING, "who leads (%s) is unknown: %s", self._key, redis.explain(error))
+            return fallback
+
     def resign(self) -> None:
-        """Lets another take over at once. Raises RedisError."""
-        redis.client().eval(_RESIGN, 1, self._key, self._token)
+        """Lets another take over at once; when Redis does not answer, another takes over at the end of the term."""
+        try:
+            redis.client().eval(_RESIGN, 1, self._key, self._token)
+        except RedisError as error:
+            log.warning("another takes over %s in %d s: %s", self._key, TERM_MS // 1_000, redis.explain(error))

@@ -15,7 +15,7 @@ from django.conf import settings
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from aemos.lib import keys, redis
-from aemos.lib.tally import Tally
+from aemos.lib.tally import Counters
 
 SEPARATOR = "|"
 # Seconds; a batch or a chain takes from microseconds to its timeout.
@@ -26,7 +26,7 @@ def _folder() -> Path:
     return Path(settings.VAR_DIR) / "counts"
 
 
-TALLY = Tally(_folder)
+COUNTERS = Counters(_folder)
 
 
 class Cell:
@@ -38,7 +38,7 @@ class Cell:
         self._field = field
 
     def inc(self, amount: float = 1.0) -> None:
-        TALLY.add(self._field, amount)
+        COUNTERS.add(self._field, amount)
 
 
 class Counter:
@@ -80,14 +80,14 @@ class Histogram:
         self._sum = SEPARATOR.join((name, "sum"))
 
     def observe(self, seconds: float) -> None:
-        TALLY.add(self._fields[bisect_left(self._bounds, seconds)])
-        TALLY.add(self._sum, seconds)
+        COUNTERS.add(self._fields[bisect_left(self._bounds, seconds)])
+        COUNTERS.add(self._sum, seconds)
 
     def observe_all(self, seconds: Sequence[float]) -> None:
         """As `observe` for each of them, at the price of a few."""
         for position, number in collections.Counter(bisect_left(self._bounds, each) for each in seconds).items():
-            TALLY.add(self._fields[position], number)
-        TALLY.add(self._sum, sum(seconds))
+            COUNTERS.add(self._fields[position], number)
+        COUNTERS.add(self._sum, sum(seconds))
 
     def family(self, sums: Mapping[tuple[str, ...], float]) -> Metric:
         family = HistogramMetricFamily(self.name, self._documentation)
@@ -197,12 +197,12 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
 
 def flush() -> None:
     """Adds what this process has counted to the sums in Redis; while Redis does not answer, the counts stay here."""
-    TALLY.try_flush()
+    COUNTERS.try_flush()
 
 
 def collect() -> Iterator[Metric]:
     """All families with the sums of all processes. Raises RedisError."""
-    TALLY.flush()
+    COUNTERS.flush()
     held = redis.client().hgetall(keys.METRICS)
     sums = {tuple(name.decode().split(SEPARATOR)): float(number) for name, number in held.items()}
     for family in FAMILIES:

@@ -1,7 +1,7 @@
 """Counting in many processes on many machines: what each process counts in, the sums over all of them, in Redis, out.
 
-A process counts in a file mapped into its memory, beside how much of each number Redis has been told. A file whose process
-is gone, however it ended, is told to Redis and removed by the next process of the machine that looks.
+A process counts in a file mapped into its memory, beside how much of each number is in Redis already. A file whose
+process is gone, however it ended, is flushed to Redis and removed by the next process of the machine that flushes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from gevent import monkey
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
-# One record: a name, padded with zeros, then what was counted and what Redis has been told of it.
+# One record: a name, padded with zeros, then what was counted and what of it is in Redis.
 RECORD_BYTES = 128
 NAME_BYTES = RECORD_BYTES - 16
 RECORDS = 2_048
 FLUSH_SECONDS = 1.0
 
 
-class Page:
+class CounterFile:
     """The numbers of one process; the lock on its file says that the process lives."""
 
     def __init__(self, file: IO[bytes] | None) -> None:
@@ -45,7 +46,7 @@ class Page:
         self._positions = dict(self._read_names())
 
     @classmethod
-    def create(cls, folder: Path) -> Page:
+    def create(cls, folder: Path) -> CounterFile:
         """A new one; where the folder cannot be written, one that does not outlive the process."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}"
         try:
@@ -60,7 +61,7 @@ class Page:
         return cls(file)
 
     @classmethod
-    def adopt(cls, path: Path) -> Page | None:
+    def take_orphan(cls, path: Path) -> CounterFile | None:
         """The numbers of a process that is gone; None while it lives, or when another process was faster."""
         try:
             file = path.open("r+b")
@@ -81,16 +82,16 @@ class Page:
             position = self._place(name)
         self._numbers[position] += amount
 
-    def untold(self) -> list[tuple[str, float, float]]:
-        """Name, number counted, and how much of it Redis has not been told."""
+    def unflushed(self) -> list[tuple[str, float, float]]:
+        """Name, number counted, and how much of it is not in Redis yet."""
         numbers = [(name, self._numbers[at], self._numbers[at + 1]) for name, at in self._positions.items()]
-        return [(name, counted, counted - told) for name, counted, told in numbers if counted != told]
+        return [(name, counted, counted - flushed) for name, counted, flushed in numbers if counted != flushed]
 
-    def told(self, name: str, counted: float) -> None:
+    def mark_flushed(self, name: str, counted: float) -> None:
         self._numbers[self._positions[name] + 1] = counted
 
     def close(self) -> None:
-        """Lets go of the memory and the lock."""
+        """Releases the memory and the lock."""
         self._numbers.release()
         self._bytes.close()
         if self._file is not None:
@@ -113,69 +114,68 @@ class Page:
             yield name, (start + NAME_BYTES) // 8
 
 
-class Tally:
-    """What this process counts. `add` costs a step in memory; under gevent it is told to Redis a second later."""
+class Counters:
+    """What this process counts. `add` costs a step in memory; under gevent it is flushed to Redis a second later."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
         self._folder = folder
-        self._page: Page | None = None
-        self._away = self._scheduled = False
+        self._own: CounterFile | None = None
+        self._log = RateLimitedLog(log)
+        self._scheduled = False
         self._forget()
-        # The pages of a parent are its own; its lock must not be kept alive by a child.
+        # The counts of a parent are its own; its lock must not be kept alive by a child.
         os.register_at_fork(after_in_child=self._forget_parent)
         atexit.register(self._close)
 
     def add(self, name: str, amount: float = 1.0) -> None:
         with self._adding:
-            page = self._page or self._open()
-            page.add(name, amount)
+            own = self._own or self._open()
+            own.add(name, amount)
         if not self._scheduled:
             self._schedule()
 
     def flush(self) -> None:
-        """Tells Redis what is new, also what processes that are gone had not told. Raises RedisError; nothing is lost.
+        """Adds what is new to the sums in Redis, also that of processes that are gone. Raises RedisError; nothing is lost.
 
         An answer that does not come leaves open whether Redis has added: then the numbers of one flush may count twice.
         """
         with self._flushing:
-            if self._page is not None:
-                self._tell(self._page)
+            if self._own is not None:
+                self._flush_file(self._own)
             for path in self._folder().glob("*.counts"):
-                if orphan := Page.adopt(path):
+                if orphan := CounterFile.take_orphan(path):
                     try:
-                        self._tell(orphan)
+                        self._flush_file(orphan)
                         path.unlink(missing_ok=True)
                     finally:
                         orphan.close()
 
-    def try_flush(self) -> None:
-        """As `flush`; when Redis is away, says so once and leaves the numbers for the next time."""
+    def try_flush(self) -> bool:
+        """As `flush`; False when Redis is away: the numbers are left for the next time."""
         try:
             self.flush()
         except RedisError as error:
-            if not self._away:
-                log.warning("counts wait for Redis: %s", redis.explain(error))
-            self._away = True
-        else:
-            self._away = False
+            self._log.log("redis", logging.WARNING, "counts wait for Redis: %s", redis.explain(error))
+            return False
+        return True
 
-    def _tell(self, page: Page) -> None:
+    def _flush_file(self, counts: CounterFile) -> None:
         with self._adding:
-            untold = page.untold()
-        if not untold:
+            unflushed = counts.unflushed()
+        if not unflushed:
             return
         with redis.client().pipeline() as pipeline:
-            for name, _, new in untold:
+            for name, _, new in unflushed:
                 pipeline.hincrbyfloat(keys.METRICS, name, new)
             pipeline.execute()
-        for name, counted, _ in untold:
-            page.told(name, counted)
+        for name, counted, _ in unflushed:
+            counts.mark_flushed(name, counted)
 
-    def _open(self) -> Page:
-        self._page = Page.create(self._folder())
+    def _open(self) -> CounterFile:
+        self._own = CounterFile.create(self._folder())
         # Elsewhere somebody has to call `flush`: there, no greenlet would ever have its turn.
         self._scheduled = not monkey.is_module_patched("socket")
-        return self._page
+        return self._own
 
     def _schedule(self) -> None:
         self._scheduled = True
@@ -183,24 +183,23 @@ class Tally:
 
     def _flush_later(self) -> None:
         self._scheduled = False
-        self.try_flush()
-        if self._away:
+        if not self.try_flush():
             self._schedule()
 
     def _close(self) -> None:
-        """At exit, without a word: when Redis is away, the file stays for another process."""
-        if self._page is not None:
+        """At exit, without a log line: when Redis is away, the file stays for another process."""
+        if self._own is not None:
             with contextlib.suppress(RedisError):
                 self.flush()
 
     def _forget_parent(self) -> None:
-        page = self._page
+        own = self._own
         self._forget()
-        if page is not None:
-            page.close()
+        if own is not None:
+            own.close()
 
     def _forget(self) -> None:
-        self._page = None
+        self._own = None
         self._adding = threading.Lock()
         self._flushing = threading.Lock()
-        self._away = self._scheduled = False
+        self._scheduled = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.batched import batched
 from aemos.lib.leader import Leader
 from devices import tokens
 from devices.models import CatalogueVersion, DeviceToken
@@ -114,8 +115,8 @@ def verify(security: DynamicSecurity, *, before_batch: Callable[[], None] = _alw
         for username, originator in BrokerAccount.objects.values_list("username", "originator_uuid").iterator()
         if (name := topics.role_name(str(originator))) not in clients.get(username, ()) or name not in roles
     ]
-    for start in range(0, len(lost), QUERY_ROWS):
-        BrokerAccount.objects.filter(username__in=lost[start : start + QUERY_ROWS]).delete()
+    for batch in batched(lost, QUERY_ROWS):
+        BrokerAccount.objects.filter(username__in=batch).delete()
     if lost:
         log.warning("The MQTT broker does not know %d device accounts any more; they are made again", len(lost))
     changes = reconcile(security, before_batch=before_batch)
@@ -130,11 +131,11 @@ def reconcile(security: DynamicSecurity, *, before_batch: Callable[[], None] = _
     live = DeviceToken.objects.live()
     changes = Changes()
     stale = BrokerAccount.objects.exclude(username__in=live.values("prefix")).order_by("username")
-    for accounts in _batches(list(stale)):
+    for accounts in batched(list(stale), BATCH):
         before_batch()
         changes += _remove(security, accounts)
     missing = live.exclude(prefix__in=BrokerAccount.objects.values("username"))
-    for batch in _batches(list(missing.select_related("sensor", "device", "organization").order_by("id"))):
+    for batch in batched(list(missing.select_related("sensor", "device", "organization").order_by("id")), BATCH):
         before_batch()
         changes += _create(security, batch)
     return changes
@@ -216,13 +217,13 @@ def _remove_strangers(security: DynamicSecurity, *, before_batch: Callable[[], N
         for username, held in security.clients().items()
         if username not in accounts and any(map(topics.is_role_of_an_originator, held))
     ]
-    for batch in _batches(strangers):
+    for batch in batched(strangers, BATCH):
         before_batch()
         failed = len(_take_away(security, batch, dynamic_security.delete_client))
         changes += Changes(removed=len(batch) - failed, failed=failed)
     known = {topics.role_name(str(uuid)) for uuid in accounts.values()}
     unused = [role for role in security.roles() if topics.is_role_of_an_originator(role) and role not in known]
-    for batch in _batches(unused):
+    for batch in batched(unused, BATCH):
         before_batch()
         _delete_roles(security, batch)
     return changes
@@ -248,10 +249,6 @@ def _failures(
             failed.add(name)
             log.error("The MQTT broker refused %s of %s", CommandFailed(outcome.command, outcome.error), name)
     return failed
-
-
-def _batches(items: Sequence[T]) -> Iterable[Sequence[T]]:
-    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
 class BrokerSync:

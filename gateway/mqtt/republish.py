@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from uuid import UUID
 
+from aemos.lib.batched import batched
 from devices import commands
 from devices.models import DeviceState, StateChange
 from notifications.messages import Message
@@ -26,7 +27,7 @@ def commands_under_way() -> list[Message]:
 
 
 def _messages(uuids: list[UUID]) -> Iterator[Message]:
-    for start in range(0, len(uuids), QUERY_ROWS):
-        rows = StateChange.objects.filter(uuid__in=uuids[start : start + QUERY_ROWS])
+    for batch in batched(uuids, QUERY_ROWS):
+        rows = StateChange.objects.filter(uuid__in=batch)
         for row in rows.select_related("state__device__organization").order_by("id"):
             yield message_of(row)

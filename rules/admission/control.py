@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from aemos.lib import redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.exceptions import OverLimit, Overloaded
 from rules.admission import circuit, circuit_store, rates
 from rules.admission.circuit import Reason, Samples, Thresholds, Verdict
@@ -78,7 +79,7 @@ class Admission:
         self._drained = {lane: Rate() for lane in Lane}
         self._arrived = {lane: Rate() for lane in Lane}
         self._drained_total = Rate()
-        self._warned_at = float("-inf")
+        self._log = RateLimitedLog(log, seconds=WARN_EVERY_SECONDS, clock=self._clock)
 
     def snapshot(self) -> Snapshot:
         """At most a quarter of a second old. Raises Overloaded when Redis does not answer."""
@@ -122,7 +123,7 @@ class Admission:
             arrivals=now.arrivals if now else 0.0,
             budget_seconds=BUDGET_SECONDS[lane_of(priority)],
         )
-        kind, text = _told(verdict)
+        kind, text = refusal_text(verdict)
         return kind(
             text,
             reason=verdict.reason,
@@ -195,17 +196,28 @@ class Admission:
                     log.warning("circuit %s -> %s at %d events: %s", self._circuit.state, to, depth, reason)
                 self._circuit = circuit_store.load()
         except DatabaseError as error:
-            log.warning("the circuit stays %s, the database is away: %s", self._circuit.state, error)
+            self._log.log(
+                "database",
+                logging.WARNING,
+                "the circuit stays %s, the database is away: %s",
+                self._circuit.state,
+                error,
+            )
             return False
         return True
 
     def _warn(self, now: Snapshot) -> None:
-        if now.depth >= now.thresholds.warning and self._taken_at - self._warned_at >= WARN_EVERY_SECONDS:
-            self._warned_at = self._taken_at
-            log.warning("the queue holds %d events, warning is at %d", now.depth, now.thresholds.warning)
+        if now.depth >= now.thresholds.warning and self._log.is_due("depth"):
+            self._log.log(
+                "depth",
+                logging.WARNING,
+                "the queue holds %d events, warning is at %d",
+                now.depth,
+                now.thresholds.warning,
+            )
 
 
-def keep_watch() -> None:
+def advance_circuit() -> None:
     """Lets the circuit move on while nobody sends anything: called by the scheduler, every second."""
     try:
         shared().snapshot()
@@ -235,7 +247,7 @@ def unavailable(error: RedisError) -> Overloaded:
     )
 
 
-def _told(verdict: Verdict) -> tuple[type[Overloaded], str]:
+def refusal_text(verdict: Verdict) -> tuple[type[Overloaded], str]:
     if verdict.reason == Reason.ORGANIZATION:
         text = f"The organization holds {verdict.queue_depth} events of the queue, its share is {verdict.threshold}."
         return OverLimit, text

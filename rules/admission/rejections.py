@@ -25,6 +25,7 @@ from gevent.lock import RLock
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.catalogue import Credential
 from devices.exceptions import Overloaded, Refusal
 from rules import events
@@ -67,7 +68,7 @@ class Recorder:
         self._bytes = 0
         self._counted: Counter[str] = Counter()
         self._overflow = 0
-        self._warned_at = float("-inf")
+        self._log = RateLimitedLog(log, seconds=WARN_EVERY_SECONDS, clock=self._clock)
         self._running = False
         # One at a time: a flush at exit waits for the chunk that the greenlet is writing.
         self._lock = RLock()
@@ -84,7 +85,7 @@ class Recorder:
     def has_room(self) -> bool:
         return len(self._waiting) < MAXIMUM_ROWS and self._bytes < MAXIMUM_BUFFERED_BYTES
 
-    def keep(self, build: Build, size_bytes: int) -> None:
+    def add(self, build: Build, size_bytes: int) -> None:
         """Only while `has_room`."""
         self._waiting.append(_Waiting(build, size_bytes))
         self._bytes += size_bytes
@@ -134,9 +135,11 @@ class Recorder:
         try:
             work()
         except DatabaseError as error:
-            log.warning("%d refused events wait to be recorded: %s", len(self._waiting), error)
+            self._log.log(
+                "database", logging.WARNING, "%d refused events wait to be recorded: %s", len(self._waiting), error
+            )
         except RedisError as error:
-            log.warning("counts of refused events wait: %s", redis.explain(error))
+            self._log.log("redis", logging.WARNING, "counts of refused events wait: %s", redis.explain(error))
 
     def _write_slowly(self) -> None:
         """At most a twentieth of the time goes into recording: what waits for it is the slowest of all answers."""
@@ -186,10 +189,14 @@ class Recorder:
                 raise
 
     def _warn(self) -> None:
-        if self._overflow and self._clock() - self._warned_at >= WARN_EVERY_SECONDS:
-            log.warning("%d refused events were counted but not kept: too many at once", self._overflow)
+        if self._overflow and self._log.is_due("overflow"):
+            self._log.log(
+                "overflow",
+                logging.WARNING,
+                "%d refused events were counted but not kept: too many at once",
+                self._overflow,
+            )
             self._overflow = 0
-            self._warned_at = self._clock()
 
 
 class Row(NamedTuple):
@@ -270,7 +277,7 @@ def record(refusal: Refusal, payload: bytes, *, credential: Credential | None, p
     cut = payload[:MAXIMUM_PAYLOAD]
     now = timezone.now()
 
-    recorder.keep(partial(_request_row, refusal, cut, credential, protocol, uuid, now), ROW_BYTES + len(cut))
+    recorder.add(partial(_request_row, refusal, cut, credential, protocol, uuid, now), ROW_BYTES + len(cut))
 
 
 def _request_row(
@@ -308,7 +315,7 @@ def record_events(refused: Sequence[Event], refusal: Overloaded) -> None:
         if not recorder.has_room():
             recorder.overflow(len(refused) - position)
             return
-        recorder.keep(partial(_event_row, event, refusal), _size_bytes(event))
+        recorder.add(partial(_event_row, event, refusal), _size_bytes(event))
 
 
 def _size_bytes(event: Event) -> int:

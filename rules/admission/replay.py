@@ -230,7 +230,7 @@ class _Chunk:
     failed: dict[int, str] = field(default_factory=dict)
 
     def add(self, row_id: int, event: Event) -> None:
-        slot = Slot(event.lane, slots.partition_of(event.originator_uuid))
+        slot = slots.slot_of(event)
         way = self.whole if event.chains is None else self.limited
         way[slot] = [*way.get(slot, ()), event]
         self.sent.append(row_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from aemos.lib.batched import batched
 from devices.models import Device, Sensor
 from rules.authoring import graph, validation
 from rules.authoring.sentences import Names, Teller
@@ -43,9 +44,7 @@ def _when(chain: RuleChain) -> str:
 
 def _named(organization_id: int, wanted: Mapping[str, set[str]]) -> Iterator[tuple[tuple[str, str], str]]:
     for source_type, model in (("sensor", Sensor), ("device", Device)):
-        uuids = sorted(wanted[source_type])
-        for start in range(0, len(uuids), validation.LOOKUP_BATCH):
-            batch = uuids[start : start + validation.LOOKUP_BATCH]
+        for batch in batched(sorted(wanted[source_type]), validation.LOOKUP_BATCH):
             rows = model._default_manager.filter(organization_id=organization_id, uuid__in=batch)
             for uuid, name in rows.values_list("uuid", "name"):
                 yield (source_type, str(uuid)), name

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from django.db.models import Exists, OuterRef, Q
 
+from aemos.lib.batched import batched
 from devices.models import DeviceState, Reading, Variable
 from devices.values import Datatype
 from rules.authoring import satisfiability, validation
@@ -242,10 +243,9 @@ def _states(chain: RuleChain, leaves: _Leaves) -> Facts:
     return found
 
 
-def _batches(leaves: _Leaves, source_type: str) -> Iterator[list[str]]:
+def _batches(leaves: _Leaves, source_type: str) -> Iterator[Sequence[str]]:
     wanted = sorted({reference.uuid for _, _, reference in leaves if reference.source_type == source_type})
-    size = validation.LOOKUP_BATCH
-    return (wanted[start : start + size] for start in range(0, len(wanted), size))
+    return batched(wanted, validation.LOOKUP_BATCH)
 
 
 def _kind_complaint(leaf: Mapping[str, object], datatype: str) -> str:

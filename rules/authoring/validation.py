@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from aemos.lib.batched import batched
 from devices.models import Device, DeviceState, Sensor
 from rules.engine import chains
 from rules.engine.conditions import MAX_DEPTH, SOURCE_TYPES
@@ -127,9 +128,9 @@ def _devices(chain: RuleChain, mentions: Sequence[Mention]) -> Known:
     return found
 
 
-def _batches(mentions: Sequence[Mention], source_type: str) -> Iterator[list[str]]:
+def _batches(mentions: Sequence[Mention], source_type: str) -> Iterator[Sequence[str]]:
     wanted = sorted({mention.uuid for mention in mentions if mention.source_type == source_type})
-    return (wanted[start : start + LOOKUP_BATCH] for start in range(0, len(wanted), LOOKUP_BATCH))
+    return batched(wanted, LOOKUP_BATCH)
 
 
 def _key_problems(mention: Mention, fields: Collection[str], derived: Collection[object]) -> Iterator[Problem]:

@@ -1,9 +1,10 @@
-"""Group commit: events of many concurrent requests in, one round trip to the journal, and each request told when it is done."""
+"""Group commit: events of many concurrent requests in, one round trip to the journal and an answer to each request out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import gevent
 from gevent.event import AsyncResult
@@ -11,21 +12,20 @@ from redis.exceptions import RedisError
 
 from rules.events import Event
 from rules.journal import tickets, writing
-from rules.journal.slots import Slot, partition_of
+from rules.journal.slots import Slot, by_slot
 
 log = logging.getLogger(__name__)
 # An entry is drained as a whole, so it must stay small enough for one slice of a worker.
 MAXIMUM_ENTRY_EVENTS = 1_000
 
-Append = Callable[[dict[Slot, Sequence[Event]]], list[Slot]]
+Append = Callable[[Mapping[Slot, Sequence[Event]]], list[Slot]]
 
 
 class GroupCommit:
     """While one round trip is under way the next group gathers; no request waits for a timer."""
 
-    def __init__(self, append: Append = writing.append, issue: Callable[[Slot], None] = tickets.issue) -> None:
+    def __init__(self, append: Append = writing.append) -> None:
         self._append = append
-        self._issue = issue
         self._waiting: list[tuple[Sequence[Event], AsyncResult[None]]] = []
         self._busy = False
 
@@ -59,14 +59,10 @@ class GroupCommit:
         return group
 
     def _commit(self, group: list[tuple[Sequence[Event], AsyncResult[None]]]) -> None:
-        slots: dict[Slot, list[Event]] = {}
-        for batch, _ in group:
-            for event in batch:
-                slots.setdefault(Slot(event.lane, partition_of(event.originator_uuid)), []).append(event)
         try:
-            needing = self._append(dict(slots))
+            needing = self._append(by_slot(chain.from_iterable(batch for batch, _ in group)))
         except Exception as error:
-            # Whatever it is, those who wait must be told: an unanswered request would never end.
+            # Whatever it is, the requests must be answered: one without an answer would never end.
             if not isinstance(error, RedisError):
                 log.exception("%d requests could not be written to the journal", len(group))
             for _, result in group:
@@ -74,12 +70,5 @@ class GroupCommit:
             return
         for _, result in group:
             result.set(None)
-        for slot in needing:
-            self._issue_ticket(slot)
-
-    def _issue_ticket(self, slot: Slot) -> None:
-        """The events are safe already: a ticket that cannot be queued is only a delay, until the scheduler queues it."""
-        try:
-            self._issue(slot)
-        except RedisError as error:
-            log.warning("Ticket for %s/%d was not queued, the scheduler will: %s", slot.lane, slot.partition, error)
+        # After the answers: the events are safe, and no request waits for a ticket.
+        tickets.issue_all(needing)

@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from aemos.lib import keys, redis
 from rules.events import Event
-from rules.journal.slots import GROUP, Slot
+from rules.journal.slots import GROUP, Slot, milliseconds_of
 from rules.journal.writing import TICKET_MS
 
 # One consumer name for all workers: the lease admits one at a time, and it finds what a dead predecessor left pending.
@@ -110,11 +110,11 @@ class Finished:
     dead: int = 0
     organizations: Mapping[int, int] = field(default_factory=dict)
     delayed: list[tuple[int, bytes]] = field(default_factory=list)
-    remembered: list[Remembered] = field(default_factory=list)
+    remembered: list[ConditionStateUpdate] = field(default_factory=list)
 
 
-class Remembered(NamedTuple):
-    """What a condition over time remembers from now on under a key of Redis, and what it was when it was read."""
+class ConditionStateUpdate(NamedTuple):
+    """The new state of a condition over time under a key of Redis, and the state that it was computed from."""
 
     key: str
     was: bytes
@@ -122,8 +122,8 @@ class Remembered(NamedTuple):
     lifetime_ms: int
 
 
-class Overtaken(Exception):
-    """What is remembered is not what was read: the other lane of the same source has added to it. Nothing was finished."""
+class StateConflict(Exception):
+    """The state in Redis is not the one that was read: the other lane of the same source has changed it. Nothing was finished."""
 
 
 class Lease:
@@ -153,7 +153,7 @@ class Lease:
             redis.script(_RENEW)(keys=[self._lease, self._ticket], args=[self._token, LEASE_MS], client=self._client)
         )
 
-    def keep(self, _: Event | None) -> None:
+    def renew_if_due(self, _: Event | None) -> None:
         """Renews the lease when a third of its time has gone: called before each event of a batch that may last."""
         if time.monotonic() - self._renewed_at > LEASE_MS / 3_000:
             self.renew()
@@ -166,9 +166,9 @@ class Lease:
     def oldest_ms(self) -> int | None:
         """When the oldest entry was appended, in ms since 1970; None when there is none."""
         first = self._client.xrange(self._stream, count=1)
-        return int(first[0][0].split(b"-")[0]) if first else None
+        return milliseconds_of(first[0][0]) if first else None
 
-    def left_behind(self, after: bytes = b"0") -> Entry | None:
+    def next_pending(self, after: bytes = b"0") -> Entry | None:
         """The first entry after this one that a worker was given and did not finish."""
         found = self._read(after.decode(), 1)
         return found[0] if found else None
@@ -186,20 +186,20 @@ class Lease:
         found: list[bytes] = self._client.zrangebyscore(self._delayed, "-inf", now_ms, start=0, num=count)
         return found
 
-    def mark(self, event_id: str, *, deaths: int) -> None:
-        """Notes the event that comes next, for the case that the worker dies on it, and how many have died on it before."""
+    def checkpoint(self, event_id: str, *, deaths: int) -> None:
+        """Records the event that is decided next and how many workers have died on it, in case this one dies on it, too."""
         self._client.set(self._suspect, f"{deaths} {event_id}")
 
-    def marked(self) -> tuple[str, int]:
-        """The event that was noted when a worker died and how many have by now; empty and 0 when there was none."""
+    def last_checkpoint(self) -> tuple[str, int]:
+        """The event on which a worker died and how many have by now; empty and 0 when there was none."""
         deaths, _, event_id = (self._client.get(self._suspect) or b"").decode().partition(" ")
         return (event_id, int(deaths) + 1) if event_id else ("", 0)
 
-    def unmark(self) -> None:
+    def clear_checkpoint(self) -> None:
         self._client.delete(self._suspect)
 
     def finish(self, finished: Finished) -> bool:
-        """Ends a batch in one step; False when the lease was lost, in which case nothing changed. Raises Overtaken."""
+        """Ends a batch in one step; False when the lease was lost, in which case nothing changed. Raises StateConflict."""
         args: list[Any] = [self._token, GROUP, finished.processed, finished.duplicate, finished.dead]
         args += [len(finished.entry_ids), *finished.entry_ids, len(finished.retries), *finished.retries]
         args += [len(finished.organizations), *chain.from_iterable(finished.organizations.items())]
@@ -209,7 +209,7 @@ class Lease:
         names += [each.key for each in finished.remembered]
         answer = int(redis.script(_FINISH)(keys=names, args=args, client=self._client))
         if answer < 0:
-            raise Overtaken
+            raise StateConflict
         return bool(answer)
 
     def _read(self, position: str, count: int) -> list[Entry]:

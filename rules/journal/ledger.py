@@ -8,7 +8,7 @@ from typing import Any
 
 from aemos.lib import keys, redis
 from rules.events import Lane
-from rules.journal.slots import GROUP, Slot, slots
+from rules.journal.slots import GROUP, Slot, by_client, slots
 
 # Of Redis' maxmemory; above it nothing more is accepted.
 MEMORY_SHARE = 0.85
@@ -85,10 +85,7 @@ def counts() -> Counts:
     depth, accepted, ended = (dict.fromkeys(map(str, Lane), 0) for _ in range(3))
     organizations: dict[int, int] = {}
     memory_full = False
-    by_client: dict[Any, list[Slot]] = {}
-    for slot in slots():
-        by_client.setdefault(redis.journal_client(slot.partition), []).append(slot)
-    for client, mine in by_client.items():
+    for client, mine in by_client(slots()):
         with client.pipeline(transaction=False) as pipeline:
             for slot in mine:
                 pipeline.hgetall(keys.ledger(slot.lane, slot.partition))

@@ -18,7 +18,7 @@ from rq.worker import Worker as RqWorker
 
 from aemos.lib import keys, redis
 from rules.events import Lane
-from rules.journal.slots import GROUP, Slot, slots
+from rules.journal.slots import GROUP, Slot, by_client, milliseconds_of, slots
 from rules.journal.tickets import DRAIN
 
 STATES = ("busy", "idle", "suspended")
@@ -108,10 +108,7 @@ def measure() -> Load:
 
 def _lanes() -> dict[str, LaneLoad]:
     lanes = {str(lane): LaneLoad() for lane in Lane}
-    by_client: dict[Any, list[Slot]] = {}
-    for slot in slots():
-        by_client.setdefault(redis.journal_client(slot.partition), []).append(slot)
-    for client, mine in by_client.items():
+    for client, mine in by_client(slots()):
         with client.pipeline(transaction=False) as pipeline:
             # By the clock of the server, which also gave the entries their ids.
             pipeline.time()
@@ -127,7 +124,7 @@ def _lanes() -> dict[str, LaneLoad]:
 def _slot_load(answer: Sequence[Any], *, now_ms: int) -> LaneLoad:
     flat, active, delayed, oldest = answer
     ledger = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
-    age_ms = max(now_ms - int(oldest.split(b"-")[0]), 0) if oldest else None
+    age_ms = max(now_ms - milliseconds_of(oldest), 0) if oldest else None
     return LaneLoad(
         accepted=ledger.get("accepted", 0),
         waiting=max(ledger.get("depth", 0) - active - delayed, 0),

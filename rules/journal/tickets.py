@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from functools import cache
 from math import ceil
 from typing import Any
 
 import django_rq
 from django.conf import settings
+from redis.exceptions import RedisError
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -18,13 +20,12 @@ from aemos.lib import redis
 from rules.events import Lane
 from rules.journal.slots import Slot
 
+log = logging.getLogger(__name__)
 DRAIN = "rules.jobs.drain"
+# Whoever can write to Redis can name any importable function in a job. Only these are ever called.
+ALLOWED_FUNCTIONS = frozenset({DRAIN, "rules.admission.replay.step"})
 # How late the events of a lane may become, from acceptance to effect.
 BUDGET_SECONDS = {Lane.CRITICAL: 2, Lane.NORMAL: 30, Lane.LOW: 120}
-
-
-# Whoever can write to Redis can name any importable function in a job. Only these are ever called.
-ALLOWED_FUNCTIONS = frozenset({"rules.jobs.drain", "rules.admission.replay.step"})
 
 
 class ForbiddenJob(Exception):
@@ -56,6 +57,18 @@ def issue(slot: Slot, *, queue: str = "") -> None:
         result_ttl=0,
         failure_ttl=3600,
     )
+
+
+def issue_all(slots: Iterable[Slot]) -> None:
+    """Queues a ticket for each slot whose events are safe already.
+
+    A ticket that cannot be queued is only a delay: the scheduler queues it within a second.
+    """
+    for slot in slots:
+        try:
+            issue(slot)
+        except RedisError as error:
+            log.warning("ticket for %s/%d was not queued: %s", slot.lane, slot.partition, redis.explain(error))
 
 
 @cache

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from aemos.lib import keys, redis
+from aemos.lib import keys
 from rules import events
 from rules.events import Event
-from rules.journal.slots import Slot
+from rules.journal.slots import Slot, by_client
 
 # How long an append trusts that a ticket is on its way. A ticket lost with its worker is found sooner, by the scheduler.
 TICKET_MS = 30_000
@@ -31,10 +31,7 @@ return redis.call('SET', KEYS[3], '1', 'NX', 'PX', ARGV[3]) and 1 or 0
 def append(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
     """Makes the events durable, one round trip per server; gives the slots that need a drain ticket. Raises RedisError."""
     needing: list[Slot] = []
-    by_client: dict[Any, list[Slot]] = {}
-    for slot in batches:
-        by_client.setdefault(redis.journal_client(slot.partition), []).append(slot)
-    for client, mine in by_client.items():
+    for client, mine in by_client(batches):
         with client.pipeline(transaction=False) as pipeline:
             for slot in mine:
                 # EVAL, not EVALSHA: in a pipeline redis-py would first ask, in a round trip of its own, what is loaded.

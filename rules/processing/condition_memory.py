@@ -21,7 +21,7 @@ from devices.latest import Key, Latest
 from rules.effects import states
 from rules.engine.context import Sample, Watch
 from rules.journal import slots
-from rules.journal.lease import Remembered
+from rules.journal.lease import ConditionStateUpdate
 from rules.processing import readings
 
 # Longer than what a condition looks back, so that it lives on through a pause of its sensor.
@@ -93,9 +93,9 @@ class Memory:
                 del samples[counts.get(key, 0) :]
             raise
 
-    def changes(self) -> list[Remembered]:
+    def changes(self) -> list[ConditionStateUpdate]:
         return [
-            Remembered(_key(watch), self._was[key], self._encoded(key), _lifetime_ms(watch))
+            ConditionStateUpdate(_key(watch), self._was[key], self._encoded(key), _lifetime_ms(watch))
             for key, (watch, samples) in self._observed.items()
             if samples
         ]

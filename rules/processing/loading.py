@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from django.db.models import Model, QuerySet
 
+from aemos.lib.batched import batched
 from rules.engine import chains
 from rules.engine.chains import Chain, ChainSpec, NodeSpec
 from rules.engine.exceptions import InvalidChain
@@ -51,6 +52,5 @@ def compiled(ids: Collection[int]) -> Iterator[tuple[RuleChain, Chain | InvalidC
 
 def batches(values: Collection[int], rows: QuerySet[M], field: str) -> Iterator[QuerySet[M]]:
     """The rows whose field has one of the values, in as many queries as the number of values needs."""
-    ordered = sorted(values)
-    for start in range(0, len(ordered), LOOKUP_BATCH):
-        yield rows.filter(**{f"{field}__in": ordered[start : start + LOOKUP_BATCH]})
+    for batch in batched(sorted(values), LOOKUP_BATCH):
+        yield rows.filter(**{f"{field}__in": batch})

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from django.db import connection
 
+from aemos.lib.batched import batched
 from devices.catalogue import Field
 from devices.models import Reading
 from devices.values import measured
@@ -70,8 +71,8 @@ ON CONFLICT (variable_id, "timestamp") DO NOTHING RETURNING variable_id, "timest
 
 def _store_sqlite(rows: Sequence[Row]) -> set[tuple[int, int]]:
     new: set[tuple[int, int]] = set()
-    for start in range(0, len(rows), SQLITE_ROWS):
-        new |= _store_sqlite_chunk(rows[start : start + SQLITE_ROWS])
+    for batch in batched(rows, SQLITE_ROWS):
+        new |= _store_sqlite_chunk(batch)
     return new
 
 

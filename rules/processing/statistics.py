@@ -21,6 +21,7 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from aemos.lib import metrics
+from aemos.lib.batched import batched
 from aemos.lib.text import storable
 from rules.effects import suspension
 from rules.engine.bound import BoundChain
@@ -195,8 +196,8 @@ def _write(counts: dict[int, Count]) -> dict[int, int]:
     found: dict[int, int] = {}
     rows = [_row(pk, count) for pk, count in counts.items()]
     with transaction.atomic(), connection.cursor() as cursor:
-        for start in range(0, len(rows), STATEMENT_ROWS):
-            statement, parameters = _statement(rows[start : start + STATEMENT_ROWS])
+        for batch in batched(rows, STATEMENT_ROWS):
+            statement, parameters = _statement(batch)
             cursor.execute(statement, parameters)
             found |= dict(cursor.fetchall())
     return found

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
 from collections.abc import Sequence
 
-from redis.exceptions import RedisError
-
-from aemos.lib import metrics, redis
+from aemos.lib import metrics
 from devices.exceptions import Overloaded
 from rules.admission import control
 from rules.events import PRIORITIES, Event, EventType
 from rules.journal import tickets, writing
-from rules.journal.slots import Slot, partition_of
-
-log = logging.getLogger(__name__)
+from rules.journal.slots import by_slot
 
 PRIORITY = PRIORITIES[EventType.SCHEDULED]
 
@@ -33,16 +27,8 @@ def append(batch: Sequence[Event]) -> None:
     """Raises RedisError; part of the batch may be in the journal then."""
     if not batch:
         return
-    slots: defaultdict[Slot, list[Event]] = defaultdict(list)
-    for event in batch:
-        slots[Slot(event.lane, partition_of(event.originator_uuid))].append(event)
-    needing = writing.append(slots)
+    needing = writing.append(by_slot(batch))
     control.shared().admitted(len(batch))
     metrics.INGESTED.labels(batch[0].protocol, "accepted").inc(len(batch))
     metrics.flush()
-    for slot in needing:
-        try:
-            tickets.issue(slot)
-        except RedisError as error:
-            # The events are safe; the scheduler queues lost tickets.
-            log.warning("ticket for %s/%d was not queued: %s", slot.lane, slot.partition, redis.explain(error))
+    tickets.issue_all(needing)

@@ -173,7 +173,7 @@ def _oldest_ms(partition: int) -> float:
         for lane in Lane:
             pipeline.xrange(keys.events(lane, partition), count=1)
         answers = pipeline.execute()
-    return min((int(rows[0][0].split(b"-")[0]) for rows in answers if rows), default=float("inf"))
+    return min((slots.milliseconds_of(rows[0][0]) for rows in answers if rows), default=float("inf"))
 
 
 def _event(waiting: Waiting, due_ms: int) -> Event:

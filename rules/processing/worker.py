@@ -19,10 +19,10 @@ class DrainWorker(SimpleWorker):
         """Between two jobs, and every few seconds of an idle worker: the counts of the last events do not wait for the next."""
         super().heartbeat(timeout, pipeline)
         if pipeline is None:
-            _flush_statistics()
+            statistics.shared().flush()
 
     def teardown(self) -> None:
-        _flush_statistics(force=True)
+        statistics.shared().flush(force=True)
         super().teardown()
 
 

@@ -33,7 +33,7 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     states.sweep,
     commands.expire_overdue,
     upkeep.settle,
-    control.keep_watch,
+    control.advance_circuit,
     replay.queue_steps,
     alarms.calm_down,
     retention.delete_expired,
@@ -66,25 +66,20 @@ class Command(BaseCommand):
 def _run(stop: threading.Event) -> None:
     leader = Leader(keys.SCHEDULER_LEADER)
     while not stop.wait(TICK_SECONDS):
-        try:
-            if leader.leads():
-                _run_tasks()
-        except RedisError as error:
-            log.warning("the scheduler waits: %s", redis.explain(error))
-    try:
-        leader.resign()
-    except RedisError as error:
-        log.warning("another scheduler takes over in five seconds: %s", redis.explain(error))
+        if leader.leads_or(False):
+            _run_tasks()
+    leader.resign()
 
 
 def _run_tasks() -> None:
-    """Run each task on its own: the failure of one must not keep the others from running."""
+    """Run each task on its own: the failure of one must not keep the others from running, unless it is Redis that is away."""
     for task in PERIODIC_TASKS:
         name = f"{task.__module__}.{task.__qualname__}"
         try:
             task()
-        except RedisError:
-            raise  # the others need it, too
+        except RedisError as error:
+            log.warning("the scheduler waits: %s", redis.explain(error))
+            return  # the others need it, too
         except DatabaseError as error:
             log.warning("%s waits for the database: %s", name, error)
         except Exception:  # the process loop: a standby would fail in the same way

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as DatabaseError
 
-from gateway.mqtt.accounts import BATCH, Changes, connected, difference, verify
+from aemos.lib.progress import ProgressBar
+from gateway.mqtt.accounts import BATCH, connected, difference, verify
 from gateway.mqtt.connection import BrokerError
-
-BAR_WIDTH = 30
 
 
 class Command(BaseCommand):
@@ -43,21 +43,10 @@ class Command(BaseCommand):
             self.stdout.write(f"{wanted.created:>12,}  accounts are missing\n{wanted.removed:>12,}  are too many")
             if dry_run:
                 return
-            done = verify(security, before_batch=self._progress(wanted))
+            total, batches = wanted.created + wanted.removed, count()
+            # Every step is drawn: a batch lasts as long as the broker takes.
+            with ProgressBar(self.stdout, draw_seconds=0) as bar:
+                done = verify(security, before_batch=lambda: bar.draw(min(next(batches) * BATCH, total), of=total))
         self.stdout.write(f"{done.created:,} made, {done.removed:,} taken away.")
         if done.failed:
             raise CommandError(f"The broker refused {done.failed:,}; the log says why. Run the command again.")
-
-    def _progress(self, wanted: Changes) -> Any:
-        """What draws the bar before each batch; nothing where nobody looks."""
-        total, batches = wanted.created + wanted.removed, 0
-
-        def draw() -> None:
-            nonlocal batches
-            done = min(batches * BATCH, total)
-            batches += 1
-            full = BAR_WIDTH * done // max(total, 1)
-            self.stdout.write(f"\r[{'#' * full}{'.' * (BAR_WIDTH - full)}] {done:,} of {total:,}\r", ending="")
-            self.stdout.flush()
-
-        return draw if self.stdout.isatty() else lambda: None

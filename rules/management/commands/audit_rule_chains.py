@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from functools import partial
+from itertools import count, groupby
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +15,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as DatabaseError
 from django.db.models import QuerySet
 
+from aemos.lib.progress import ProgressBar
 from devices.models import Organization
 from rules.authoring import lint, validation
 from rules.engine.exceptions import Problem
@@ -22,8 +23,6 @@ from rules.models import RuleChain
 from rules.processing import schedules
 
 CHUNK = 200
-BAR_WIDTH = 30
-DRAW_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +45,12 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        self._drawn_at = float("-inf")
         try:
             chains = _chains(options["organization"])
             number = chains.count()
-            findings = [found for found in self._judged(chains, number) if found.problems or found.warnings]
+            # On standard error, so that JSON can be piped.
+            with ProgressBar(self.stderr, unit="chains") as bar:
+                findings = list(_findings(chains, done=partial(bar.draw, of=number)))
         except DatabaseError as error:
             raise CommandError(f"The database cannot be reached: {error}") from error
         wrong = sum(bool(found.problems) for found in findings)
@@ -58,27 +58,19 @@ class Command(BaseCommand):
         if wrong:
             raise CommandError(f"{wrong:,} of {number:,} chains have problems.")
 
-    def _judged(self, chains: QuerySet[RuleChain], number: int) -> Iterator[Finding]:
-        done = 0
-        for organization_id, own in groupby(chains.iterator(chunk_size=CHUNK), key=attrgetter("organization_id")):
-            everyone = lint.Everyone(organization_id)
-            for chain in own:
-                done += 1
-                nodes = list(chain.nodes.all())
-                problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
-                yield Finding(chain=chain, problems=problems, warnings=lint.warnings_of(chain, nodes, rivals=everyone))
-                self._draw(done, of=number)
 
-    def _draw(self, done: int, *, of: int) -> None:
-        """On standard error, so that JSON can be piped."""
-        now = time.monotonic()
-        if not self.stderr.isatty() or (now - self._drawn_at < DRAW_SECONDS and done < of):
-            return
-        self._drawn_at = now
-        full = BAR_WIDTH * done // max(of, done)
-        end = "" if done < of else "\n"
-        self.stderr.write(f"\r[{'#' * full}{'.' * (BAR_WIDTH - full)}] {done:,} of {of:,} chains", ending=end)
-        self.stderr.flush()
+def _findings(chains: QuerySet[RuleChain], *, done: Callable[[int], None]) -> Iterator[Finding]:
+    """Of the chains with a problem or a warning; `done` is called with the number of chains that were judged."""
+    numbers = count(1)
+    for organization_id, own in groupby(chains.iterator(chunk_size=CHUNK), key=attrgetter("organization_id")):
+        everyone = lint.Everyone(organization_id)
+        for chain in own:
+            nodes = list(chain.nodes.all())
+            problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
+            doubts = lint.warnings_of(chain, nodes, rivals=everyone)
+            done(next(numbers))
+            if problems or doubts:
+                yield Finding(chain=chain, problems=problems, warnings=doubts)
 
 
 def _chains(organization: str | None) -> QuerySet[RuleChain]:

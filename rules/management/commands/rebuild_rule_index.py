@@ -8,13 +8,11 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error as DatabaseError
 
+from aemos.lib.progress import ProgressBar
 from devices import catalogue
 from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain
 from rules.processing import loading
-
-BAR_WIDTH = 30
-DRAW_SECONDS = 0.1
 
 
 class Command(BaseCommand):
@@ -25,7 +23,6 @@ class Command(BaseCommand):
     )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        self._drawn_at = float("-inf")
         try:
             organizations = catalogue.rebuild_all()
             invalid = self._compile()
@@ -41,29 +38,18 @@ class Command(BaseCommand):
         invalid: list[str] = []
         chains = nodes = references = 0
         ids = list(RuleChain.objects.running().order_by("pk").values_list("pk", flat=True))
-        for done, (row, result) in enumerate(loading.compiled(ids), start=1):
-            if isinstance(result, InvalidChain):
-                invalid.append(_complaint(row, result))
-            else:
-                chains += 1
-                nodes += len(result.spec.nodes)
-                references += len(result.references)
-            self._draw(done, of=len(ids))
+        with ProgressBar(self.stdout, unit="chains") as bar:
+            for done, (row, result) in enumerate(loading.compiled(ids), start=1):
+                if isinstance(result, InvalidChain):
+                    invalid.append(_complaint(row, result))
+                else:
+                    chains += 1
+                    nodes += len(result.spec.nodes)
+                    references += len(result.references)
+                bar.draw(done, of=len(ids))
         took = time.perf_counter() - began
         self.stdout.write(f"{chains:,} chains, {nodes:,} nodes, {references:,} references compiled in {took:.1f} s.")
         return invalid
-
-    def _draw(self, done: int, *, of: int) -> None:
-        if not self.stdout.isatty():
-            return
-        now = time.monotonic()
-        if now - self._drawn_at < DRAW_SECONDS and done < of:
-            return
-        self._drawn_at = now
-        full = BAR_WIDTH * done // of
-        end = "" if done < of else "\n"
-        self.stdout.write(f"\r[{'#' * full}{'.' * (BAR_WIDTH - full)}] {done:,} of {of:,} chains", ending=end)
-        self.stdout.flush()
 
 
 def _complaint(row: RuleChain, error: InvalidChain) -> str:

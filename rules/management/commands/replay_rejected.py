@@ -14,6 +14,7 @@ from django.db import Error as DatabaseError
 from django.db.models import Count
 from django.utils import timezone
 
+from aemos.lib.progress import ProgressBar
 from devices.models import Organization
 from rules.admission import filtersets, replay
 from rules.admission.replay import CannotReplay, Wish
@@ -22,7 +23,6 @@ from rules.models import Replay
 LOOK_SECONDS = 0.5
 # A replay that has not moved for so long may have nobody who works on it.
 IDLE_SECONDS = 15.0
-BAR_WIDTH = 30
 _DURATION = re.compile(r"(\d+)([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -61,7 +61,7 @@ class Command(BaseCommand):
             if not options["dry_run"]:
                 self._replay(wish)
         except (CannotReplay, ValidationError) as error:
-            raise CommandError(_told(error)) from error
+            raise CommandError(_error_text(error)) from error
         except DatabaseError as error:
             raise CommandError(f"The database cannot be reached: {error}") from error
 
@@ -96,30 +96,21 @@ class Command(BaseCommand):
 
     def _follow(self, started: Replay) -> Replay:
         moved_at, told, before = time.monotonic(), "", started
-        while True:
-            now = Replay.objects.get(pk=started.pk)
-            self._draw(now)
-            if now.state != Replay.State.RUNNING:
-                return now
-            if now.last_id != before.last_id:
-                moved_at = time.monotonic()
-            idle = time.monotonic() - moved_at > IDLE_SECONDS
-            note = now.note or ("Nothing moves: is a worker and the scheduler running?" if idle else "")
-            if note and note != told:
-                self.stdout.write(f"\n{note}" if self.stdout.isatty() else note)
-                told = note
-            before = now
-            time.sleep(LOOK_SECONDS)
-
-    def _draw(self, now: Replay) -> None:
-        if not self.stdout.isatty():
-            return
-        done = now.replayed + now.failed
-        full = BAR_WIDTH * done // max(now.total, done, 1)
-        bar = "#" * full + "." * (BAR_WIDTH - full)
-        end = "" if now.state == Replay.State.RUNNING else "\n"
-        self.stdout.write(f"\r[{bar}] {done:,} of {now.total:,}", ending=end)
-        self.stdout.flush()
+        with ProgressBar(self.stdout, draw_seconds=0) as bar:
+            while True:
+                now = Replay.objects.get(pk=started.pk)
+                bar.draw(now.replayed + now.failed, of=now.total)
+                if now.state != Replay.State.RUNNING:
+                    return now
+                if now.last_id != before.last_id:
+                    moved_at = time.monotonic()
+                idle = time.monotonic() - moved_at > IDLE_SECONDS
+                note = now.note or ("Nothing moves: is a worker and the scheduler running?" if idle else "")
+                if note and note != told:
+                    self.stdout.write(f"\n{note}" if self.stdout.isatty() else note)
+                    told = note
+                before = now
+                time.sleep(LOOK_SECONDS)
 
 
 def _wish(options: dict[str, Any]) -> Wish:
@@ -156,7 +147,7 @@ def _organization(uuid: str | None) -> Organization | None:
         raise CommandError(f"There is no organization with the uuid {uuid}.") from error
 
 
-def _told(error: CannotReplay | ValidationError) -> str:
+def _error_text(error: CannotReplay | ValidationError) -> str:
     if isinstance(error, ValidationError) and hasattr(error, "error_dict"):
         return " ".join(f"{name}: {text}" for name, texts in error.message_dict.items() for text in texts)
     return " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
