@@ -130,7 +130,7 @@ def wait_until_recorded(system: LocalSystem, refused: int) -> float:
 
 
 ACCOUNT = """
-from rules import rejections
+from rules.admission import rejections
 from rules.models import RejectedEvent
 import json
 found = rejections.counts()

@@ -397,7 +397,7 @@ def switch_and_die(*, device: str) -> int:
         "from django.contrib.auth.models import User\n"
         "from devices.models import DeviceState\n"
         "from notifications import outbox\n"
-        "from rules import states\n"
+        "from rules.effects import states\n"
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"state = DeviceState.objects.get(device__uuid={device!r}, name='power')\n"
         "with mock.patch.object(outbox, 'append', die):\n"

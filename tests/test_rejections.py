@@ -213,7 +213,7 @@ def test_a_web_process_that_is_stopped_at_once_keeps_its_last_refusals(tmp_path:
 
 
 _TELL = """
-from rules import rejections
+from rules.admission import rejections
 from rules.models import RejectedEvent
 print(RejectedEvent.objects.count(), rejections.counts()["unauthorized"])
 """
