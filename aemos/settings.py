@@ -171,7 +171,7 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
-    "django_prometheus.middleware.PrometheusAfterMiddleware",
+    "aemos.middleware.BoundedMetricsMiddleware",
 ]
 ROOT_URLCONF = "aemos.urls"
 WSGI_APPLICATION = "aemos.wsgi.application"

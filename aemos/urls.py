@@ -7,14 +7,21 @@ from django.http import HttpRequest, HttpResponseNotFound, JsonResponse
 from django.http.response import HttpResponseBase
 from django.urls import include, path
 from django.views import defaults
+from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
 admin.site.site_header = admin.site.site_title = "AEMOS"
 
+# A page for everybody, whatever token comes along; it has no form of answer but HTML, OPTIONS and refusals of tokens included.
+documentation = SpectacularSwaggerView.as_view(
+    url_name="schema", authentication_classes=[], http_method_names=["get", "head"]
+)
+
 urlpatterns = [
+    path("", RedirectView.as_view(pattern_name="admin:index"), name="home"),
     path("admin/", admin.site.urls),
     path("api/v1/schema", SpectacularAPIView.as_view(), name="schema"),
-    path("api/v1/docs", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
+    path("api/v1/docs", documentation, name="docs"),
     path("api/v1/", include("monitoring.urls")),
     path("api/v1/", include("devices.urls")),
     path("api/v1/", include("rules.urls")),

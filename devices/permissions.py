@@ -149,31 +149,20 @@ _VERBS: Mapping[str, Verb] = {
     "create": "add",
     "update": "change",
     "partial_update": "change",
-    "revoke": "change",
-    "discard": "change",
-    "replay": "change",
-    "stop": "change",
-    "enable": "change",
-    "disable": "change",
-    "trigger": "change",
-    "duplicate": "change",
-    "acknowledge": "change",
-    "clear": "change",
     "destroy": "delete",
-    # These change nothing, or look themselves whether the organization that the body names lets one.
-    "import_chain": "view",
-    "execute": "view",
-    "execute_unsaved": "view",
 }
+# REST framework answers OPTIONS with the fields of the methods that the person may use, and asks for each of them.
+_ACTIONS_OF_METADATA: Mapping[str, str] = {"POST": "create", "PUT": "update"}
 
 
 def verb_of(request: Request, view: APIView) -> Verb:
-    """The verb of the action under way; KeyError when nobody has said which verb a new action is.
+    """The verb of the action under way: one of REST framework's own, or one that the view names in its `verbs`.
 
-    A method that does not exist needs no right: it is a 405 for everybody.
+    KeyError when nobody has said which verb a new action is. A method that does not exist needs no right: it is a 405 for
+    everybody.
     """
     action = getattr(view, "action", None)
     if request.method in SAFE_METHODS or action is None:
         return "view"
-    verbs: Mapping[str, Verb] = getattr(view, "verbs", _VERBS)
-    return verbs[action]
+    verbs: Mapping[str, Verb] = {**_VERBS, **getattr(view, "verbs", {})}
+    return verbs[_ACTIONS_OF_METADATA[request.method or ""] if action == "metadata" else action]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.db.models import Q, QuerySet
@@ -210,6 +210,7 @@ class DeviceTokenViewSet(EditViewSet[DeviceToken]):
     """Tokens of sensors and devices. A token is shown once, in the answer to the POST that issues it."""
 
     resource = "device-tokens"
+    verbs: ClassVar = {"revoke": "change"}
     queryset = DeviceToken.objects.select_related("organization", "sensor", "device")
     serializer_class = DeviceTokenSerializer
     filterset_class = DeviceTokenFilter

@@ -333,3 +333,15 @@ def test_a_method_that_does_not_exist_is_a_405() -> None:
     farm = make_farm()
     assert farm.client("viewer").post("/api/v1/readings").status_code == 405
     assert farm.client("viewer").delete(f"/api/v1/notifications/{farm.names['notification']}").status_code == 405
+
+
+@pytest.mark.parametrize("role", ["viewer", "admin", "superuser"])
+@pytest.mark.parametrize(
+    "path",
+    sorted({path for method, path, *_ in MATRIX if method in ("GET", "PUT", "POST")}),
+)
+def test_options_are_an_answer_for_everybody_who_is_logged_in(path: str, role: str) -> None:
+    farm = make_farm()
+    answer = farm.client(role).options(f"/api/v1/{filled(path, farm.names)}")
+
+    assert answer.status_code == 200, answer.content

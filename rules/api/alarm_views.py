@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.db.models import QuerySet
@@ -71,6 +71,7 @@ class AlarmViewSet(ReadViewSet[Alarm]):
     """Alarms, the newest first. Rules raise and clear them; people acknowledge them, and clear what no rule clears."""
 
     resource = "alarms"
+    verbs: ClassVar = dict.fromkeys(("acknowledge", "clear"), "change")
     queryset = Alarm.objects.select_related("organization", "chain")
     serializer_class = AlarmSerializer
     filterset_class = AlarmFilter

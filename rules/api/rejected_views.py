@@ -42,6 +42,7 @@ class KeptViewSet(ReadViewSet[Row]):
     """What people decide about: replay it, or discard it."""
 
     kind: ClassVar[str]
+    verbs: ClassVar = dict.fromkeys(("discard", "replay"), "change")
     wish_serializer: ClassVar[type[Any]]
     pagination_class = BoundedPagination
 
@@ -133,6 +134,7 @@ class ReplayViewSet(ReadViewSet[Replay]):
     """Replays and how far they are, newest first. One over all organizations is shown to superusers."""
 
     resource = "replays"
+    verbs: ClassVar = {"stop": "change"}
     queryset = Replay.objects.select_related("organization")
     serializer_class = ReplaySerializer
 

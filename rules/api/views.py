@@ -102,6 +102,10 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     """Rule chains with their nodes. `nodes` in a PUT or PATCH replaces all nodes at once."""
 
     resource = "rule-chains"
+    # These last three change nothing, or demand the right themselves in the organization that the body names.
+    verbs: ClassVar = dict.fromkeys(("enable", "disable", "duplicate", "trigger"), "change") | dict.fromkeys(
+        ("import_chain", "execute", "execute_unsaved"), "view"
+    )
     queryset = RuleChain.objects.select_related("organization", "statistics").prefetch_related("nodes")
     serializer_class = RuleChainSerializer
     filterset_class = RuleChainFilter
