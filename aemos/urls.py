@@ -10,6 +10,8 @@ from django.views import defaults
 from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
+from gateway.views import GatewayView
+
 admin.site.site_header = admin.site.site_title = "AEMOS"
 
 # A page for everybody, whatever token comes along; it has no form of answer but HTML, OPTIONS and refusals of tokens included.
@@ -22,6 +24,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/v1/schema", SpectacularAPIView.as_view(), name="schema"),
     path("api/v1/docs", documentation, name="docs"),
+    path("api/v1/gateway", GatewayView.as_view(), name="gateway"),
     path("api/v1/", include("monitoring.urls")),
     path("api/v1/", include("devices.urls")),
     path("api/v1/", include("rules.urls")),

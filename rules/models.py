@@ -323,7 +323,7 @@ class Replay(models.Model):
         default=dict, help_text="Field look-ups that choose the rows, fixed when it was asked for."
     )
     rate = models.PositiveIntegerField(default=100, help_text="Events a second at most.")
-    with_commands = models.BooleanField(default=False, help_text="Also send device commands that are old by now.")
+    with_commands = models.BooleanField(default=False, help_text="Let chains switch devices for these events.")
     state = models.CharField(max_length=10, choices=State.choices, default=State.RUNNING, db_index=True)
     total = models.PositiveIntegerField(default=0)
     replayed = models.PositiveIntegerField(default=0)

@@ -691,3 +691,9 @@ def test_the_list_of_readings_counts_no_further_than_people_turn_pages() -> None
     assert all(f"LIMIT {COUNTED_ROWS}" in sql for sql in counts)
     assert page.context["cl"].result_list[0].number == 119
     assert BoundedPaginator([1, 2, 3], 2).count == 3
+
+
+def test_a_new_chain_is_not_enabled_before_somebody_has_tried_it() -> None:
+    form = superuser().get(url(RuleChain, "add")).context["adminform"].form
+
+    assert form.initial["enabled"] is False

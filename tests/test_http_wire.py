@@ -118,3 +118,9 @@ def test_a_scan_does_not_grow_the_metrics(system: LocalSystem) -> None:
     assert not re.search("ODD", text)
     # One more method, "<other>", of each view, and what these views answer to it.
     assert len(text.splitlines()) - before < 40 * (len(paths) + 1)
+
+
+def test_the_server_says_where_socketio_is_served(system: LocalSystem) -> None:
+    answer = requests.get(f"{system.web}/api/v1/gateway", timeout=5).json()
+
+    assert answer == {"socketio": f"http://127.0.0.1:{system.environment['SOCKETIO_PORT']}"}

@@ -266,3 +266,23 @@ def test_no_page_counts_or_groups_the_whole_table(organization: Organization) ->
     asked = [query["sql"].upper() for query in queries if "RULES_REJECTEDEVENT" in query["sql"].upper()]
     assert not [sql for sql in asked if "DISTINCT" in sql or "GROUP BY" in sql]
     assert all("LIMIT" in sql for sql in asked if "COUNT(" in sql)
+
+
+def test_the_page_of_a_replay_names_what_could_be_switched(organization: Organization) -> None:
+    tank, other = builders.sensor(organization), builders.sensor(organization)
+    doser, fan, heater = (builders.device(organization) for _ in range(3))
+    acid = builders.switching_chain(tank, doser)
+    builders.switching_chain(other, fan)
+    builders.switching_chain(tank, heater, enabled=False)
+    failed = builders.switching_chain(other, heater)
+    live = rejected(organization, originator_uuid=str(tank.uuid))
+    rejected(organization)
+    letter = dead(organization, originator_uuid=tank.uuid, chain=failed)
+    client = staff(organization)
+
+    page = client.get(f"{reverse(REPLAY)}?ids={live.pk}")
+    assert page.context["movements"] == [(acid.name, doser.name, "power")]
+    assert doser.name in page.text
+
+    page = client.get(f"{reverse('admin:rules_deadletter_replay')}?ids={letter.pk}")
+    assert page.context["movements"] == [(failed.name, heater.name, "power")]

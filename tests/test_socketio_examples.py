@@ -42,7 +42,7 @@ def switch(system: LocalSystem, value: str) -> None:
 
 def log_in(page: Page, system: LocalSystem, password: str) -> None:
     page.open(system.web + PAGE)
-    for field, value in {"username": "admin", "password": password, "gateway": system.socketio}.items():
+    for field, value in {"username": "admin", "password": password}.items():
         page.evaluate(f"document.forms[0].{field}.value = {value!r}")
     page.evaluate("document.forms[0].requestSubmit()")
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from django.utils import timezone
 
 from devices.models import Device, DeviceState, Organization, Reading, Sensor, Variable
 from rules.authoring import lint
@@ -102,13 +103,20 @@ def test_what_a_transform_makes_is_not_taken_for_what_was_measured(farm: Farm) -
     assert farm.warned(*nodes) == []
 
 
-def test_a_variable_that_was_never_reported_and_a_state_that_was_never_told_are_named(farm: Farm) -> None:
+def test_a_variable_and_a_state_without_a_value_are_named(farm: Farm) -> None:
     DeviceState.objects.update(changed_at=None)
     config = farm.all_of(farm.leaf(">", 1, "ec"), builders.leaf(farm.pump, "power", "==", "on"))
     told = farm.warned(builders.node("f", config))
     assert [path for path, _ in told] == ["nodes[0].config.expressions[0].key", "nodes[0].config.expressions[1].key"]
-    assert "sensor has never reported" in told[0][1]
-    assert "device was never told" in told[1][1]
+    assert "variable that has no value yet" in told[0][1]
+    assert "state that has no value yet" in told[1][1]
+
+
+@pytest.mark.parametrize("moment", ["changed_at", "reported_at"])
+def test_a_state_that_somebody_set_or_the_device_reported_has_a_value(farm: Farm, moment: str) -> None:
+    DeviceState.objects.update(**{"changed_at": None, "reported_at": None, moment: timezone.now()})
+
+    assert farm.warned(builders.node("f", builders.leaf(farm.pump, "power", "==", "on"))) == []
 
 
 def test_a_comparison_of_the_wrong_kind_is_told(farm: Farm) -> None:

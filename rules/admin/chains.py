@@ -133,6 +133,10 @@ class RuleChainAdmin(ScopedAdmin):
     inlines = (NodeInline,)
     actions = ("switch_on", "switch_off", "duplicate_selected")
 
+    def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
+        """A chain that nobody has tried yet switches no pump: whoever writes it enables it afterwards."""
+        return {"enabled": False, **super().get_changeform_initial_data(request)}
+
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
         """What a chain that does not exist yet cannot have is left out."""
         found = super().get_fieldsets(request, obj)

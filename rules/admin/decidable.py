@@ -12,7 +12,7 @@ from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.options import IncorrectLookupParameters
 from django.core.exceptions import PermissionDenied, ValidationError
-from django.db.models import QuerySet
+from django.db.models import QuerySet, Value
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, StreamingHttpResponse
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
@@ -28,6 +28,7 @@ from rules.admission.circuit import Reason
 from rules.admission.filtersets import Criteria
 from rules.admission.replay import CannotReplay, Wish
 from rules.api.rejected_views import organization_for
+from rules.authoring.consequences import Movement, movements
 from rules.events import Lane
 from rules.models import Status
 
@@ -125,7 +126,10 @@ class ReplayForm(forms.Form):
         min_value=1, max_value=replay.MAXIMUM_RATE, initial=replay.DEFAULT_RATE, help_text="Events a second at most."
     )
     with_commands = forms.BooleanField(
-        required=False, help_text="Also switch devices for events that are old by now. Think of what pumps would do."
+        required=False,
+        label="Switch devices",
+        help_text="Unticked: no device is switched, whatever chains decide; readings are stored, alarms and notifications made. "
+        "Ticked: chains also switch devices, however old the events are.",
     )
 
 
@@ -134,6 +138,8 @@ class KeptAdmin(DisposableRecordAdmin):
 
     kind: ClassVar[str]
     text_path: ClassVar[str]
+    source_paths: ClassVar[tuple[str | Value, ...]]
+    """Where a row says its source type, the uuid of the source, its organization and, if it is for one alone, its chain."""
     exported: ClassVar[Sequence[str]]
     change_list_template = "admin/rules/kept_list.html"
     change_form_template = "admin/rules/kept_row.html"
@@ -227,9 +233,21 @@ class KeptAdmin(DisposableRecordAdmin):
             "counted": f"At least {number:,}" if number >= replay.COUNTED_ROWS else f"{number:,}",
             "organization": wish.organization,
             "chosen": ", ".join(f"{name} {value}" for name, value in request.GET.items() if name != "ids"),
+            "sample": MAXIMUM_SELECTED,
+            "is_sample": number > MAXIMUM_SELECTED,
+            "movements": self._movements(wish.rows()),
             "list_url": self._url("changelist"),
         }
         return TemplateResponse(request, "admin/rules/replay_form.html", context)
+
+    def _movements(self, rows: QuerySet[Any]) -> list[Movement]:
+        """What the chosen events could switch, judged by the newest MAXIMUM_SELECTED of them."""
+        found = set(rows.order_by("-pk").values_list(*self.source_paths)[:MAXIMUM_SELECTED])
+        return movements(
+            [(source_type, str(uuid)) for source_type, uuid, _, chain in found if chain is None],
+            organization_ids={organization for _, _, organization, chain in found if organization and chain is None},
+            chain_ids={chain for *_, chain in found if chain is not None},
+        )
 
     def _wish(self, request: HttpRequest, form: ReplayForm) -> Wish:
         chosen = form.cleaned_data if form.is_bound and form.is_valid() else {}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import QuerySet
+from django.db.models import IntegerField, QuerySet, Value
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import get_object_or_404
 from django.urls import path, reverse
@@ -33,6 +33,7 @@ class RejectedEventAdmin(KeptAdmin):
     resource = "rejected-events"
     kind = Replay.Kind.REJECTED
     text_path = "detail"
+    source_paths = ("source_type", "originator_uuid", "organization", Value(None, output_field=IntegerField()))
     uuid_paths = ("uuid", "event_id", "originator_uuid")
     search_fields = ("detail",)
     list_display = (
@@ -94,6 +95,7 @@ class DeadLetterAdmin(KeptAdmin):
     resource = "dead-letters"
     kind = Replay.Kind.DEAD
     text_path = "error"
+    source_paths = ("event__source_type", "originator_uuid", "organization", "chain")
     uuid_paths = ("uuid", "event_id", "originator_uuid", "chain__uuid")
     search_fields = ("error",)
     list_display = ("created_at", "event_id", "organization", "lane", "chain", "node", "error", "attempts", "status")

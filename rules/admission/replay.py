@@ -15,7 +15,6 @@ from itertools import chain
 from typing import Any
 
 import msgspec
-from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
 from django.db.models import F, QuerySet
 from django.utils import timezone
@@ -43,6 +42,8 @@ STEP_TIMEOUT_SECONDS = 30
 SLICE_SECONDS = 0.1
 CHUNK_ROWS = 100
 DEFAULT_RATE = 100
+# A deadline for commands that has passed whatever the clock says: the event switches no device.
+NO_COMMANDS_US = 1
 MAXIMUM_RATE = 10_000
 # How many rows are counted before a replay starts; beyond that the total is "at least".
 COUNTED_ROWS = 1_000_000
@@ -270,7 +271,7 @@ def _read(replay: Replay, rows: Sequence[Any]) -> _Chunk:
         except (Refusal, CannotReplay, msgspec.ValidationError) as error:
             chunk.failed[row.pk] = str(error)
         else:
-            chunk.add(row.pk, _limited_in_time(event, row, with_commands=replay.with_commands))
+            chunk.add(row.pk, _for_replay(event, with_commands=replay.with_commands))
     return chunk
 
 
@@ -316,12 +317,9 @@ def _originator(row: RejectedEvent | DeadLetter, known: Mapping[tuple[str, str],
     return known[source]
 
 
-def _limited_in_time(event: Event, row: RejectedEvent | DeadLetter, *, with_commands: bool) -> Event:
-    """A pump must not start for what a sensor saw yesterday, and not for the time of a clock that is ahead either."""
-    happened = min(event.timestamp_us, events.microseconds(row.received_at)) if isinstance(row, RejectedEvent) else 0
-    happened = happened or min(event.timestamp_us, event.received_us)
-    deadline = happened + settings.REPLAY_MAX_COMMAND_AGE_SECONDS * 1_000_000
-    return msgspec.structs.replace(event, command_deadline_us=0 if with_commands else deadline)
+def _for_replay(event: Event, *, with_commands: bool) -> Event:
+    """A pump must not start for what a sensor saw before, however short a time ago, unless a person wants it to."""
+    return msgspec.structs.replace(event, command_deadline_us=0 if with_commands else NO_COMMANDS_US)
 
 
 def _append_limited(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:

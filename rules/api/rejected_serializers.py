@@ -98,7 +98,7 @@ class ReplayWishSerializer(StrictMixin):
         default=replay.DEFAULT_RATE, min_value=1, max_value=replay.MAXIMUM_RATE, help_text="Events a second at most."
     )
     withCommands = serializers.BooleanField(  # noqa: N815  the API speaks camelCase
-        default=False, help_text="Also switch devices for events that are old by now."
+        default=False, help_text="Also switch devices. Without it no device is switched, whatever chains decide."
     )
     organization = serializers.UUIDField(required=False)
     lane = serializers.CharField(required=False)

@@ -211,8 +211,10 @@ def _unheard(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
             continue
         datatype, heard = fact
         if not heard:
-            source = "sensor has never reported" if reference.source_type == "sensor" else "device was never told"
-            yield Problem(f"{path}.key", reference.key, f"is what the {source}; as long as that is so, it has no value")
+            kind, what = ("sensor", "variable") if reference.source_type == "sensor" else ("device", "state")
+            yield Problem(
+                f"{path}.key", reference.key, f"is a {what} that has no value yet: the {kind} has never reported it"
+            )
         if complaint := _kind_complaint(leaf, datatype):
             yield Problem(f"{path}.value", leaf.get("value"), complaint)
 
@@ -238,8 +240,9 @@ def _states(chain: RuleChain, leaves: _Leaves) -> Facts:
     found: Facts = {}
     for uuids in _batches(leaves, "device"):
         rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
-        for uuid, name, datatype, changed_at in rows.values_list("device__uuid", "name", "datatype", "changed_at"):
-            found["device", str(uuid), name] = (datatype, changed_at is not None)
+        columns = ("device__uuid", "name", "datatype", "changed_at", "reported_at")
+        for uuid, name, datatype, changed_at, reported_at in rows.values_list(*columns):
+            found["device", str(uuid), name] = (datatype, (changed_at or reported_at) is not None)
     return found
 
 

@@ -43,7 +43,9 @@ class Command(BaseCommand):
         parser.add_argument(
             "--rate", type=int, default=replay.DEFAULT_RATE, help="events a second at most (default: %(default)s)"
         )
-        parser.add_argument("--with-commands", action="store_true", help="switch devices for old events, too")
+        parser.add_argument(
+            "--with-commands", action="store_true", help="let chains switch devices; without it none is switched"
+        )
         parser.add_argument("--dry-run", action="store_true", help="only count")
         parser.add_argument(
             "--dead-letters", action="store_true", help="replay dead letters instead of rejected events"
