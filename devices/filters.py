@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import django_filters  # type: ignore[import-untyped]
 from django.core.exceptions import ValidationError
+from django.db.models import QuerySet
 from django_filters import BooleanFilter, CharFilter, ChoiceFilter, UUIDFilter
 from django_filters.fields import IsoDateTimeField  # type: ignore[import-untyped]
+from django_filters.rest_framework import DjangoFilterBackend  # type: ignore[import-untyped]
+from rest_framework.exceptions import ValidationError as BadRequest
+from rest_framework.request import Request
 
-__all__ = ["BooleanFilter", "CharFilter", "ChoiceFilter", "FilterSet", "IsoDateTimeFilter", "UUIDFilter", "by_uuid"]
+if TYPE_CHECKING:
+    from rest_framework.generics import GenericAPIView  # which imports this module by its name in the settings
+
+__all__ = [
+    "BooleanFilter",
+    "CharFilter",
+    "ChoiceFilter",
+    "FilterSet",
+    "IsoDateTimeFilter",
+    "StrictFilterBackend",
+    "UUIDFilter",
+    "by_uuid",
+]
 
 
 class _StorableTime(IsoDateTimeField):
@@ -47,3 +63,23 @@ class FilterSet(django_filters.FilterSet):
 def by_uuid(path: str) -> Any:
     """A filter by the uuid of a related row."""
     return UUIDFilter(field_name=f"{path}__uuid")
+
+
+class StrictFilterBackend(DjangoFilterBackend):
+    """Refuses query parameters that do not exist: a filter with a typo would otherwise return everything."""
+
+    def filter_queryset(self, request: Request, queryset: QuerySet[Any], view: GenericAPIView[Any]) -> QuerySet[Any]:
+        if request.method == "GET":
+            _refuse_unknown(request, view)
+        filtered: QuerySet[Any] = super().filter_queryset(request, queryset, view)
+        return filtered
+
+
+def _refuse_unknown(request: Request, view: GenericAPIView[Any]) -> None:
+    filterset, paginator = getattr(view, "filterset_class", None), view.paginator
+    known = {*(filterset.get_filters() if filterset else ())}
+    known |= {getattr(paginator, name) for name in ("page_query_param", "page_size_query_param") if paginator}
+    unknown = sorted(request.query_params.keys() - known - {"format"})
+    if unknown:
+        text = f"There is no such parameter; there are: {', '.join(sorted(known))}."
+        raise BadRequest({name: [text] for name in unknown})

@@ -121,7 +121,7 @@ class MembershipViewSet(EditViewSet[Membership]):
     filterset_class = MembershipFilter
 
     def get_object(self) -> Membership:
-        rows = self.get_queryset()
+        rows = self.filter_queryset(self.get_queryset())
         found = get_object_or_404(rows, organization__uuid=self.kwargs["uuid"], user__username=self.kwargs["username"])
         self.check_object_permissions(self.request, found)
         return found

@@ -345,3 +345,19 @@ def test_options_are_an_answer_for_everybody_who_is_logged_in(path: str, role: s
     answer = farm.client(role).options(f"/api/v1/{filled(path, farm.names)}")
 
     assert answer.status_code == 200, answer.content
+
+
+@pytest.mark.parametrize("path", sorted({path.partition("?")[0] for method, path, *_ in MATRIX if method == "GET"}))
+def test_a_query_parameter_that_does_not_exist_is_refused_by_name(path: str) -> None:
+    farm = make_farm()
+    answer = farm.client("superuser").get(f"/api/v1/{filled(path, farm.names)}", {"nmae": "x"})
+
+    needed = {"variable"} if path == "readings" else set()
+    assert (answer.status_code, answer.json().keys() - needed) == (400, {"nmae"})
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-1", "1.5"])
+def test_a_page_size_that_is_no_number_is_refused(size: str) -> None:
+    answer = make_farm().client("viewer").get("/api/v1/sensors", {"pageSize": size})
+
+    assert (answer.status_code, list(answer.json())) == (400, ["pageSize"])
