@@ -347,13 +347,12 @@ def test_options_are_an_answer_for_everybody_who_is_logged_in(path: str, role: s
     assert answer.status_code == 200, answer.content
 
 
-@pytest.mark.parametrize("path", sorted({path.partition("?")[0] for method, path, *_ in MATRIX if method == "GET"}))
+@pytest.mark.parametrize("path", sorted({path for method, path, *_ in MATRIX if method == "GET"}))
 def test_a_query_parameter_that_does_not_exist_is_refused_by_name(path: str) -> None:
     farm = make_farm()
-    answer = farm.client("superuser").get(f"/api/v1/{filled(path, farm.names)}", {"nmae": "x"})
+    answer = farm.client("superuser").get(f"/api/v1/{filled(path, farm.names)}{'&' if '?' in path else '?'}nmae=x")
 
-    needed = {"variable"} if path == "readings" else set()
-    assert (answer.status_code, answer.json().keys() - needed) == (400, {"nmae"})
+    assert (answer.status_code, list(answer.json())) == (400, ["nmae"])
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "-1", "1.5"])
