@@ -1,4 +1,4 @@
-"""The worker's side of the journal: a drain ticket in, the events of one slot processed and acknowledged out."""
+"""The way on: drain one slot of the journal, as a drain ticket asks for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 
-import msgspec
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connection, transaction
+from django.db import connection
 from redis.exceptions import RedisError
 from rq.timeouts import BaseTimeoutException
 
@@ -23,37 +19,43 @@ from notifications import live_channel
 from rules import events
 from rules.effects import perform
 from rules.engine.exceptions import ErrorCode
-from rules.events import Event
 from rules.journal import tickets
-from rules.journal.lease import Entry, Finished, Lease, StateConflict
+from rules.journal.lease import Finished, Lease, StateConflict
 from rules.journal.slots import Slot
-from rules.processing import batch, failures, index, timers
-from rules.processing.batch import Begin, Ended
+from rules.processing import failures, index, timers
+from rules.processing.batch import Ended
 from rules.processing.condition_memory import Memory
-from rules.processing.failures import Failure
+from rules.processing.isolation import AWAY, process
+from rules.processing.takeover import take_over
+from rules.processing.work import BATCH_EVENTS, Work
 
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.2
-# Large enough to share a transaction among many, small enough to end well within a lease.
-BATCH_EVENTS = 1_000
 READ_ENTRIES = 128
 # When the database or Redis is away, a slot waits this long before its next ticket; no attempt is spent.
 STALL_SECONDS = 1.0
-# Up to so many deliveries a batch that a worker died on is tried again as a whole.
-TOGETHER_DELIVERIES = 2
-# Workers that die on an event before it is put aside. Two may be chance: machines fail, and people kill what seems to hang.
-DEATHS = 3
-AWAY = (OperationalError, InterfaceError, RedisError)
 
 
 def drain(lane: str, partition: int) -> None:
-    """Works on one slot for a slice of about 200 ms, then queues a ticket for the rest behind those of the others."""
+    """Processes one slot for about 200 ms, then queues a ticket for the rest behind those of the other slots.
+
+    1. `Lease.acquire`: one worker at a time drains a slot; another one's ticket ends here.
+    2. `take_over`: process what a worker left that died.
+    3. `_next`: read a batch: events whose next attempt is due, then entries of the journal.
+    4. `process`: the batch in one transaction, or event by event when something in it raises.
+    5. `_finish`: publish what was committed, then acknowledge it in the journal; repeat from 3 while time is left.
+    6. `_give_back`: release the lease, and queue the next ticket if events are left.
+
+    While the database or Redis is away the slot waits, and no attempt is spent.
+    """
     lease = Lease(Slot(lane, partition), uuid.uuid4().hex)
     if not lease.acquire():
         return
     try:
         index.shared().refresh()
-        if not _take_over(lease):
+        if left := take_over(lease):
+            _finish(lease, *left)
+        else:
             _work(lease, deadline=time.monotonic() + SLICE_SECONDS)
     except AWAY as error:
         _wait(lease.slot, error)
@@ -73,25 +75,9 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, _process(work.events, work, begin=lease.renew_if_due))
+        _finish(lease, work, process(work.events, work, begin=lease.renew_if_due))
         if time.monotonic() > deadline:
             return
-
-
-@dataclass(slots=True, kw_only=True)
-class Work:
-    """What is processed and acknowledged together: whole entries, and events whose next attempt is due."""
-
-    lane: str
-    memory: Memory = field(default_factory=Memory)
-    taken_over: bool = False
-    events: list[Event] = field(default_factory=list)
-    entries: list[bytes] = field(default_factory=list)
-    retries: list[bytes] = field(default_factory=list)
-    unreadable: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.entries or self.retries)
 
 
 def _next(lease: Lease) -> Work:
@@ -99,7 +85,7 @@ def _next(lease: Lease) -> Work:
     work = Work(lane=lease.slot.lane, events=[events.decode_retry(data) for data in retries], retries=retries)
     while len(work.events) < BATCH_EVENTS and (entries := lease.next(_entries_to_read(work))):
         for entry in entries:
-            _add(work, entry)
+            work.add(entry)
     return work
 
 
@@ -109,58 +95,6 @@ def _entries_to_read(work: Work) -> int:
         return 1
     events_per_entry = max(1, len(work.events) // len(work.entries))
     return max(1, min(READ_ENTRIES, (BATCH_EVENTS - len(work.events)) // events_per_entry))
-
-
-def _add(work: Work, entry: Entry) -> None:
-    """An entry that cannot be read becomes a dead letter as it is, and the slot goes on."""
-    work.entries.append(entry.id)
-    try:
-        work.events += events.decode_entry(entry.data)
-    except (msgspec.DecodeError, ValueError) as error:
-        log.error("entry %s of the %s lane cannot be read: %s", entry.id.decode(), work.lane, error)
-        failures.keep_unreadable(entry, lane=work.lane, error=f"unreadable journal entry: {error}")
-        work.unreadable += entry.count
-
-
-def _process(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
-    """The batch in one transaction, or, when something in it raises, event by event, so that one cannot stop the others."""
-    try:
-        return _process_together(due, work, begin=begin)
-    except (*AWAY, BaseTimeoutException):
-        raise
-    except Exception:
-        if len(due) > 1:
-            log.exception("a batch of %d events failed, going on event by event", len(due))
-    return _process_one_by_one(due, work, begin=begin)
-
-
-def _process_together(due: Sequence[Event], work: Work, *, begin: Begin | None) -> Ended:
-    keep = partial(failures.keep, lane=work.lane)
-    return batch.process(due, keep, memory=work.memory, begin=begin, taken_over=work.taken_over)
-
-
-def _process_one_by_one(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
-    ended = Ended()
-    for event in due:
-        ended.add(_process_alone(event, work, begin=begin))
-    return ended
-
-
-def _process_alone(event: Event, work: Work, *, begin: Begin) -> Ended:
-    begin(event)  # once: whatever happens from here to the commit is this event's doing
-    try:
-        return _process_together([event], work, begin=None)
-    except (*AWAY, BaseTimeoutException):
-        raise
-    except Exception as error:
-        log.exception("event %s failed, attempt %d", event.id, event.attempt + 1)
-        return _failed(Failure.of(event, error), lane=work.lane)
-
-
-def _failed(failure: Failure, *, lane: str) -> Ended:
-    with transaction.atomic():
-        failures.keep([failure], lane=lane)
-    return Ended(failures=[failure])
 
 
 def _finish(lease: Lease, work: Work, ended: Ended) -> None:
@@ -198,57 +132,6 @@ def _ended_by_organization(work: Work, ended: Ended) -> Counter[int]:
     """Events by organization, without those that wait for another attempt."""
     again = {failure.event.id for failure in ended.failures if not failures.is_final(failure)}
     return Counter(event.organization_id for event in work.events if event.id not in again)
-
-
-def _take_over(lease: Lease) -> bool:
-    """Finishes what a worker died on, noting each event before it is decided; True if there was something.
-
-    An event on which DEATHS workers died while it was noted is put aside as a dead letter.
-    """
-    work, deliveries = _left_behind(lease)
-    if not work:
-        return False
-    log.warning("taking over %d events that a worker did not finish", len(work.events))
-    suspect, deaths = lease.last_checkpoint()
-    ended, due = Ended(), work.events
-    if deaths >= DEATHS:
-        for event in work.events:
-            if str(event.id) == suspect:
-                error = f"the worker died {deaths} times while it processed this event"
-                ended.add(_failed(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
-        due = [event for event in work.events if str(event.id) != suspect]
-    # Dying again without a note means dying before or after the decisions, where only going one by one tells whom it is on.
-    process = _process if deliveries <= TOGETHER_DELIVERIES else _process_one_by_one
-    try:
-        ended.add(process(due, work, begin=partial(_begin, lease, deaths={suspect: deaths})))
-    except AWAY:
-        # Where Redis is away the note stays, and counts as one death.
-        with contextlib.suppress(RedisError):
-            lease.clear_checkpoint()
-        raise
-    lease.clear_checkpoint()
-    _finish(lease, work, ended)
-    return True
-
-
-def _left_behind(lease: Lease) -> tuple[Work, int]:
-    """Entries of at most about one batch, and how often the first of them was given to a worker."""
-    work, deliveries = Work(lane=lease.slot.lane, taken_over=True), 0
-    entry = lease.next_pending()
-    while entry and len(work.events) < BATCH_EVENTS:
-        deliveries = deliveries or lease.deliveries(entry)
-        _add(work, entry)
-        entry = lease.next_pending(entry.id)
-    return work, deliveries
-
-
-def _begin(lease: Lease, event: Event | None, *, deaths: Mapping[str, int]) -> None:
-    """Notes the event that is decided next. After the last one nothing is noted: their effects are made together."""
-    if event is None:
-        lease.clear_checkpoint()
-    else:
-        lease.checkpoint(str(event.id), deaths=deaths.get(str(event.id), 0))
-    lease.renew()
 
 
 def _wait(slot: Slot, error: Exception) -> None:

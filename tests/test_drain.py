@@ -28,7 +28,7 @@ from rules.journal.lease import Lease
 from rules.journal.ledger import Account, audit
 from rules.journal.slots import Slot
 from rules.models import DeadLetter
-from rules.processing import batch, failures, index
+from rules.processing import batch, failures, index, takeover
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
@@ -357,7 +357,7 @@ def test_an_event_that_killed_three_workers_that_were_at_it_is_put_aside(
         real(self, event, names)
 
     farm.post(6.1, 6.66, 6.9)
-    for _ in range(1 + jobs.DEATHS):  # the first of them did not note what it was at
+    for _ in range(1 + takeover.DEATHS):  # the first of them did not note what it was at
         drain_and_die(farm, monkeypatch, decide=decide)
     monkeypatch.setattr(batch._Run, "decide", decide)
     drain_all()
@@ -398,7 +398,7 @@ def test_effects_that_kill_are_laid_to_their_own_event(farm: Farm, monkeypatch: 
         real(self)
 
     farm.post(6.1, 6.66, 6.9)
-    for _ in range(jobs.TOGETHER_DELIVERIES + jobs.DEATHS):
+    for _ in range(takeover.TOGETHER_DELIVERIES + takeover.DEATHS):
         drain_and_die(farm, monkeypatch, act=act)
     monkeypatch.setattr(batch._Run, "act", act)
     drain_all()
@@ -443,7 +443,7 @@ def test_an_event_that_kills_before_it_is_decided_is_found_one_by_one(
         return real(self)
 
     farm.post(6.1, 6.66, 6.9)
-    for _ in range(jobs.TOGETHER_DELIVERIES + jobs.DEATHS):
+    for _ in range(takeover.TOGETHER_DELIVERIES + takeover.DEATHS):
         drain_and_die(farm, monkeypatch, store=store)
     monkeypatch.setattr(batch._Run, "store", store)
     drain_all()
