@@ -25,7 +25,7 @@ from devices import tokens
 from devices.models import Device, DeviceToken, Organization
 from gateway.mqtt import accounts, dynamic_security, topics
 from gateway.mqtt.accounts import BrokerSync, Changes, reconcile, sync_once, verify
-from gateway.mqtt.connection import BrokerAway, Sparingly
+from gateway.mqtt.connection import BrokerAway
 from gateway.mqtt.dynamic_security import CommandFailed, DynamicSecurity, Outcome
 from notifications.models import BrokerAccount
 from tests import builders
@@ -696,18 +696,3 @@ def test_certificates_that_cannot_be_read_are_told_at_the_start(broker: Server, 
     settings.MQTT_TLS, settings.MQTT_CA_FILE = True, str(tmp_path / "none.pem")
     with pytest.raises(OSError, match=r"none\.pem"):
         DynamicSecurity().start()
-
-
-def test_same_thing_is_said_sparingly_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    now = [0.0]
-    sparingly = Sparingly(logging.getLogger("tests"), seconds=30, clock=lambda: now[0])
-    for _ in range(3):
-        sparingly.say("a", logging.WARNING, "it is %s", "bad")
-    sparingly.say("b", logging.WARNING, "other")
-    now[0] = 31
-    sparingly.say("a", logging.WARNING, "it is %s", "bad")
-    assert [record.getMessage() for record in caplog.records] == [
-        "it is bad",
-        "other",
-        "it is bad (and 2 times before)",
-    ]

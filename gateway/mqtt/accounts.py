@@ -24,10 +24,11 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, metrics, redis
 from aemos.lib.batched import batched
 from aemos.lib.leader import Leader
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices import tokens
 from devices.models import CatalogueVersion, DeviceToken
 from gateway.mqtt import device_status, dynamic_security, topics
-from gateway.mqtt.connection import BrokerAway, BrokerError, Sparingly
+from gateway.mqtt.connection import BrokerAway, BrokerError
 from gateway.mqtt.dynamic_security import Command, CommandFailed, DynamicSecurity
 from notifications.models import BrokerAccount
 
@@ -263,7 +264,7 @@ class BrokerSync:
         self._clock = clock
         self._leader = leader or Leader(keys.BROKER_SYNC_LEADER)
         self._security = DynamicSecurity()
-        self._sparingly = Sparingly(log)
+        self._log = RateLimitedLog(log)
         self._verified = 0  # the connection that the broker's own tables were last compared over; 0 for none
         self._versions: dict[int, int] = {}
         self._next_expiry: datetime | None = None
@@ -284,16 +285,14 @@ class BrokerSync:
         try:
             self._step()
         except (BrokerError, LeadershipLost) as error:
-            self._sparingly.say(type(error).__name__, logging.WARNING, "Device accounts of the broker wait: %s", error)
+            self._log.log(type(error).__name__, logging.WARNING, "Device accounts of the broker wait: %s", error)
             self._verified = 0
         except DatabaseError as error:
-            self._sparingly.say(
-                "database", logging.WARNING, "Device accounts of the broker wait for the database: %s", error
-            )
+            self._log.log("database", logging.WARNING, "Device accounts of the broker wait for the database: %s", error)
             self._next_sweep = float("-inf")
         except Exception:  # noqa: BLE001  process loop: one bad row must not end the revoking of tokens
             metrics.GATEWAY_FAILURES.labels("accounts").inc()
-            self._sparingly.say("failure", logging.ERROR, "The broker could not be brought in step", trace=True)
+            self._log.log("failure", logging.ERROR, "The broker could not be brought in step", trace=True)
             self._verified = 0
         finally:
             connection.close()  # outside a request nobody else would give it back

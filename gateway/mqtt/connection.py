@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,29 +38,6 @@ class BrokerError(Exception):
 
 class BrokerAway(BrokerError):
     """Trying again later may help."""
-
-
-class Sparingly:
-    """A log that says each kind of thing at most every `seconds` and then how often it kept silent."""
-
-    def __init__(
-        self, logger: logging.Logger, *, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._logger = logger
-        self._seconds = seconds
-        self._clock = clock
-        self._said_at: dict[str, float] = {}
-        self._unsaid: Counter[str] = Counter()
-
-    def say(self, kind: str, level: int, text: str, *arguments: object, trace: bool = False) -> None:
-        """`text` and `arguments` as for logging; `kind` is what counts as the same thing. `trace` adds the traceback."""
-        if self._clock() - self._said_at.get(kind, float("-inf")) < self._seconds:
-            self._unsaid[kind] += 1
-            return
-        self._said_at[kind] = self._clock()
-        unsaid = self._unsaid.pop(kind, 0)
-        self._logger.log(level, f"{text}{' (and %d times before)' if unsaid else ''}",
-                         *arguments, *([unsaid] if unsaid else []), exc_info=trace)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,10 +29,11 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices import catalogue
 from devices.exceptions import Overloaded, Refusal
 from gateway.mqtt import topics
-from gateway.mqtt.connection import Connection, Session, Sparingly
+from gateway.mqtt.connection import Connection, Session
 from gateway.mqtt.sender_queues import Arrival, Lanes
 from gateway.transport import Ingest, Pending
 from notifications.messages import Protocol
@@ -106,7 +107,7 @@ class Inbound:
         self._under_way: deque[tuple[Arrival, Pending]] = deque()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._sparingly = Sparingly(log)
+        self._log = RateLimitedLog(log)
         # Held while deciding whether a connection is still the one that a message came over.
         self._lock = threading.Lock()
         self._connection = Connection(
@@ -156,9 +157,7 @@ class Inbound:
         size = len(message.payload)
         if message.qos == 0 and self._is_full(size):
             self.counts["dropped"] += 1
-            self._sparingly.say(
-                "dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic
-            )
+            self._log.log("dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic)
             return
         self._make_room(size)
         payload, retained = bytes(message.payload), bool(message.retain)
@@ -174,7 +173,7 @@ class Inbound:
     def _make_room(self, size: int) -> None:
         with self._room:
             if not self._has_room(size):
-                self._sparingly.say(
+                self._log.log(
                     "full",
                     logging.WARNING,
                     "%s waits in the broker: %d bytes are held",
@@ -252,27 +251,25 @@ class Inbound:
             return step()
         except Overloaded as refusal:
             if refusal.recorded:
-                self._sparingly.say(
-                    "refused", logging.WARNING, "Gave up on a message of %s: %s", arrival.topic, refusal
-                )
+                self._log.log("refused", logging.WARNING, "Gave up on a message of %s: %s", arrival.topic, refusal)
                 self._finish(arrival, "refused")
                 return None
             self.counts["overloaded"] += 1
-            self._sparingly.say("overloaded", logging.WARNING, "%s has to wait: %s", arrival.topic, refusal)
+            self._log.log("overloaded", logging.WARNING, "%s has to wait: %s", arrival.topic, refusal)
             self._lanes.again(
                 arrival, at=time.monotonic() + min(max(refusal.retry_after, 0.1), LONGEST_BACKOFF_SECONDS)
             )
         except Refusal as refusal:
-            self._sparingly.say(refusal.reason, logging.WARNING, "Refused a message of %s: %s", arrival.topic, refusal)
+            self._log.log(refusal.reason, logging.WARNING, "Refused a message of %s: %s", arrival.topic, refusal)
             self._finish(arrival, "refused")
         except (OperationalError, InterfaceError) as error:
             self.counts["failed"] += 1
-            self._sparingly.say("database", logging.WARNING, "%s waits for the database: %s", arrival.topic, error)
+            self._log.log("database", logging.WARNING, "%s waits for the database: %s", arrival.topic, error)
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
             self.counts["failed"] += 1
             metrics.GATEWAY_FAILURES.labels("mqtt").inc()
-            self._sparingly.say("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
+            self._log.log("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
             self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         arrival.attempts += 1
         return None

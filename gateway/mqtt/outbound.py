@@ -29,8 +29,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from aemos.lib import metrics
+from aemos.lib.rate_limited_log import RateLimitedLog
 from gateway.mqtt import republish, topics
-from gateway.mqtt.connection import Connection, Sparingly
+from gateway.mqtt.connection import Connection
 from gateway.mqtt.reports import Reports
 from gateway.mqtt.topics import Address
 from gateway.transport import Delivered, TransportError
@@ -124,7 +125,7 @@ class Outbound:
         self._idle = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._sparingly = Sparingly(log)
+        self._log = RateLimitedLog(log)
         # Not a lasting session: with one, paho would finish a QoS 2 hand-over that the broker may have forgotten, and the
         # command would be lost. This way it is sent again.
         self._connection = Connection(
@@ -247,7 +248,7 @@ class Outbound:
             states = republish.newest_states()
             commands = republish.commands_under_way() if self._connections > 1 else []
         except DatabaseError as error:
-            self._sparingly.say("repeat", logging.WARNING, "States wait to be told again: %s", error)
+            self._log.log("repeat", logging.WARNING, "States wait to be told again: %s", error)
             self._repeat_at = time.monotonic() + REPEAT_AGAIN_SECONDS
             return
         finally:
@@ -297,7 +298,7 @@ class Outbound:
         """By a broker that is there: after some attempts, which are those of all its topics together, it is given up."""
         self.counts["refused"] += 1
         topic, delivery = publication.address.topic, publication.delivery
-        self._sparingly.say("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
+        self._log.log("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
         delivery.refusals += 1
         if delivery.refusals >= settings.NOTIFICATION_MAX_ATTEMPTS:
             delivery.given_up = f"the broker refused it on {topic}: {problem}"
