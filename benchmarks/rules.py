@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from rules.engine.actions import DeviceCommand
 from rules.engine.conditions import compile_condition
 from rules.engine.context import Run, Trigger
+from rules.engine.effect_types import DeviceCommand
 from rules.events import Event
 
 if TYPE_CHECKING:
-    from rules.engine.actions import Effect
+    from rules.engine.effect_types import Effect
     from rules.processing.index import RuleIndex
 
 ROUNDS = 7

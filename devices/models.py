@@ -11,7 +11,7 @@ from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils import timezone
 
-from devices.querysets import DeviceTokenQuerySet
+from devices import tokens
 from devices.values import Datatype, measured, value_problem
 
 
@@ -184,6 +184,35 @@ class DeviceState(Identified):
         if self.allowed_values and value not in self.allowed_values:
             return f"must be one of {self.allowed_values}"
         return ""
+
+
+class DeviceTokenQuerySet(models.QuerySet["DeviceToken"]):
+    def issue(self, owner: Sensor | Device, **fields: Any) -> tuple[DeviceToken, str]:
+        """A new token of a sensor or device: the row, and the token itself, which cannot be had again."""
+        prefix = tokens.new_prefix()
+        token = tokens.token_for(prefix)
+        kind = "sensor" if isinstance(owner, Sensor) else "device"
+        row = self.create(
+            organization_id=owner.organization_id,
+            prefix=prefix,
+            digest=tokens.digest_of(token),
+            **{kind: owner},
+            **fields,
+        )
+        return row, token
+
+    def live(self, now: datetime | None = None) -> DeviceTokenQuerySet:
+        now = now or timezone.now()
+        return self.filter(revoked_at=None).filter(models.Q(expires_at=None) | models.Q(expires_at__gt=now))
+
+    def revoke(self) -> int:
+        """Revokes the tokens one by one, so that each marks its organization's caches as old; returns how many."""
+        revoked = 0
+        for token in self.filter(revoked_at=None):
+            token.revoked_at = timezone.now()
+            token.save(update_fields=["revoked_at"])
+            revoked += 1
+        return revoked
 
 
 class DeviceToken(Identified):

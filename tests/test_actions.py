@@ -12,22 +12,14 @@ from hypothesis import strategies as st
 
 from devices.models import Role
 from rules.engine import chains
-from rules.engine.actions import (
-    ROLES,
-    SEVERITIES,
-    Action,
-    ClearAlarm,
-    DeviceCommand,
-    Effect,
-    Notify,
-    RaiseAlarm,
-    compile_action,
-)
+from rules.engine.actions import ROLES, SEVERITIES, Action, compile_action
 from rules.engine.chains import ChainSpec, NodeSpec, Outcome
-from rules.engine.context import Run, Trigger, Value, refuses_nothing
+from rules.engine.context import Run, Trigger, refuses_nothing
 from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed, InvalidChain
 from rules.engine.templating import MAXIMUM_LENGTH, compile_template, not_a_template
+from rules.engine.values import Value
 from rules.models import Severity
 
 CHAIN = "7b1c2f60-0a4e-4d2c-9a51-3f1f6d1f0001"

@@ -14,10 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rules.engine import chains
-from rules.engine.actions import ACTIONS, Command, DeviceCommand
+from rules.engine.actions import ACTIONS, Command
 from rules.engine.chains import MAX_REFERENCES, MAX_STEPS, Chain, ChainSpec, NodeSpec, Outcome
-from rules.engine.context import Reference, Sample, Trigger, Value
+from rules.engine.context import Trigger
+from rules.engine.effect_types import DeviceCommand
 from rules.engine.exceptions import ChainFailed, InvalidChain, Problem, RuleError
+from rules.engine.values import Reference, Sample, Value
 
 ROOT = Path(__file__).parents[1]
 CHAIN = "5f2d8c1a-94b7-4e3f-a6d0-1b8c7e9f2a34"

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rules.engine.conditions import MAX_DEPTH, MAX_LEAVES, Condition, compile_condition
-from rules.engine.context import Lookup, Reference, Sample, Scope, Value
+from rules.engine.context import Scope
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.engine.operators import OPERATORS
+from rules.engine.values import Lookup, Reference, Sample, Value
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 OTHER = "7c1f4a88-31de-4b6a-8e55-9a0b3c2d1e4f"

@@ -16,7 +16,7 @@ from rules import events, jobs
 from rules.authoring import editing
 from rules.effects import perform
 from rules.engine.bound import BoundChain
-from rules.engine.context import Sample, Watch
+from rules.engine.values import Sample, Watch
 from rules.events import Event, EventType
 from rules.journal import ledger, slots, writing
 from rules.journal.lease import Lease

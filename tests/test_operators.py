@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from devices.values import MAXIMUM_TEXT_LENGTH
 from rules.engine import operators_page, temporal
 from rules.engine.conditions import Condition, compile_condition
-from rules.engine.context import Reference, Sample, Scope, Value
+from rules.engine.context import Scope
 from rules.engine.durations import MAX_DAYS, microseconds_of, not_a_duration
 from rules.engine.exceptions import InvalidChain
 from rules.engine.fields import MAX_LIST, MAX_TEXT
 from rules.engine.operators import OPERATORS
 from rules.engine.patterns import MAX_PATTERN
+from rules.engine.values import Reference, Sample, Value
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rules.authoring import satisfiability
 from rules.engine.conditions import compile_condition
-from rules.engine.context import Reference, Sample, Scope
+from rules.engine.context import Scope
+from rules.engine.values import Reference, Sample
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rules.engine.conditions import Condition, compile_condition
-from rules.engine.context import Reference, Sample, Scope, Value, Watch
+from rules.engine.context import Scope
 from rules.engine.exceptions import InvalidChain
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal import MAX_TIMES
+from rules.engine.values import Reference, Sample, Value, Watch
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure

@@ -17,8 +17,8 @@ from devices.values import Datatype
 from rules.authoring import describe, trial
 from rules.authoring.trial import Given, Known
 from rules.engine import chains
-from rules.engine.context import Reference, Value
 from rules.engine.exceptions import InvalidChain
+from rules.engine.values import Reference, Value
 from rules.models import RuleChain
 from rules.processing import loading
 

@@ -21,9 +21,9 @@ from rules.authoring import satisfiability, validation
 from rules.authoring.satisfiability import Region
 from rules.engine import chains
 from rules.engine.chains import NodeSpec
-from rules.engine.context import Reference
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.engine.fields import is_number
+from rules.engine.values import Reference
 from rules.models import RuleChain, RuleNode
 from rules.processing import loading
 

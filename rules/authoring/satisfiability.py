@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rules.engine.conditions import MAX_DEPTH
-from rules.engine.context import Reference
 from rules.engine.fields import is_number
+from rules.engine.values import Reference
 
 MAXIMUM_ALTERNATIVES = 64
 """Beyond it a region is taken for everything, because alternatives multiply."""

@@ -27,11 +27,12 @@ from rules.authoring import describe, validation
 from rules.authoring.sentences import Names, Teller
 from rules.effects import perform
 from rules.engine import chains
-from rules.engine.actions import DeviceCommand, Effect
 from rules.engine.chains import Chain, NodeSpec, Outcome
 from rules.engine.conditions import SOURCE_TYPES, compile_condition
-from rules.engine.context import Reference, Run, Sample, Scope, Trigger, Value, Watch
+from rules.engine.context import Run, Scope, Trigger
+from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed
+from rules.engine.values import Reference, Sample, Value, Watch
 from rules.events import CHAIN
 from rules.models import ActionCooldown, RuleChain, RuleNode
 from rules.processing import condition_memory, loading

@@ -21,10 +21,10 @@ from rules import events
 from rules.effects import alarms, states
 from rules.effects.alarm_lifecycle import Clear, Raise
 from rules.effects.cooldowns import Cooldowns, Rest
-from rules.engine.actions import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.bound import BoundChain
-from rules.engine.context import Value
+from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed
+from rules.engine.values import Value
 from rules.events import Event
 
 

@@ -11,76 +11,21 @@ Every one of them may have a "cooldown" such as "10m".
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from notifications.messages import PRIORITY_BY_SEVERITY
-from rules.engine.context import Run, Value
+from rules.engine.context import Run
 from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed, InvalidChain, Problem
 from rules.engine.fields import Check, Fields, not_a_name, not_a_scalar, not_a_uuid, one_of
 from rules.engine.templating import Template, compile_template, not_a_template
+from rules.engine.values import Value
 
 SEVERITIES = tuple(PRIORITY_BY_SEVERITY)
 ROLES = ("viewer", "operator", "admin")
 MAXIMUM_TITLE = 200
 MAXIMUM_ALARM = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """What an action asks for; `effect_key` is the same whenever the same event meets the same node.
-
-    `timestamp_us` is the event's own, in microseconds since 1970 (UTC). `cooldown_us` is for how long the action rests after
-    it was done for this originator, 0 for not at all.
-    """
-
-    effect_key: str
-    chain_uuid: str
-    node: str
-    timestamp_us: int
-    cooldown_us: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceCommand(Effect):
-    """One state of one device is to be set; with `force` also when it has the value already."""
-
-    device_uuid: str
-    state_name: str
-    value: Value
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notify(Effect):
-    """Something is to be told: to the members with these roles, or to all; about a device, or about none.
-
-    `originator` is the name of what the event comes from.
-    """
-
-    title: str
-    message: str
-    severity: str
-    originator: str = ""
-    roles: tuple[str, ...] = ()
-    device_uuid: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RaiseAlarm(Effect):
-    """The alarm of that type is to be active at the event's originator."""
-
-    alarm: str
-    severity: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClearAlarm(Effect):
-    """The alarm of that type is over at the event's originator."""
-
-    alarm: str
 
 
 class Command(NamedTuple):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from rules.engine.comparisons import Evaluate, Make, equality
-from rules.engine.context import Reference, Scope
+from rules.engine.context import Scope
+from rules.engine.values import Reference
 
 
 def reached(scope: Scope, reference: Reference, at_us: int) -> bool:

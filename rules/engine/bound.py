@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rules.engine.chains import Chain
-from rules.engine.context import Timer
+from rules.engine.values import Timer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

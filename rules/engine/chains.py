@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from rules.engine.actions import Command, Effect, compile_action
+from rules.engine.actions import Command, compile_action
 from rules.engine.conditions import compile_condition
-from rules.engine.context import Reference, Run, Source, Timer, Trigger, Watch
+from rules.engine.context import Run, Trigger
+from rules.engine.effect_types import Effect
 from rules.engine.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
 from rules.engine.fields import not_a_name
 from rules.engine.transforms import compile_transform
+from rules.engine.values import Reference, Source, Timer, Watch
 
 MAX_STEPS = 1_000
 """Nodes in one chain, and so steps in one run, because no run meets a node twice."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rules.engine.context import Reference, Scope, Value
+from rules.engine.context import Scope
 from rules.engine.fields import is_number
 from rules.engine.patterns import searching
+from rules.engine.values import Reference, Value
 
 Evaluate = Callable[[Scope], bool]
 Make = Callable[[Reference, Any, int], Evaluate]

@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rules.engine.comparisons import Evaluate
-from rules.engine.context import Reference, Scope, Timer, Watch
+from rules.engine.context import Scope
 from rules.engine.durations import microseconds_of, not_a_duration
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.engine.fields import Fields, not_a_name, not_a_uuid, one_of
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal import TIME_KEYS, Leaf, compile_timed, fingerprint, read_timing
+from rules.engine.values import Reference, Timer, Watch
 
 MAX_DEPTH = 20
 """Groups that may stand inside one another, so that neither compiling nor evaluating can exhaust the stack."""

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from rules.engine.context import Value
 from rules.engine.fields import LARGEST, not_a_name
+from rules.engine.values import Value
 
 ORIGINATOR = "originator"
 """The place for the name of the sensor, device or chain that the event comes from."""

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 from rules.engine import temporal_state
 from rules.engine.ages import reached
 from rules.engine.comparisons import Evaluate
-from rules.engine.context import Reference, Sample, Scope, Timer, Watch
+from rules.engine.context import Scope
 from rules.engine.durations import microseconds_of, not_a_duration
 from rules.engine.fields import Fields, is_number, not_a_number
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal_state import Decide, Observe
+from rules.engine.values import Reference, Sample, Timer, Watch
 
 TIME_KEYS = ("for", "times", "within", "off", "per")
 

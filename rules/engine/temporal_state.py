@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 from rules.engine.comparisons import Evaluate
-from rules.engine.context import Reference, Sample, Scope, Value
+from rules.engine.context import Scope
 from rules.engine.durations import SECOND_US
 from rules.engine.fields import LARGEST, is_number
+from rules.engine.values import Reference, Sample, Value
 
 Observe = Callable[[Any, Sample], Any]
 Test = Callable[[Sample], bool]

@@ -12,9 +12,9 @@ import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rules.engine.context import Value
 from rules.engine.exceptions import ChainFailed, InvalidChain, Problem
 from rules.engine.fields import LARGEST, Check, Fields, is_number, not_a_name, not_a_number, not_a_scalar, one_of
+from rules.engine.values import Value
 
 Number = float | int
 Compute = Callable[[Number], Number]

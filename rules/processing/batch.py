@@ -25,11 +25,12 @@ from notifications.live_channel import Reading
 from rules import events
 from rules.effects import perform, states
 from rules.effects.perform import Performed
-from rules.engine.actions import DeviceCommand
 from rules.engine.bound import BoundChain
 from rules.engine.chains import Outcome
-from rules.engine.context import Reference, Sample, Trigger, Watch
+from rules.engine.context import Trigger
+from rules.engine.effect_types import DeviceCommand
 from rules.engine.exceptions import ChainFailed, ErrorCode
+from rules.engine.values import Reference, Sample, Watch
 from rules.events import Event
 from rules.models import RuleChain
 from rules.processing import index, readings, schedules, statistics, timers

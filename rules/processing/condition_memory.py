@@ -19,7 +19,7 @@ from aemos.lib import keys, redis
 from devices import catalogue
 from devices.latest import Key, Latest
 from rules.effects import states
-from rules.engine.context import Sample, Watch
+from rules.engine.values import Sample, Watch
 from rules.journal import slots
 from rules.journal.lease import ConditionStateUpdate
 from rules.processing import readings

@@ -20,7 +20,7 @@ from aemos.lib import keys, redis
 from rules import events
 from rules.engine.bound import BoundChain
 from rules.engine.chains import Chain
-from rules.engine.context import Source
+from rules.engine.values import Source
 from rules.events import Event, EventType, Lane
 from rules.journal import slots
 from rules.processing import index, synthetic

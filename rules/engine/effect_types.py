@@ -1,0 +1,63 @@
+"""Effects that actions ask for: commands, notifications, alarms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rules.engine.values import Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What an action asks for; `effect_key` is the same whenever the same event meets the same node.
+
+    `timestamp_us` is the event's own, in microseconds since 1970 (UTC). `cooldown_us` is for how long the action rests after
+    it was done for this originator, 0 for not at all.
+    """
+
+    effect_key: str
+    chain_uuid: str
+    node: str
+    timestamp_us: int
+    cooldown_us: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCommand(Effect):
+    """One state of one device is to be set; with `force` also when it has the value already."""
+
+    device_uuid: str
+    state_name: str
+    value: Value
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify(Effect):
+    """Something is to be told: to the members with these roles, or to all; about a device, or about none.
+
+    `originator` is the name of what the event comes from.
+    """
+
+    title: str
+    message: str
+    severity: str
+    originator: str = ""
+    roles: tuple[str, ...] = ()
+    device_uuid: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaiseAlarm(Effect):
+    """The alarm of that type is to be active at the event's originator."""
+
+    alarm: str
+    severity: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClearAlarm(Effect):
+    """The alarm of that type is over at the event's originator."""
+
+    alarm: str
