@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import gevent.pool
 import gevent.queue
 
 from gateway.coap.blockwise import Clock, ExpiringMap
 from gateway.coap.codec import Code, Kind, Message, Reply, Source
-from gateway.coap.limits import Backoff, Limits
+from gateway.coap.limits import Limits
+from gateway.coap.observer import Observer
 from gateway.coap.peers import Proofs, Shares
 from gateway.coap.retransmission import Outgoing, Transmission
 
@@ -34,23 +35,6 @@ class Sequence:
     def next(self) -> int:
         self._last = max(self._last + 1, int(self._clock() * 1000))
         return self._last & 0xFFFFFF
-
-
-@dataclass(slots=True, eq=False)
-class Observer:
-    """One registration.
-
-    `busy`: an answer or a notification is being made, or waits for its ACK. `stale`: there is news since it was made.
-    """
-
-    message: Message
-    confirmed_at: float
-    refresh_at: float
-    unconfirmed: int = 0
-    busy: bool = True
-    stale: bool = False
-    pending: int | None = None  # message id of the notification or ping that waits for its answer
-    backoff: Backoff | None = None  # where a replaced notification stopped, so that news do not renew the patience
 
 
 class Observers:

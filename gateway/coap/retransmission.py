@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from gateway.coap import codec
 from gateway.coap.blockwise import Clock
 from gateway.coap.codec import Kind, Reply, Source
 from gateway.coap.limits import Backoff, Limits
+from gateway.coap.observer import Observer
 from gateway.coap.peers import UNLIMITED_BYTES, MessageIds
-
-if TYPE_CHECKING:
-    from gateway.coap.observe import Observer
 
 
 @dataclass(slots=True, eq=False)
