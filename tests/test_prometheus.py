@@ -325,7 +325,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
         yield running
 
 
-def until(reached: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(reached: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline, "not reached in time"
