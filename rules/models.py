@@ -19,6 +19,10 @@ class RuleChainQuerySet(models.QuerySet["RuleChain"]):
         """Those that may run: switched on, and not suspended."""
         return self.filter(enabled=True, suspended_at=None)
 
+    def locked(self) -> RuleChainQuerySet:
+        """Unchanged by others until the end of the transaction."""
+        return self.select_for_update(of=("self",)).select_related("organization")
+
 
 class RuleChain(Identified):
     """What a grower wants to happen: an ordered graph of nodes that an event runs through."""
