@@ -230,7 +230,7 @@ class ActionCooldown(models.Model):
 class Status(models.TextChoices):
     """What became of an event that is kept for people."""
 
-    KEPT = "kept", "kept: nobody has decided yet"
+    OPEN = "kept", "kept: nobody has decided yet"
     REPLAYED = "replayed", "replayed: it was sent into the queue again"
     DISCARDED = "discarded", "discarded: nobody wants it"
 
@@ -238,7 +238,7 @@ class Status(models.TextChoices):
 class Decidable(models.Model):
     """What a person may replay or discard."""
 
-    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.OPEN, db_index=True)
     decided_at = models.DateTimeField(null=True, blank=True)
     decided_by = models.CharField(max_length=150, blank=True)
 
