@@ -19,6 +19,10 @@ class RuleChainQuerySet(models.QuerySet["RuleChain"]):
         """Those that may run: switched on, and not suspended."""
         return self.filter(enabled=True, suspended_at=None)
 
+    def locked(self) -> RuleChainQuerySet:
+        """Unchanged by others until the end of the transaction."""
+        return self.select_for_update(of=("self",)).select_related("organization")
+
 
 class RuleChain(Identified):
     """What a grower wants to happen: an ordered graph of nodes that an event runs through."""
@@ -226,7 +230,7 @@ class ActionCooldown(models.Model):
 class Status(models.TextChoices):
     """What became of an event that is kept for people."""
 
-    KEPT = "kept", "kept: nobody has decided yet"
+    OPEN = "kept", "kept: nobody has decided yet"
     REPLAYED = "replayed", "replayed: it was sent into the queue again"
     DISCARDED = "discarded", "discarded: nobody wants it"
 
@@ -234,7 +238,7 @@ class Status(models.TextChoices):
 class Decidable(models.Model):
     """What a person may replay or discard."""
 
-    status = models.CharField(max_length=10, choices=Status.choices, default=Status.KEPT, db_index=True)
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.OPEN, db_index=True)
     decided_at = models.DateTimeField(null=True, blank=True)
     decided_by = models.CharField(max_length=150, blank=True)
 

@@ -31,7 +31,7 @@ def _expired() -> list[QuerySet[Any]]:
     alarms = now - timedelta(days=settings.ALARM_RETENTION_DAYS)
     return [
         RejectedEvent.objects.filter(received_at__lt=rejected),
-        DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.KEPT),
+        DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.OPEN),
         Replay.objects.filter(ended_at__lt=dead),
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
         ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),

@@ -697,3 +697,4 @@ def test_a_new_chain_is_not_enabled_before_somebody_has_tried_it() -> None:
     form = superuser().get(url(RuleChain, "add")).context["adminform"].form
 
     assert form.initial["enabled"] is False
+    assert "Try with values" in form.fields["enabled"].help_text

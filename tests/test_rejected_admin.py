@@ -185,7 +185,7 @@ def test_viewers_look_and_decide_nothing(organization: Organization) -> None:
     assert client.get(reverse(REPLAY)).status_code == 403
     assert client.post(reverse(REPLAY), {"rate": "5"}).status_code == 403
     row.refresh_from_db()
-    assert (row.status, Replay.objects.exists()) == (Status.KEPT, False)
+    assert (row.status, Replay.objects.exists()) == (Status.OPEN, False)
 
 
 def test_staff_without_the_permission_of_django_decide_nothing(organization: Organization) -> None:

@@ -74,7 +74,7 @@ def test_each_refused_event_is_kept_whole_with_depth_and_circuit_of_that_moment(
         "telemetry-data",
     )
     assert (row.timestamp, row.received_at) == (WHEN, WHEN + timedelta(seconds=1))
-    assert (row.status, row.decided_at, row.decided_by) == (Status.KEPT, None, "")
+    assert (row.status, row.decided_at, row.decided_by) == (Status.OPEN, None, "")
     sent = json.loads(row.payload)
     assert (sent["values"], sent["eventId"]) == ({"ph": 6.1}, str(refused.id))
     assert RejectedEvent.objects.get(lane="low").priority == 10
@@ -225,7 +225,7 @@ print(RejectedEvent.objects.count(), rejections.counts()["unauthorized"])
 def make_old(days: int) -> None:
     then = timezone.now() - timedelta(days=days)
     RejectedEvent.objects.create(protocol="http", reason="circuit-open", received_at=then)
-    for status in (Status.KEPT, Status.DISCARDED):
+    for status in (Status.OPEN, Status.DISCARDED):
         DeadLetter.objects.create(
             failure_key=str(uuid4()), event_id=uuid4(), lane="normal", event={}, error="x", attempts=4, created_at=then,
             status=status,
@@ -240,7 +240,7 @@ def test_what_is_too_old_is_deleted_but_no_dead_letter_that_waits_for_a_decision
     assert retention.delete_expired() == 4
 
     assert RejectedEvent.objects.count() == 1
-    assert DeadLetter.objects.filter(status=Status.KEPT).count() == 3
+    assert DeadLetter.objects.filter(status=Status.OPEN).count() == 3
     assert DeadLetter.objects.filter(status=Status.DISCARDED).count() == 2
     assert Replay.objects.count() == 2
 

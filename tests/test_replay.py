@@ -22,7 +22,7 @@ from devices.models import DeviceState, Reading, StateChange, Variable
 from rules import events, ingest, jobs, retention
 from rules.admission import circuit_store, control, rejections, replay
 from rules.admission.circuit import State
-from rules.admission.replay import CannotReplay, Wish
+from rules.admission.replay import CannotReplay, ReplayRequest
 from rules.effects import suspension
 from rules.journal import slots, tickets
 from rules.journal.ledger import Account, audit
@@ -73,9 +73,9 @@ def farm() -> Farm:
     return Farm()
 
 
-def wish(farm: Farm, kind: str = Replay.Kind.REJECTED, **fields: Any) -> Wish:
+def request_for(farm: Farm, kind: str = Replay.Kind.REJECTED, **fields: Any) -> ReplayRequest:
     told: dict[str, Any] = {"kind": kind, "criteria": {}, "organization": farm.organization, "actor": "ann"}
-    return Wish(**{**told, **fields})
+    return ReplayRequest(**{**told, **fields})
 
 
 def step(row: Replay, at: float = 1_000.0) -> Replay:
@@ -104,7 +104,7 @@ def ledger() -> Account:
 
 def test_a_replay_stores_the_readings_with_their_own_time_and_lets_rules_act(farm: Farm) -> None:
     rows = farm.refuse(5.0, 6.0, ago=timedelta(seconds=30))
-    row = run(replay.ask(wish(farm, with_commands=True)))
+    row = run(replay.start(request_for(farm, with_commands=True)))
     drain_all()
 
     assert (row.state, row.total, row.replayed, row.failed) == (Replay.State.DONE, 2, 2, 0)
@@ -119,11 +119,11 @@ def test_a_replay_stores_the_readings_with_their_own_time_and_lets_rules_act(far
 
 def test_a_replay_that_runs_twice_has_one_effect(farm: Farm) -> None:
     farm.refuse(5.0)
-    run(replay.ask(wish(farm, with_commands=True)))
+    run(replay.start(request_for(farm, with_commands=True)))
     drain_all()
     DeviceState.objects.update(value="off")
-    RejectedEvent.objects.update(status=Status.KEPT)  # as a crash between journal and database leaves it
-    run(replay.ask(wish(farm, with_commands=True)))
+    RejectedEvent.objects.update(status=Status.OPEN)  # as a crash between journal and database leaves it
+    run(replay.start(request_for(farm, with_commands=True)))
     drain_all()
 
     assert farm.state() == "off"
@@ -133,7 +133,7 @@ def test_a_replay_that_runs_twice_has_one_effect(farm: Farm) -> None:
 
 def test_events_keep_their_priority(farm: Farm) -> None:
     farm.refuse(6.0, kind="critical-alarm")
-    run(replay.ask(wish(farm)))
+    run(replay.start(request_for(farm)))
     accounts = {slot.lane: audit(slot).accepted for slot in slots.slots() if audit(slot).accepted}
     assert accounts == {"critical": 1}
 
@@ -144,7 +144,7 @@ def test_a_replay_switches_nothing_unless_that_is_asked_for(
     farm: Farm, seconds: int, with_commands: bool, state: Any
 ) -> None:
     farm.refuse(5.0, ago=timedelta(seconds=seconds))
-    run(replay.ask(wish(farm, with_commands=with_commands)))
+    run(replay.start(request_for(farm, with_commands=with_commands)))
     drain_all()
 
     assert farm.state() == state
@@ -154,14 +154,14 @@ def test_a_replay_switches_nothing_unless_that_is_asked_for(
 
 def test_a_replay_sends_at_most_its_rate(farm: Farm) -> None:
     farm.refuse(*[6.0] * 30)
-    row = replay.ask(wish(farm, rate=10))
+    row = replay.start(request_for(farm, rate=10))
     sent = {second: step(row, second).replayed for second in (1_000.0, 1_000.3, 1_000.35, 1_000.9, 1_001.0, 1_050.0)}
     assert sent == {1_000.0: 10, 1_000.3: 13, 1_000.35: 13, 1_000.9: 19, 1_001.0: 20, 1_050.0: 30}
 
 
 def test_a_replay_waits_while_the_circuit_is_not_closed(farm: Farm) -> None:
     farm.refuse(6.0)
-    row = replay.ask(wish(farm))
+    row = replay.start(request_for(farm))
     circuit_store.force(State.OPEN, actor="test", queue_depth=0)
     control.shared.cache_clear()
     step(row)
@@ -176,7 +176,7 @@ def test_a_replay_goes_no_further_than_the_warning_threshold(farm: Farm, setting
     settings.QUEUE_RECOVERY_THRESHOLD, settings.QUEUE_WARNING_THRESHOLD, settings.QUEUE_CRITICAL_THRESHOLD = 2, 5, 50
     control.shared.cache_clear()
     farm.refuse(*[6.0] * 20)
-    row = step(replay.ask(wish(farm)))
+    row = step(replay.start(request_for(farm)))
     assert row.replayed == 5
     assert row.note == "It waits: the queue holds 5 events, a replay goes on below 5."
     assert ledger().depth == 5
@@ -188,11 +188,11 @@ def test_what_cannot_be_sent_any_more_is_told_and_the_rest_goes_on(farm: Farm) -
     RejectedEvent.objects.update(originator_uuid=str(other.uuid))
     other.delete()
     (*_, kept) = farm.refuse(6.2)
-    row = run(replay.ask(wish(farm)))
+    row = run(replay.start(request_for(farm)))
 
     assert (row.replayed, row.failed, row.total) == (1, 1, 2)
     assert "was deleted" in row.note
-    failed = RejectedEvent.objects.get(status=Status.KEPT)
+    failed = RejectedEvent.objects.get(status=Status.OPEN)
     assert failed.detail == f"full (replay: The sensor {other.uuid} was deleted.)"
     Variable.objects.create(sensor=farm.sensor, name="ec")
     assert RejectedEvent.objects.get(pk=kept.pk).status == Status.REPLAYED
@@ -202,7 +202,7 @@ def test_a_variable_that_was_deleted_fails_its_events(farm: Farm) -> None:
     farm.refuse(6.0)
     Variable.objects.all().delete()
     catalogue.shared().refresh(at_once=True)
-    row = run(replay.ask(wish(farm)))
+    row = run(replay.start(request_for(farm)))
     assert (row.replayed, row.failed) == (0, 1)
     assert "values.ph is not a variable of this sensor" in row.note
 
@@ -211,32 +211,32 @@ def test_only_what_matches_and_was_there_is_replayed(farm: Farm) -> None:
     farm.refuse(6.0, 6.1)
     RejectedEvent.objects.filter(payload__contains="6.1").update(reason="queue-critical")
     RejectedEvent.objects.create(organization=farm.organization, protocol="http", reason="circuit-open", payload="{")
-    row = replay.ask(wish(farm, criteria={"reason__exact": "circuit-open"}))
+    row = replay.start(request_for(farm, criteria={"reason__exact": "circuit-open"}))
     farm.refuse(6.2)
     assert (run(row).replayed, row.total) == (1, 1)
-    assert RejectedEvent.objects.filter(status=Status.KEPT).count() == 3
+    assert RejectedEvent.objects.filter(status=Status.OPEN).count() == 3
 
 
 def test_a_wish_that_cannot_be_granted_says_why(farm: Farm) -> None:
     with pytest.raises(CannotReplay, match="No kept event"):
-        replay.ask(wish(farm))
+        replay.start(request_for(farm))
     farm.refuse(6.0)
     with pytest.raises(CannotReplay, match="rate"):
-        replay.ask(wish(farm, rate=0))
+        replay.start(request_for(farm, rate=0))
 
 
 def test_a_stopped_replay_sends_no_more(farm: Farm) -> None:
     farm.refuse(*[6.0] * 10)
-    row = step(replay.ask(wish(farm, rate=4)))
+    row = step(replay.start(request_for(farm, rate=4)))
     assert replay.stop(row, actor="ann")
     assert not replay.stop(row, actor="ann")
     assert (step(row, 2_000.0).replayed, row.state, row.note) == (4, Replay.State.STOPPED, "Stopped by ann.")
-    assert RejectedEvent.objects.filter(status=Status.KEPT).count() == 6
+    assert RejectedEvent.objects.filter(status=Status.OPEN).count() == 6
 
 
 def test_the_scheduler_queues_one_step_at_a_time(farm: Farm) -> None:
     farm.refuse(6.0)
-    row = replay.ask(wish(farm))
+    row = replay.start(request_for(farm))
     queue = tickets.queue_of("low")
     assert (replay.queue_steps(), queue.count) == (0, 1)
     (job,) = queue.jobs
@@ -249,7 +249,7 @@ def test_the_scheduler_queues_one_step_at_a_time(farm: Farm) -> None:
 
 def test_two_workers_do_not_step_at_the_same_time(farm: Farm) -> None:
     farm.refuse(6.0)
-    row = replay.ask(wish(farm))
+    row = replay.start(request_for(farm))
     redis.client().set(keys.replay_lease(str(row.uuid)), "1")
     assert step(row).replayed == 0
 
@@ -287,7 +287,7 @@ def test_a_dead_letter_runs_again_in_the_chain_that_failed_and_in_no_other(farm:
     chain.version += 1
     chain.save()
     catalogue.mark_changed(farm.organization.pk)
-    row = run(replay.ask(wish(farm, Replay.Kind.DEAD, with_commands=True)))
+    row = run(replay.start(request_for(farm, Replay.Kind.DEAD, with_commands=True)))
     assert (row.replayed, ledger()) == (1, Account(accepted=2, dead=1, depth=1, waiting=1))
     drain_all()
 
@@ -302,12 +302,12 @@ def test_a_dead_letter_that_fails_again_is_there_for_a_decision_again(farm: Farm
     break_chain(farm)
     post(farm, 5.0)
     drain_all()
-    run(replay.ask(wish(farm, Replay.Kind.DEAD)))
+    run(replay.start(request_for(farm, Replay.Kind.DEAD)))
     assert DeadLetter.objects.get().status == Status.REPLAYED
     drain_all()
 
     letter = DeadLetter.objects.get()
-    assert (letter.status, letter.decided_at, letter.decided_by) == (Status.KEPT, None, "")
+    assert (letter.status, letter.decided_at, letter.decided_by) == (Status.OPEN, None, "")
     assert ledger() == Account(accepted=2, dead=2)
 
 
@@ -324,8 +324,8 @@ def test_a_dead_letter_that_fails_again_before_it_is_marked_is_not_marked(
         return real(*args)
 
     monkeypatch.setattr(replay, "_note", later)
-    run(replay.ask(wish(farm, Replay.Kind.DEAD)))
-    assert DeadLetter.objects.get().status == Status.KEPT
+    run(replay.start(request_for(farm, Replay.Kind.DEAD)))
+    assert DeadLetter.objects.get().status == Status.OPEN
 
 
 def test_a_dead_letter_that_still_waits_is_not_accepted_twice(farm: Farm) -> None:
@@ -333,8 +333,8 @@ def test_a_dead_letter_that_still_waits_is_not_accepted_twice(farm: Farm) -> Non
     post(farm, 5.0)
     drain_all()
     for _ in range(2):
-        run(replay.ask(wish(farm, Replay.Kind.DEAD)))
-        DeadLetter.objects.update(status=Status.KEPT)
+        run(replay.start(request_for(farm, Replay.Kind.DEAD)))
+        DeadLetter.objects.update(status=Status.OPEN)
     assert ledger() == Account(accepted=2, dead=1, depth=1, waiting=1)
 
 
@@ -351,9 +351,9 @@ def test_a_dead_letter_that_has_nothing_to_run_in_stays(farm: Farm, what: str) -
         assert suspension.suspend(chain.pk, "it failed")
     else:
         DeadLetter.objects.update(event={"base64": "", "events": 1}, chain=None)
-    row = run(replay.ask(wish(farm, Replay.Kind.DEAD)))
+    row = run(replay.start(request_for(farm, Replay.Kind.DEAD)))
     assert (row.replayed, row.failed) == (0, 1)
-    assert DeadLetter.objects.get().status == Status.KEPT
+    assert DeadLetter.objects.get().status == Status.OPEN
     assert "(replay: " in DeadLetter.objects.get().error
 
 
@@ -366,7 +366,7 @@ def test_an_event_that_failed_as_a_whole_is_replayed_as_a_whole(farm: Farm) -> N
     assert ledger() == Account(accepted=1, dead=1)
     Variable.objects.create(sensor=sensor, name=variable.name, datatype=variable.datatype)
     catalogue.shared().refresh(at_once=True)
-    run(replay.ask(wish(farm, Replay.Kind.DEAD)))
+    run(replay.start(request_for(farm, Replay.Kind.DEAD)))
     drain_all()
     assert Reading.objects.count() == 1
     assert ledger() == Account(accepted=2, dead=1, processed=1)
@@ -512,7 +512,7 @@ def test_the_command_says_what_it_cannot_do(farm: Farm, arguments: list[str], co
 
 def test_the_command_stops_a_replay(farm: Farm) -> None:
     farm.refuse(6.0)
-    row = replay.ask(wish(farm))
+    row = replay.start(request_for(farm))
     assert "Stopped after 0 events" in command("--stop", str(row.uuid))
     row.refresh_from_db()
     assert (row.state, row.ended_at is not None) == (Replay.State.STOPPED, True)

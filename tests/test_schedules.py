@@ -424,10 +424,10 @@ def test_a_run_that_was_kept_for_people_is_replayed_although_the_schedule_has_mo
     DeviceState.objects.filter(pk=farm.power.pk).update(name="power")
     catalogue.mark_changed(farm.organization.pk)
     catalogue.shared().refresh(at_once=True)
-    wanted = replay.Wish(
+    wanted = replay.ReplayRequest(
         kind=Replay.Kind.DEAD, criteria={}, organization=farm.organization, actor="ana", with_commands=True
     )
-    uuid = str(replay.ask(wanted).uuid)
+    uuid = str(replay.start(wanted).uuid)
     replay.step(uuid)
     drain_all()
 

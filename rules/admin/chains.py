@@ -46,6 +46,10 @@ _FORM_FIELDS = {
     "onFalse": "on_false",
     "onFailure": "on_failure",
 }
+HELP_TEXTS = {
+    "enabled": "An enabled chain runs, and switches devices, as soon as it is saved. Save it unticked first and try it "
+    'with "Try with values", then tick this.'
+}
 
 
 class NodeForm(_NodeForm):
@@ -136,6 +140,9 @@ class RuleChainAdmin(ScopedAdmin):
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         """A chain that nobody has tried yet switches no pump: whoever writes it enables it afterwards."""
         return {"enabled": False, **super().get_changeform_initial_data(request)}
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        return super().get_form(request, obj, change, **{"help_texts": HELP_TEXTS, **kwargs})
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
         """What a chain that does not exist yet cannot have is left out."""

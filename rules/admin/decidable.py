@@ -26,7 +26,7 @@ from notifications.messages import Protocol
 from rules.admission import filtersets, replay
 from rules.admission.circuit import Reason
 from rules.admission.filtersets import Criteria
-from rules.admission.replay import CannotReplay, Wish
+from rules.admission.replay import CannotReplay, ReplayRequest
 from rules.api.rejected_views import organization_for
 from rules.authoring.consequences import Movement, movements
 from rules.events import Lane
@@ -133,7 +133,7 @@ class ReplayForm(forms.Form):
     )
 
 
-class KeptAdmin(DisposableRecordAdmin):
+class DecidableAdmin(DisposableRecordAdmin):
     """Rows that people decide about: replay, or discard. `text_path` is what a search that is no uuid looks into."""
 
     kind: ClassVar[str]
@@ -141,8 +141,8 @@ class KeptAdmin(DisposableRecordAdmin):
     source_paths: ClassVar[tuple[str | Value, ...]]
     """Where a row says its source type, the uuid of the source, its organization and, if it is for one alone, its chain."""
     exported: ClassVar[Sequence[str]]
-    change_list_template = "admin/rules/kept_list.html"
-    change_form_template = "admin/rules/kept_row.html"
+    change_list_template = "admin/rules/decidable_list.html"
+    change_form_template = "admin/rules/decidable_row.html"
     show_facets = admin.ShowFacets.NEVER  # they count the table once for each choice
     list_select_related: ClassVar[tuple[str, ...]] = ("organization",)
     search_help_text = "A whole uuid (event, sensor, device), or a part of the message"
@@ -185,7 +185,7 @@ class KeptAdmin(DisposableRecordAdmin):
 
     def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> HttpResponse:
         row = kwargs.get("obj")
-        may = row is not None and row.status == Status.KEPT and self.has_replay_permission(request, row)
+        may = row is not None and row.status == Status.OPEN and self.has_replay_permission(request, row)
         context.update(may_replay=may, replay_url=f"{self._url('replay')}?ids={row.pk if row else ''}")
         return super().render_change_form(request, context, *args, **kwargs)
 
@@ -216,14 +216,14 @@ class KeptAdmin(DisposableRecordAdmin):
             raise PermissionDenied
         form = ReplayForm(request.POST or None)
         try:
-            wish = self._wish(request, form)
+            wanted = self._replay_request(request, form)
             if request.method == "POST" and form.is_valid():
-                started = replay.ask(wish)
+                started = replay.start(wanted)
                 return HttpResponseRedirect(reverse("admin:rules_replay_change", args=[started.pk]))
         except (CannotReplay, ValidationError, APIException) as error:
-            messages.error(request, _told(error))
+            messages.error(request, _error_text(error))
             return HttpResponseRedirect(self._url("changelist"))
-        number = replay.count(wish.rows())
+        number = replay.count(wanted.rows())
         context = {
             **self.admin_site.each_context(request),
             "title": f"Replay {self.opts.verbose_name_plural}",
@@ -231,11 +231,11 @@ class KeptAdmin(DisposableRecordAdmin):
             "form": form,
             "any": number,
             "counted": f"At least {number:,}" if number >= replay.COUNTED_ROWS else f"{number:,}",
-            "organization": wish.organization,
+            "organization": wanted.organization,
             "chosen": ", ".join(f"{name} {value}" for name, value in request.GET.items() if name != "ids"),
             "sample": MAXIMUM_SELECTED,
             "is_sample": number > MAXIMUM_SELECTED,
-            "movements": self._movements(wish.rows()),
+            "movements": self._movements(wanted.rows()),
             "list_url": self._url("changelist"),
         }
         return TemplateResponse(request, "admin/rules/replay_form.html", context)
@@ -249,10 +249,10 @@ class KeptAdmin(DisposableRecordAdmin):
             chain_ids={chain for *_, chain in found if chain is not None},
         )
 
-    def _wish(self, request: HttpRequest, form: ReplayForm) -> Wish:
+    def _replay_request(self, request: HttpRequest, form: ReplayForm) -> ReplayRequest:
         chosen = form.cleaned_data if form.is_bound and form.is_valid() else {}
         criteria, organization = self._chosen(request)
-        return Wish(
+        return ReplayRequest(
             kind=self.kind,
             criteria=criteria,
             organization=organization,
@@ -284,7 +284,7 @@ class KeptAdmin(DisposableRecordAdmin):
         raise CannotReplay("Select events of one organization in which you may replay.")
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return " ".join(error.messages)
     detail = getattr(error, "detail", None)

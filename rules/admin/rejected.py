@@ -16,7 +16,7 @@ from django.views.decorators.http import require_POST
 
 from devices.scoped_admin import OrganizationListFilter, RecordAdmin, ScopedAdmin
 from rules.admin.decidable import (
-    KeptAdmin,
+    DecidableAdmin,
     LaneFilter,
     PriorityFilter,
     ProtocolFilter,
@@ -29,7 +29,7 @@ from rules.models import DeadLetter, RejectedEvent, Replay
 
 
 @admin.register(RejectedEvent)
-class RejectedEventAdmin(KeptAdmin):
+class RejectedEventAdmin(DecidableAdmin):
     resource = "rejected-events"
     kind = Replay.Kind.REJECTED
     text_path = "detail"
@@ -91,7 +91,7 @@ class RejectedEventAdmin(KeptAdmin):
 
 
 @admin.register(DeadLetter)
-class DeadLetterAdmin(KeptAdmin):
+class DeadLetterAdmin(DecidableAdmin):
     resource = "dead-letters"
     kind = Replay.Kind.DEAD
     text_path = "error"

@@ -222,7 +222,7 @@ class Row(NamedTuple):
 
 _INSERT = f"""
 INSERT INTO rules_rejectedevent (uuid, status, decided_by, {", ".join(f'"{name}"' for name in Row._fields)})
-VALUES (%s, '{Status.KEPT.value}', '', {", ".join(["%s"] * len(Row._fields))})
+VALUES (%s, '{Status.OPEN.value}', '', {", ".join(["%s"] * len(Row._fields))})
 """  # noqa: S608  column names of our own
 
 

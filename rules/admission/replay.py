@@ -70,11 +70,11 @@ return redis.call('SET', KEYS[3], '1', 'NX', 'PX', ARGV[2]) and 1 or 0
 
 
 class CannotReplay(ValueError):
-    """The wish cannot be granted; the text says why."""
+    """The request cannot be met; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class ReplayRequest:
     """What a person wants replayed. `organization` None is all of them; `rate` in events a second."""
 
     kind: str
@@ -86,31 +86,31 @@ class Wish:
 
     def rows(self) -> QuerySet[Any]:
         """What would be replayed now: nobody has decided about it, and it can be sent again."""
-        rows = filtersets.rows_of(self.kind, self.criteria).filter(status=Status.KEPT)
+        rows = filtersets.rows_of(self.kind, self.criteria).filter(status=Status.OPEN)
         if self.kind == Replay.Kind.REJECTED:
             rows = rows.filter(event_id__isnull=False)
         return rows.filter(organization=self.organization) if self.organization else rows
 
 
-def ask(wish: Wish) -> Replay:
+def start(request: ReplayRequest) -> Replay:
     """Starts a replay of what the criteria choose at this moment. Raises CannotReplay."""
-    if not 1 <= wish.rate <= MAXIMUM_RATE:
+    if not 1 <= request.rate <= MAXIMUM_RATE:
         raise CannotReplay(f"The rate must be from 1 to {MAXIMUM_RATE} events a second.")
-    rows = wish.rows()
+    rows = request.rows()
     newest = rows.order_by("-id").values_list("id", flat=True).first()
     if newest is None:
         raise CannotReplay("No kept event that could be replayed matches.")
-    fixed = {**wish.criteria, "id__lte": newest}
-    if wish.organization:
-        fixed["organization_id"] = wish.organization.pk
+    fixed = {**request.criteria, "id__lte": newest}
+    if request.organization:
+        fixed["organization_id"] = request.organization.pk
     replay = Replay.objects.create(
-        kind=wish.kind,
-        organization=wish.organization,
+        kind=request.kind,
+        organization=request.organization,
         criteria=fixed,
-        rate=wish.rate,
-        with_commands=wish.with_commands,
+        rate=request.rate,
+        with_commands=request.with_commands,
         total=count(rows),
-        created_by=wish.actor,
+        created_by=request.actor,
     )
     try:
         queue_step(replay)
@@ -126,7 +126,7 @@ def count(rows: QuerySet[Any]) -> int:
 
 def discard(rows: QuerySet[Any], *, actor: str) -> int:
     """Decides that nobody wants the rows; those that were decided about before stay as they are."""
-    found: int = rows.filter(status=Status.KEPT).update(
+    found: int = rows.filter(status=Status.OPEN).update(
         status=Status.DISCARDED, decided_at=timezone.now(), decided_by=actor
     )
     return found
@@ -207,17 +207,17 @@ def _room() -> tuple[int, str]:
 
 def _due(replay: Replay, now: float) -> int:
     """Events that the rate allows at this moment: what has come due since the last ones, of one second at most."""
-    return int((now - _paced(replay, now)) * replay.rate + 1e-6)
+    return int((now - _rate_cursor(replay, now)) * replay.rate + 1e-6)
 
 
-def _paced(replay: Replay, now: float) -> float:
+def _rate_cursor(replay: Replay, now: float) -> float:
     stored = redis.client().get(keys.replay_pace(str(replay.uuid)))
     return max(float(stored or 0), now - 1.0)
 
 
-def _spend(replay: Replay, number: int, now: float) -> None:
+def _advance_rate(replay: Replay, number: int, now: float) -> None:
     """Before the events are sent: a crash in between makes a replay slower, never faster than it may be."""
-    until = _paced(replay, now) + number / replay.rate
+    until = _rate_cursor(replay, now) + number / replay.rate
     redis.client().set(keys.replay_pace(str(replay.uuid)), repr(until), ex=60)
 
 
@@ -245,7 +245,7 @@ def _send_next(replay: Replay, number: int, now: float) -> bool:
         _end(replay)
         return False
     chunk = _read(replay, rows)
-    _spend(replay, len(rows), now)
+    _advance_rate(replay, len(rows), now)
     needing = {*writing.append(chunk.whole), *_append_limited(chunk.limited)}
     control.shared().admitted(len(chunk.sent))
     going_on = _note(replay, rows, chunk, began)
@@ -255,7 +255,7 @@ def _send_next(replay: Replay, number: int, now: float) -> bool:
 
 
 def _rows(replay: Replay) -> QuerySet[Any]:
-    rows = filtersets.rows_of(replay.kind, replay.criteria).filter(id__gt=replay.last_id, status=Status.KEPT)
+    rows = filtersets.rows_of(replay.kind, replay.criteria).filter(id__gt=replay.last_id, status=Status.OPEN)
     if replay.kind == Replay.Kind.REJECTED:
         return rows.filter(event_id__isnull=False).order_by("id")
     return rows.select_related("chain").order_by("id")
@@ -294,7 +294,7 @@ def _of_dead(row: DeadLetter, known: Mapping[tuple[str, str], Originator], now: 
         raise CannotReplay("It is a journal entry that cannot be read.")
     event = msgspec.convert(row.event, Event)
     if event.source_type == events.CHAIN:
-        # As a person's wish: the schedule, which has moved on, would take it for a time that is over.
+        # As a run that a person asked for: the schedule, which has moved on, would take it for a time that is over.
         event = msgspec.structs.replace(event, protocol=PROTOCOL)
     else:
         originator = _originator(row, known)
@@ -356,7 +356,7 @@ def _note(replay: Replay, rows: Sequence[Any], chunk: _Chunk, began: datetime) -
 
 
 def _mark(replay: Replay, chunk: _Chunk, began: datetime) -> None:
-    rows = filtersets.rows_of(replay.kind, {"pk__in": chunk.sent, "status": Status.KEPT})
+    rows = filtersets.rows_of(replay.kind, {"pk__in": chunk.sent, "status": Status.OPEN})
     if replay.kind == Replay.Kind.DEAD:
         # One that failed again in the meantime is a new failure, for people to decide about.
         rows = rows.filter(created_at__lte=began)

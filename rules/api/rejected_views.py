@@ -21,7 +21,7 @@ from devices.scoped_admin import BoundedPaginator
 from devices.viewsets import Conflict, ReadViewSet, Row
 from rules.admission import filtersets, replay
 from rules.admission.filtersets import DeadLetterFilter, RejectedEventFilter
-from rules.admission.replay import CannotReplay, Wish
+from rules.admission.replay import CannotReplay, ReplayRequest
 from rules.api.rejected_serializers import (
     DeadLetterSerializer,
     DeadReplayWishSerializer,
@@ -38,7 +38,7 @@ class BoundedPagination(Pagination):
     django_paginator_class: type[Paginator[Any]] = BoundedPaginator
 
 
-class KeptViewSet(ReadViewSet[Row]):
+class DecidableViewSet(ReadViewSet[Row]):
     """What people decide about: replay it, or discard it."""
 
     kind: ClassVar[str]
@@ -67,7 +67,7 @@ class KeptViewSet(ReadViewSet[Row]):
         organization = self._organization(named.pop("organization", None))
         rate, with_commands = named.pop("rate"), named.pop("withCommands")
         try:
-            wish = Wish(
+            wanted = ReplayRequest(
                 kind=self.kind,
                 criteria=filtersets.criteria(self.kind, named),
                 organization=organization,
@@ -75,7 +75,7 @@ class KeptViewSet(ReadViewSet[Row]):
                 with_commands=with_commands,
                 actor=_name(request),
             )
-            started = replay.ask(wish)
+            started = replay.start(wanted)
         except DjangoValidationError as error:
             raise ValidationError(error.message_dict) from error
         except CannotReplay as error:
@@ -107,7 +107,7 @@ def organization_for(access: Access, resource: str, uuid: Any) -> Organization |
 
 
 @extend_schema_view(replay=extend_schema(request=RejectedReplayWishSerializer, responses={202: ReplaySerializer}))
-class RejectedEventViewSet(KeptViewSet[RejectedEvent]):
+class RejectedEventViewSet(DecidableViewSet[RejectedEvent]):
     """What was sent and not accepted, newest first. What no organization could be told for is shown to superusers."""
 
     kind = Replay.Kind.REJECTED
@@ -119,7 +119,7 @@ class RejectedEventViewSet(KeptViewSet[RejectedEvent]):
 
 
 @extend_schema_view(replay=extend_schema(request=DeadReplayWishSerializer, responses={202: ReplaySerializer}))
-class DeadLetterViewSet(KeptViewSet[DeadLetter]):
+class DeadLetterViewSet(DecidableViewSet[DeadLetter]):
     """Accepted events that failed at every attempt, newest first."""
 
     kind = Replay.Kind.DEAD

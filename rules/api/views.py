@@ -118,7 +118,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         """Locked when it is to be changed, so that changes that cross do not undo one another."""
         chain = super().get_object()
         if self.request.method in ("PUT", "PATCH"):
-            return locked_chain(chain)
+            return _locked(chain)
         return chain
 
     @transaction.atomic
@@ -142,7 +142,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
 
     @transaction.atomic
     def _switched(self, *, enabled: bool) -> Response:
-        chain = locked_chain(self.get_object())
+        chain = _locked(self.get_object())
         with refusing():
             editing.switch(chain, enabled=enabled, by=_name(self.request))
         return self._detail(chain)
@@ -260,10 +260,10 @@ def _tried(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> Respons
         raise ValuesUnknown from error
 
 
-def locked_chain(chain: RuleChain) -> RuleChain:
-    return get_object_or_404(
-        RuleChain.objects.select_for_update(of=("self",)).select_related("organization"), pk=chain.pk
-    )
+def _locked(chain: RuleChain) -> RuleChain:
+    """The chain as it is now; 404 when it was deleted meanwhile."""
+    found: RuleChain = get_object_or_404(RuleChain.objects.locked(), pk=chain.pk)
+    return found
 
 
 @contextmanager
@@ -345,7 +345,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
         if not to_change:
             return chain
         self.access.demand("change", self.resource, chain.organization_id)
-        return locked_chain(chain)
+        return _locked(chain)
 
     def _node(self, nodes: Sequence[RuleNode]) -> RuleNode:
         node = next((node for node in nodes if node.uuid == self.kwargs["uuid"]), None)

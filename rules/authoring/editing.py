@@ -25,7 +25,8 @@ Row = TypeVar("Row", bound=Model)
 
 def locked(chain_id: int) -> RuleChain:
     """The chain as it is now, until the end of the transaction unchanged by others. Raises RuleChain.DoesNotExist."""
-    return RuleChain.objects.select_for_update(of=("self",)).select_related("organization").get(pk=chain_id)
+    found: RuleChain = RuleChain.objects.locked().get(pk=chain_id)
+    return found
 
 
 @transaction.atomic

@@ -17,7 +17,7 @@ from django.utils import timezone
 from aemos.lib.progress import ProgressBar
 from devices.models import Organization
 from rules.admission import filtersets, replay
-from rules.admission.replay import CannotReplay, Wish
+from rules.admission.replay import CannotReplay, ReplayRequest
 from rules.models import Replay
 
 LOOK_SECONDS = 0.5
@@ -58,10 +58,10 @@ class Command(BaseCommand):
             if options["stop"]:
                 self._stop(options["stop"], actor=options["actor"])
                 return
-            wish = _wish(options)
-            self._show(wish)
+            request = _replay_request(options)
+            self._show(request)
             if not options["dry_run"]:
-                self._replay(wish)
+                self._replay(request)
         except (CannotReplay, ValidationError) as error:
             raise CommandError(_error_text(error)) from error
         except DatabaseError as error:
@@ -75,17 +75,17 @@ class Command(BaseCommand):
             raise CommandError(f"The replay is {found.state} already.")
         self.stdout.write(f"Stopped after {found.replayed:,} events.")
 
-    def _show(self, wish: Wish) -> None:
-        name = "reason" if wish.kind == Replay.Kind.REJECTED else "error"
-        groups = wish.rows().order_by().values_list(name).annotate(number=Count("pk")).order_by("-number")
+    def _show(self, request: ReplayRequest) -> None:
+        name = "reason" if request.kind == Replay.Kind.REJECTED else "error"
+        groups = request.rows().order_by().values_list(name).annotate(number=Count("pk")).order_by("-number")
         total = 0
         for what, number in groups:
             total += number
             self.stdout.write(f"{number:>12,}  {what}")
         self.stdout.write(f"{total:>12,}  in all")
 
-    def _replay(self, wish: Wish) -> None:
-        started = replay.ask(wish)
+    def _replay(self, request: ReplayRequest) -> None:
+        started = replay.start(request)
         self.stdout.write(f"Replay {started.uuid} at {started.rate} events/s at most.")
         try:
             ended = self._follow(started)
@@ -115,13 +115,13 @@ class Command(BaseCommand):
                 time.sleep(LOOK_SECONDS)
 
 
-def _wish(options: dict[str, Any]) -> Wish:
+def _replay_request(options: dict[str, Any]) -> ReplayRequest:
     kind = Replay.Kind.DEAD if options["dead_letters"] else Replay.Kind.REJECTED
     if options["dead_letters"] and options["reason"]:
         raise CommandError("Dead letters have no --reason.")
     named = {name: options[name] for name in ("reason", "lane") if options[name]}
     named |= {name: _moment(options[name], name) for name in ("since", "until") if options[name]}
-    return Wish(
+    return ReplayRequest(
         kind=kind,
         criteria=filtersets.criteria(kind, named),
         organization=_organization(options["organization"]),
