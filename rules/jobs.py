@@ -23,7 +23,7 @@ from rules.journal import tickets
 from rules.journal.lease import Finished, Lease, StateConflict
 from rules.journal.slots import Slot
 from rules.processing import failures, index, timers
-from rules.processing.batch import Ended
+from rules.processing.batch import BatchResult
 from rules.processing.condition_memory import Memory
 from rules.processing.isolation import AWAY, process
 from rules.processing.takeover import take_over
@@ -75,7 +75,7 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, process(work.events, work, begin=lease.renew_if_due))
+        _finish(lease, work, process(work.events, work, on_event_start=lease.renew_if_due))
         if time.monotonic() > deadline:
             return
 
@@ -97,21 +97,21 @@ def _entries_to_read(work: Work) -> int:
     return max(1, min(READ_ENTRIES, (BATCH_EVENTS - len(work.events)) // events_per_entry))
 
 
-def _finish(lease: Lease, work: Work, ended: Ended) -> None:
+def _finish(lease: Lease, work: Work, result: BatchResult) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
-    perform.tell(ended.performed)
-    latest.remember(ended.latest)
-    timers.remember(ended.wakes)
-    live_channel.tell(ended.watched)
-    delayed = failures.next_attempts(ended.failures)
-    dead = len({failure.event.id for failure in ended.failures}) - len(delayed)
+    perform.tell(result.applied)
+    latest.remember(result.latest)
+    timers.remember(result.next_timers)
+    live_channel.tell(result.live_readings)
+    delayed = failures.next_attempts(result.failures)
+    dead = len({failure.event.id for failure in result.failures}) - len(delayed)
     finished = Finished(
         entry_ids=work.entries,
         retries=work.retries,
-        processed=ended.processed,
-        duplicate=ended.duplicate,
+        processed=result.processed,
+        duplicate=result.duplicate,
         dead=dead + work.unreadable,
-        organizations=_ended_by_organization(work, ended),
+        organizations=_finished_by_organization(work, result),
         delayed=delayed,
     )
     if not _acknowledge(lease, finished, work.memory):
@@ -128,9 +128,9 @@ def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
             memory.catch_up()
 
 
-def _ended_by_organization(work: Work, ended: Ended) -> Counter[int]:
+def _finished_by_organization(work: Work, result: BatchResult) -> Counter[int]:
     """Events by organization, without those that wait for another attempt."""
-    again = {failure.event.id for failure in ended.failures if not failures.is_final(failure)}
+    again = {failure.event.id for failure in result.failures if not failures.is_final(failure)}
     return Counter(event.organization_id for event in work.events if event.id not in again)
 
 

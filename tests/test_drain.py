@@ -22,6 +22,7 @@ from rules import ingest, jobs
 from rules.admission import control, rejections
 from rules.authoring import editing
 from rules.effects import states, suspension
+from rules.effects.perform import Performed
 from rules.events import Event
 from rules.journal import lease, recovery, slots, tickets
 from rules.journal.lease import Lease
@@ -29,6 +30,10 @@ from rules.journal.ledger import Account, audit
 from rules.journal.slots import Slot
 from rules.models import DeadLetter
 from rules.processing import batch, failures, index, takeover
+from rules.processing.stages import decide
+from rules.processing.stages import store as stages_store
+from rules.processing.stages.collect import Inputs
+from rules.processing.stages.store import Stored
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
@@ -298,7 +303,7 @@ def fail_on(value: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     real = batch.process
 
-    def process(due: list[Event], *rest: Any, **options: Any) -> batch.Ended:
+    def process(due: list[Event], *rest: Any, **options: Any) -> batch.BatchResult:
         sizes.append(len(due))
         if any(event.values.get("ph") == value for event in due):
             raise ValueError("this one cannot be processed")
@@ -339,7 +344,7 @@ def drain_and_die(farm: Farm, monkeypatch: pytest.MonkeyPatch, **stages: Any) ->
 
     with monkeypatch.context() as patch:
         for name, stage in stages.items():
-            patch.setattr(batch._Run, name, stage)
+            patch.setattr(decide if name == "decide_event" else batch, name, stage)
         patch.setattr(Lease, "release", not_done)
         with pytest.raises(Killed):
             jobs.drain(farm.slot.lane, farm.slot.partition)
@@ -349,17 +354,17 @@ def drain_and_die(farm: Farm, monkeypatch: pytest.MonkeyPatch, **stages: Any) ->
 def test_an_event_that_killed_three_workers_that_were_at_it_is_put_aside(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = batch._Run.decide
+    real = decide.decide_event
 
-    def decide(self: batch._Run, event: Event, names: Any) -> None:
+    def decide_event(event: Event, *rest: Any) -> decide.Decision:
         if event.values["ph"] == 6.66:
             raise Killed
-        real(self, event, names)
+        return real(event, *rest)
 
     farm.post(6.1, 6.66, 6.9)
     for _ in range(1 + takeover.DEATHS):  # the first of them did not note what it was at
-        drain_and_die(farm, monkeypatch, decide=decide)
-    monkeypatch.setattr(batch._Run, "decide", decide)
+        drain_and_die(farm, monkeypatch, decide_event=decide_event)
+    monkeypatch.setattr(decide, "decide_event", decide_event)
     drain_all()
 
     assert DeadLetter.objects.get().error == "the worker died 3 times while it processed this event"
@@ -369,19 +374,19 @@ def test_an_event_that_killed_three_workers_that_were_at_it_is_put_aside(
 
 
 def test_workers_that_are_killed_by_chance_cost_no_event(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = batch._Run.decide
+    real = decide.decide_event
 
     def dies_at(value: float) -> Any:
-        def decide(self: batch._Run, event: Event, names: Any) -> None:
+        def decide_event(event: Event, *rest: Any) -> decide.Decision:
             if event.values["ph"] == value:
                 raise Killed
-            real(self, event, names)
+            return real(event, *rest)
 
-        return decide
+        return decide_event
 
     farm.post(6.1, 6.66, 6.9)
     for value in (6.9, 6.66, 6.66, 6.9, 6.9):
-        drain_and_die(farm, monkeypatch, decide=dies_at(value))
+        drain_and_die(farm, monkeypatch, decide_event=dies_at(value))
     drain_all()
 
     assert DeadLetter.objects.count() == 0
@@ -390,17 +395,17 @@ def test_workers_that_are_killed_by_chance_cost_no_event(farm: Farm, monkeypatch
 
 
 def test_effects_that_kill_are_laid_to_their_own_event(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = batch._Run.act
+    real = batch.apply
 
-    def act(self: batch._Run) -> None:
-        if any(event.values["ph"] == 6.66 for event in self._ran):
+    def apply(decided: decide.Decided) -> Performed:
+        if any(event.values["ph"] == 6.66 for event in decided.completed):
             raise Killed
-        real(self)
+        return real(decided)
 
     farm.post(6.1, 6.66, 6.9)
     for _ in range(takeover.TOGETHER_DELIVERIES + takeover.DEATHS):
-        drain_and_die(farm, monkeypatch, act=act)
-    monkeypatch.setattr(batch._Run, "act", act)
+        drain_and_die(farm, monkeypatch, apply=apply)
+    monkeypatch.setattr(batch, "apply", apply)
     drain_all()
 
     assert DeadLetter.objects.get().event["values"] == {"ph": 6.66}
@@ -411,7 +416,7 @@ def test_effects_that_kill_are_laid_to_their_own_event(farm: Farm, monkeypatch: 
 def test_redis_that_goes_away_under_a_take_over_costs_no_event(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "STALL_SECONDS", 0)
     farm.post(6.1, 6.66, 6.9)
-    drain_and_die(farm, monkeypatch, decide=_die)
+    drain_and_die(farm, monkeypatch, decide_event=_die)
 
     def away(*_: object, **__: object) -> None:
         raise redis_errors.ConnectionError("Connection refused")
@@ -435,17 +440,17 @@ def _die(*_: object) -> None:
 def test_an_event_that_kills_before_it_is_decided_is_found_one_by_one(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = batch._Run.store
+    real = stages_store.store
 
-    def store(self: batch._Run) -> Any:
-        if any(event.values["ph"] == 6.66 for event in self._batch):
+    def store(inputs: Inputs) -> Stored:
+        if any(event.values["ph"] == 6.66 for event in inputs.batch):
             raise Killed
-        return real(self)
+        return real(inputs)
 
     farm.post(6.1, 6.66, 6.9)
     for _ in range(takeover.TOGETHER_DELIVERIES + takeover.DEATHS):
         drain_and_die(farm, monkeypatch, store=store)
-    monkeypatch.setattr(batch._Run, "store", store)
+    monkeypatch.setattr(batch, "store", store)
     drain_all()
 
     assert DeadLetter.objects.get().event["values"] == {"ph": 6.66}

@@ -27,8 +27,11 @@ from rules.effects.cooldowns import CLOCK_TOLERANCE, Cooldowns, Rest
 from rules.events import Event, EventType
 from rules.models import ActionCooldown, Alarm, RuleChain
 from rules.processing import batch, index
-from rules.processing.batch import Ended
+from rules.processing.batch import BatchResult
 from rules.processing.condition_memory import Memory
+from rules.processing.stages.collect import collect
+from rules.processing.stages.decide import decide
+from rules.processing.stages.store import store
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_fresh")]
@@ -69,20 +72,20 @@ class Farm:
         }  # fmt: skip
         return Event(**{**known, **fields})
 
-    def send(self, *batch_of: Event) -> Ended:
+    def send(self, *batch_of: Event) -> BatchResult:
         return process(batch_of)
 
     def switch(self, value: str) -> None:
         DeviceState.objects.filter(pk=self.power.pk).update(value=value)
 
 
-def process(batch_of: Sequence[Event]) -> Ended:
+def process(batch_of: Sequence[Event]) -> BatchResult:
     """What a worker does with a batch, without the journal."""
     index.shared().refresh(at_once=True)
     catalogue.shared().refresh(at_once=True)
-    ended = batch.process(batch_of, lambda failures: None, memory=Memory())
-    perform.tell(ended.performed)
-    return ended
+    result = batch.process(batch_of, lambda failures: None, memory=Memory())
+    perform.tell(result.applied)
+    return result
 
 
 @pytest.fixture
@@ -155,13 +158,11 @@ def test_the_same_wishes_twice_leave_one_of_everything(farm: Farm) -> None:
     )
     index.shared().refresh(at_once=True)
     event = farm.event()
-    (bound,) = index.shared().triggered(("sensor", str(farm.sensor.uuid)), ["ph"], organization_id=farm.organization.pk)
-    run = batch._Run([event], Memory())
-    run._run_chain(bound, event)
+    decided = decide(store(inputs := collect([event], Memory())), inputs)
 
     for _ in range(2):
         with transaction.atomic():
-            done = perform.perform(run._wishes)
+            done = perform.perform(decided.effects)
         perform.tell(done)
 
     assert (done.changes, done.notes, done.alarms) == ([], [], [])

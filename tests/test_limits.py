@@ -24,7 +24,8 @@ from rules.journal.ledger import Account
 from rules.journal.slots import Slot
 from rules.journal.tickets import AllowedJob
 from rules.models import ChainStatistics, DeadLetter
-from rules.processing import batch, index, statistics
+from rules.processing import index, statistics
+from rules.processing.stages import decide
 from rules.processing.worker import DrainWorker
 from tests import builders
 
@@ -156,14 +157,14 @@ def test_an_event_that_holds_its_worker_too_long_is_put_aside_and_the_others_act
     farm: Farm, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.WORKER_TIMEOUT_MS = 1_000
-    real = batch._Run.decide
+    real = decide.decide_event
 
-    def decide(run: Any, event: Event, names: Any) -> None:
+    def decide_event(event: Event, *rest: Any) -> decide.Decision:
         if event.values["ph"] == 5.2:
             time.sleep(30)
-        real(run, event, names)
+        return real(event, *rest)
 
-    monkeypatch.setattr(batch._Run, "decide", decide)
+    monkeypatch.setattr(decide, "decide_event", decide_event)
     _, stuck, _ = farm.append(5.1, 5.2, 5.3)
     tickets.issue(farm.slot)
     began = time.monotonic()

@@ -25,6 +25,7 @@ from rules.journal.slots import Slot
 from rules.models import DeadLetter, RuleChain
 from rules.processing import batch, condition_memory, index, schedules
 from rules.processing.condition_memory import Memory
+from rules.processing.stages.decide import Decided
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
@@ -231,14 +232,15 @@ def test_an_edit_of_the_condition_begins_anew_with_the_stored_readings(farm: Far
 def test_an_event_that_raises_has_not_been_observed_by_those_after_it(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = batch._Run.act
+    real = batch.apply
 
-    def act(run: Any) -> None:
-        real(run)
-        if any(event.values["ph"] == 6.66 for event in run._batch):
+    def apply(decided: Decided) -> Any:
+        applied = real(decided)
+        if any(event.values["ph"] == 6.66 for event in decided.completed):
             raise ValueError("this one cannot be stored")
+        return applied
 
-    monkeypatch.setattr(batch._Run, "act", act)
+    monkeypatch.setattr(batch, "apply", apply)
     slot = farm.append((1, 6.3), (2, 6.66), (3, 6.3))
     drain(slot)
 

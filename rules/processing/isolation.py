@@ -12,8 +12,9 @@ from rq.timeouts import BaseTimeoutException
 
 from rules.events import Event
 from rules.processing import batch, failures
-from rules.processing.batch import Begin, Ended
+from rules.processing.batch import BatchResult
 from rules.processing.failures import Failure
+from rules.processing.stages.decide import OnEventStart
 from rules.processing.work import Work
 
 log = logging.getLogger(__name__)
@@ -21,34 +22,34 @@ log = logging.getLogger(__name__)
 AWAY = (OperationalError, InterfaceError, RedisError)
 
 
-def process(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
+def process(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart) -> BatchResult:
     """The batch in one transaction, or, when something in it raises, event by event, so that one cannot stop the others."""
     try:
-        return _together(due, work, begin=begin)
+        return _together(due, work, on_event_start=on_event_start)
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception:
         if len(due) > 1:
             log.exception("a batch of %d events failed, going on event by event", len(due))
-    return process_one_by_one(due, work, begin=begin)
+    return process_one_by_one(due, work, on_event_start=on_event_start)
 
 
-def _together(due: Sequence[Event], work: Work, *, begin: Begin | None) -> Ended:
+def _together(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart | None) -> BatchResult:
     keep = partial(failures.keep, lane=work.lane)
-    return batch.process(due, keep, memory=work.memory, begin=begin, taken_over=work.taken_over)
+    return batch.process(due, keep, memory=work.memory, on_event_start=on_event_start, redelivered=work.redelivered)
 
 
-def process_one_by_one(due: Sequence[Event], work: Work, *, begin: Begin) -> Ended:
-    ended = Ended()
+def process_one_by_one(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart) -> BatchResult:
+    result = BatchResult()
     for event in due:
-        ended.add(_alone(event, work, begin=begin))
-    return ended
+        result.add(_alone(event, work, on_event_start=on_event_start))
+    return result
 
 
-def _alone(event: Event, work: Work, *, begin: Begin) -> Ended:
-    begin(event)  # once: whatever happens from here to the commit is this event's doing
+def _alone(event: Event, work: Work, *, on_event_start: OnEventStart) -> BatchResult:
+    on_event_start(event)  # once: whatever happens from here to the commit is this event's doing
     try:
-        return _together([event], work, begin=None)
+        return _together([event], work, on_event_start=None)
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception as error:
@@ -56,7 +57,7 @@ def _alone(event: Event, work: Work, *, begin: Begin) -> Ended:
         return dead_letter(Failure.of(event, error), lane=work.lane)
 
 
-def dead_letter(failure: Failure, *, lane: str) -> Ended:
+def dead_letter(failure: Failure, *, lane: str) -> BatchResult:
     with transaction.atomic():
         failures.keep([failure], lane=lane)
-    return Ended(failures=[failure])
+    return BatchResult(failures=[failure])

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from rules.events import Event
 from rules.journal.lease import Lease
-from rules.processing.batch import Ended
+from rules.processing.batch import BatchResult
 from rules.processing.failures import Failure
 from rules.processing.isolation import AWAY, dead_letter, process, process_one_by_one
 from rules.processing.work import BATCH_EVENTS, Work
@@ -23,7 +23,7 @@ TOGETHER_DELIVERIES = 2
 DEATHS = 3
 
 
-def take_over(lease: Lease) -> tuple[Work, Ended] | None:
+def take_over(lease: Lease) -> tuple[Work, BatchResult] | None:
     """Processes what a worker was given and did not finish; None when there is nothing.
 
     1. Read the entries that are pending, and the last checkpoint: the event that a worker was deciding when it died.
@@ -37,29 +37,29 @@ def take_over(lease: Lease) -> tuple[Work, Ended] | None:
         return None
     log.warning("taking over %d events that a worker did not finish", len(work.events))
     suspect, deaths = lease.last_checkpoint()
-    ended, due = Ended(), work.events
+    result, due = BatchResult(), work.events
     if deaths >= DEATHS:
         for event in work.events:
             if str(event.id) == suspect:
                 error = f"the worker died {deaths} times while it processed this event"
-                ended.add(dead_letter(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
+                result.add(dead_letter(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
         due = [event for event in work.events if str(event.id) != suspect]
     # Dying again without a checkpoint means dying before or after the decisions; one by one it shows which event it is.
     process_all = process if deliveries <= TOGETHER_DELIVERIES else process_one_by_one
     try:
-        ended.add(process_all(due, work, begin=partial(_checkpoint, lease, deaths={suspect: deaths})))
+        result.add(process_all(due, work, on_event_start=partial(_checkpoint, lease, deaths={suspect: deaths})))
     except AWAY:
         # Where Redis is away the checkpoint stays, and counts as one death.
         with contextlib.suppress(RedisError):
             lease.clear_checkpoint()
         raise
     lease.clear_checkpoint()
-    return work, ended
+    return work, result
 
 
 def _pending(lease: Lease) -> tuple[Work, int]:
     """Entries of at most about one batch, and how often the first of them was given to a worker."""
-    work, deliveries = Work(lane=lease.slot.lane, taken_over=True), 0
+    work, deliveries = Work(lane=lease.slot.lane, redelivered=True), 0
     entry = lease.next_pending()
     while entry and len(work.events) < BATCH_EVENTS:
         deliveries = deliveries or lease.deliveries(entry)

@@ -24,7 +24,7 @@ class Work:
 
     lane: str
     memory: Memory = field(default_factory=Memory)
-    taken_over: bool = False
+    redelivered: bool = False
     events: list[Event] = field(default_factory=list)
     entries: list[bytes] = field(default_factory=list)
     retries: list[bytes] = field(default_factory=list)

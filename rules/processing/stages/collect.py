@@ -1,0 +1,92 @@
+"""Collect what a batch needs besides its events, before its transaction begins: a lock must not wait for Redis."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.utils import timezone
+
+from aemos.lib import metrics
+from aemos.lib.batched import batched
+from devices import catalogue
+from devices import latest as latest_values
+from devices.catalogue import Originator
+from devices.latest import Key, Latest
+from notifications import live_channel
+from rules import events
+from rules.engine.bound import BoundChain
+from rules.engine.values import Watch
+from rules.events import Event
+from rules.processing import index
+from rules.processing.condition_memory import Memory
+
+# Values asked of Redis in one round trip; between two of them the time is looked at.
+RECALL_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """A batch with what is known before it.
+
+    `latest`: values of what its chains read. `unread`: references that DATA_COLLECTION_TIMEOUT_MS left no time to read; a
+    chain that needs one fails with that code. `commanded`: ids of the states that its chains may set. `watched`: ids of the
+    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970.
+    """
+
+    batch: Sequence[Event]
+    originators: Mapping[tuple[str, str], Originator]
+    latest: Mapping[Key, Latest]
+    unread: frozenset[Key]
+    memory: Memory
+    commanded: frozenset[int]
+    watched: frozenset[int]
+    now_us: int
+
+    def originator(self, event: Event) -> Originator | None:
+        return self.originators.get((event.source_type, event.originator_uuid))
+
+
+def collect(batch: Sequence[Event], memory: Memory) -> Inputs:
+    """Raises RedisError when latest values cannot be read, and what the database raises."""
+    began = time.monotonic()
+    index.shared().look_for(uuid for event in batch for uuid in events.named(event) or ())
+    chains = {bound.id: bound for event in batch for bound in chains_of(event, event.values)}
+    latest, unread = _read_latest(chains.values(), deadline=began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000)
+    watches: dict[str, Watch] = {watch.key: watch for bound in chains.values() for watch in bound.compiled.watches}
+    if watches:
+        memory.collect(watches.values(), since_us=min(event.timestamp_us for event in batch), latest=latest)
+    inputs = Inputs(
+        batch=batch,
+        originators=catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch}),
+        latest=latest,
+        unread=unread,
+        memory=memory,
+        commanded=frozenset(state_id for bound in chains.values() for state_id in bound.commanded),
+        watched=live_channel.shared().ids(),
+        now_us=events.microseconds(timezone.now()),
+    )
+    metrics.COLLECTION_SECONDS.observe(time.monotonic() - began)
+    return inputs
+
+
+def chains_of(event: Event, names: Iterable[str]) -> Sequence[BoundChain]:
+    """The chains that the event is for: those it names, or those that wait for one of these values of its source."""
+    named = events.named(event)
+    if named is not None:
+        return index.shared().named(named, organization_id=event.organization_id)
+    source = (event.source_type, event.originator_uuid)
+    return index.shared().triggered(source, names, organization_id=event.organization_id)
+
+
+def _read_latest(chains: Iterable[BoundChain], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:
+    """The latest values of all that the chains read, and what was not read before the deadline."""
+    references = list(dict.fromkeys(reference for bound in chains for reference in bound.compiled.references))
+    latest: dict[Key, Latest] = {}
+    for position, some in enumerate(batched(references, RECALL_AT_ONCE)):
+        if time.monotonic() > deadline:
+            return latest, frozenset(references[position * RECALL_AT_ONCE :])
+        latest |= latest_values.recall(some)
+    return latest, frozenset()

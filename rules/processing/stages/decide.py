@@ -1,0 +1,287 @@
+"""Decide what a batch's events lead to: run the chains of each event, in the order of the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.conf import settings
+
+from devices.latest import Key, Latest
+from rules import events
+from rules.effects import perform, states
+from rules.effects.perform import Performed
+from rules.engine.bound import BoundChain
+from rules.engine.chains import Outcome
+from rules.engine.context import Trigger
+from rules.engine.effect_types import DeviceCommand, Effect
+from rules.engine.exceptions import ChainFailed, ErrorCode
+from rules.engine.values import Reference, Sample
+from rules.events import Event
+from rules.models import RuleChain
+from rules.processing import statistics, timers
+from rules.processing.failures import Failure
+from rules.processing.stages.collect import Inputs, chains_of
+from rules.processing.stages.store import Stored
+from rules.processing.timers import Waiting
+
+log = logging.getLogger(__name__)
+
+OnEventStart = Callable[[Event | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What one event led to. `sets`: the device states that its effects set."""
+
+    failures: list[Failure]
+    effects: list[perform.Wish] = field(default_factory=list)
+    sets: set[Reference] = field(default_factory=set)
+    next_timers: dict[Waiting, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """`completed`: events of which no chain failed. `effects`: what is still to be applied. `applied`: what was applied
+    already, because a chain of a later event reads it. `latest`: the newest values of sensors, for Redis. `next_timers`:
+    when time alone may change an outcome, in microseconds since 1970.
+    """
+
+    completed: Sequence[Event]
+    failures: Sequence[Failure]
+    effects: Sequence[perform.Wish]
+    applied: Performed
+    latest: dict[Key, Latest]
+    next_timers: dict[Waiting, int]
+    chain_runs: statistics.Runs
+
+
+def decide(
+    stored: Stored, inputs: Inputs, *, on_event_start: OnEventStart | None = None, redelivered: bool = False
+) -> Decided:
+    """Runs in the current transaction. A chain that fails neither stops the others nor undoes the reading.
+
+    For each event: 1. what it says becomes known, 2. its conditions over time observe it, 3. its chains run on what is known.
+    A duplicate runs no chain; if it was `redelivered`, only its conditions over time and timers are brought up to date.
+    """
+    known = KnownValues(inputs)
+    pending = PendingEffects(known)
+    completed: list[Event] = []
+    failures: list[Failure] = []
+    next_timers: dict[Waiting, int] = {}
+    chain_runs = statistics.Runs()
+    for event, names in stored.events:
+        if on_event_start:
+            on_event_start(event)
+        known.update(event, names)
+        if names is None:
+            if redelivered:
+                next_timers |= _replay_condition_state(event, known)
+            continue
+        chains = chains_of(event, names)
+        pending.apply_if_read(chains)
+        _observe(event, names, chains, inputs)
+        decision = decide_event(event, chains, known, chain_runs)
+        if not decision.failures:
+            completed.append(event)
+        failures += decision.failures
+        next_timers |= decision.next_timers
+        pending.add(decision)
+    return Decided(
+        completed=completed,
+        failures=failures,
+        effects=pending.effects,
+        applied=pending.applied,
+        latest=known.of_sensors,
+        next_timers=next_timers,
+        chain_runs=chain_runs,
+    )
+
+
+class KnownValues:
+    """The latest values as the events of a batch see them one after the other: those ahead must not see what is behind.
+
+    `of_sensors`: the part that Redis is to be told after the commit.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.of_sensors: dict[Key, Latest] = {}
+        self._latest = dict(inputs.latest)
+
+    def look_up(self, reference: Reference) -> Sample | None:
+        found = self._latest.get(reference)
+        return Sample(*found) if found else None
+
+    def update(self, event: Event, names: Sequence[str] | None) -> None:
+        """With what the event says.
+
+        Of telemetry also when it is a duplicate: the run that stored it may have died before it told Redis. What a device
+        reports reaches Redis with the change that it is.
+        """
+        if event.source_type == "sensor":
+            for name, value in event.values.items():
+                key = (event.source_type, event.originator_uuid, name)
+                _put_if_newer(self._latest, key, value, event.timestamp_us)
+                _put_if_newer(self.of_sensors, key, value, event.timestamp_us)
+        elif event.source_type == "device" and event.chains is None:
+            for name in names or ():
+                key = (event.source_type, event.originator_uuid, name)
+                _put_if_newer(self._latest, key, event.values[name], min(event.timestamp_us, self.inputs.now_us))
+
+    def update_states(self, changes: Iterable[states.Change]) -> None:
+        self._latest.update(states.latest_of(change.row.state) for change in changes)
+
+
+def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> None:
+    if key not in known or known[key].timestamp_us <= at_us:
+        known[key] = Latest(value, at_us)
+
+
+class PendingEffects:
+    """The effects that are not applied yet: together they cost few queries, but a chain must see what was set before it."""
+
+    def __init__(self, known: KnownValues) -> None:
+        self.effects: list[perform.Wish] = []
+        self.applied = Performed()
+        self._known = known
+        self._sets: set[Reference] = set()
+
+    def add(self, decision: Decision) -> None:
+        self.effects += decision.effects
+        self._sets |= decision.sets
+
+    def apply_if_read(self, chains: Sequence[BoundChain]) -> None:
+        if not self._sets or not any(self._sets & bound.compiled.references for bound in chains):
+            return
+        applied = perform.perform(self.effects)
+        self._known.update_states(applied.changes)
+        self.applied += applied
+        self.effects, self._sets = [], set()
+
+
+def decide_event(
+    event: Event, chains: Sequence[BoundChain], known: KnownValues, chain_runs: statistics.Runs
+) -> Decision:
+    """Runs these chains for the event; `chain_runs` counts them."""
+    decision = Decision(failures=_not_run(event, chains))
+    too_late = bool(event.command_deadline_us) and known.inputs.now_us > event.command_deadline_us
+    for bound in chains:
+        began = time.perf_counter()
+        try:
+            _require_read(bound, event, known.inputs)
+            outcome = bound.compiled.run(_trigger(bound, event, known))
+            effects = [perform.wish(effect, bound, event) for effect in outcome.effects]
+        except ChainFailed as error:
+            chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
+            decision.failures.append(_failure(error, bound, event))
+            continue
+        chain_runs.completed(bound, outcome, seconds=time.perf_counter() - began)
+        decision.next_timers.update(_next_timers(bound, outcome))
+        if too_late:
+            log.info("%s would have done %d actions for an event that is too old now", bound.name, len(effects))
+            continue
+        decision.effects.extend(effects)
+        decision.sets.update(_sets(outcome.effects))
+    return decision
+
+
+def _trigger(bound: BoundChain, event: Event, known: KnownValues) -> Trigger:
+    originator = known.inputs.originator(event)
+    return Trigger(
+        event_id=str(event.id),
+        source_type=event.source_type,
+        uuid=event.originator_uuid,
+        values=event.values,
+        timestamp_us=event.timestamp_us,
+        lookup=known.look_up,
+        memory=known.inputs.memory.values,
+        refuses=perform.refuses,
+        originator=originator.name if originator else bound.name,
+        deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
+    )
+
+
+def _sets(effects: Sequence[Effect]) -> list[Reference]:
+    commands = (effect for effect in effects if isinstance(effect, DeviceCommand))
+    return [Reference("device", command.device_uuid, command.state_name) for command in commands]
+
+
+def _next_timers(bound: BoundChain, outcome: Outcome) -> dict[Waiting, int]:
+    if not bound.timers:
+        return {}
+    return {timers.of(bound.compiled, source): due_us for source, due_us in outcome.wakes.items()}
+
+
+def _require_read(bound: BoundChain, event: Event, inputs: Inputs) -> None:
+    """Raises ChainFailed when a value that the chain needs, and the event does not bring, was not read in time."""
+    if not inputs.unread:
+        return
+    missed = [
+        f"{source_type} {uuid} {name}"
+        for source_type, uuid, name in bound.compiled.references & inputs.unread
+        if uuid != event.originator_uuid or name not in event.values
+    ]
+    if missed:
+        cause = f"not read within {settings.DATA_COLLECTION_TIMEOUT_MS} ms: the latest values of "
+        named = ", ".join(sorted(missed)[:10])
+        raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
+
+
+def _observe(event: Event, names: Sequence[str], chains: Sequence[BoundChain], inputs: Inputs) -> None:
+    """Shows the event to conditions over time, to each once, whatever way the chains then take."""
+    if event.chains is not None:
+        return
+    source = (event.source_type, event.originator_uuid)
+    watches = {
+        watch.key: watch
+        for bound in chains
+        for watch in bound.compiled.watches
+        if watch.reference[:2] == source and watch.reference.key in names
+    }
+    for watch in watches.values():
+        inputs.memory.observe(watch, Sample(event.values[watch.reference.key], event.timestamp_us))
+
+
+def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, int]:
+    """Conditions and timers of an event whose worker died after the commit: all else of it is done.
+
+    The chains run for what they say of time alone, and their effects are dropped: the first run has had them.
+    """
+    names = list(event.values)
+    chains = [bound for bound in chains_of(event, names) if bound.compiled.watches or bound.compiled.timers]
+    _observe(event, names, chains, known.inputs)
+    next_timers: dict[Waiting, int] = {}
+    for bound in chains:
+        with contextlib.suppress(ChainFailed):  # the first run has reported it
+            next_timers |= _next_timers(bound, bound.compiled.run(_trigger(bound, event, known)))
+    return next_timers
+
+
+def _not_run(event: Event, ran: Sequence[BoundChain]) -> list[Failure]:
+    """Failures of the chains that the event names and that do not run any more; a chain that was deleted is no failure."""
+    left = set(events.named(event) or ()) - {bound.uuid for bound in ran}
+    if not left:
+        return []
+    rows = RuleChain.objects.filter(uuid__in=left, organization_id=event.organization_id).order_by("pk")
+    return [
+        Failure(
+            event=event,
+            error=f"{chain} was not run: it is {chain.stopped or 'not valid'}",
+            chain=chain,
+            permanent=bool(chain.stopped),
+        )
+        for chain in rows
+    ]
+
+
+def _failure(error: ChainFailed, bound: BoundChain, event: Event) -> Failure:
+    text = f"{error.code}: {error.cause}" if error.code else error.cause
+    if error.code:
+        log.warning("rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text)
+    return Failure(event=event, error=text, chain=bound, node=error.node, traceback=traceback.format_exc())

@@ -1,0 +1,126 @@
+"""Store a batch's readings and device reports, and find which values of which event are new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from devices.models import StateChange
+from notifications import live_channel
+from notifications.live_channel import Reading
+from rules import events
+from rules.effects import states
+from rules.events import Event
+from rules.processing import readings, schedules
+from rules.processing.failures import Failure
+from rules.processing.readings import Row
+from rules.processing.stages.collect import Inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """`events`: each with the names of its values that are new, None for a duplicate. `changes`: what devices reported.
+
+    `failures`: events that could not be stored. `live_readings`: new readings of variables that people look at.
+    """
+
+    events: Sequence[tuple[Event, Sequence[str] | None]]
+    failures: Sequence[Failure]
+    changes: Sequence[states.Change]
+    live_readings: Sequence[Reading]
+
+    @property
+    def duplicates(self) -> int:
+        return sum(names is None for _, names in self.events)
+
+
+def store(inputs: Inputs) -> Stored:
+    """Writes in the current transaction."""
+    failures = [failure for event in inputs.batch if (failure := _without_originator(event, inputs))]
+    failed = {failure.event.id for failure in failures}
+    batch = [event for event in inputs.batch if event.id not in failed] if failed else inputs.batch
+    ran_before = schedules.already_ran(batch)
+    rows = [_rows_of(event, inputs) for event in batch]
+    all_rows = [row for of_event in rows for row in of_event.values()]
+    new = readings.store(all_rows)
+    live_readings = live_channel.choose(all_rows, new, wanted=inputs.watched)
+    changes, reported = _apply_reports(batch, inputs)
+    stored: list[tuple[Event, Sequence[str] | None]] = []
+    for position, event in enumerate(batch):
+        names: Sequence[str] | None
+        if events.is_run(event):
+            names = None if position in ran_before else ()
+        elif event.chains is not None:  # another attempt: its values are stored, and some chains are still to run
+            names = list(event.values)
+        else:
+            names = reported.pop(event.id, []) + _taken(rows[position], new)
+            names = names or None
+        stored.append((event, names))
+    return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
+
+
+def _without_originator(event: Event, inputs: Inputs) -> Failure | None:
+    """The failure of an event whose originator, or one of whose variables, was deleted after it was accepted."""
+    if events.is_run(event):
+        return None
+    originator = inputs.originator(event)
+    if originator is None:
+        deleted = f"{event.source_type} {event.originator_uuid}"
+    elif unknown := event.values.keys() - originator.fields.keys():
+        deleted = f"{', '.join(sorted(unknown))} of {originator.name}"
+    else:
+        return None
+    return Failure(event=event, error=f"{deleted} was deleted after the event was accepted", permanent=True)
+
+
+def _rows_of(event: Event, inputs: Inputs) -> dict[str, Row]:
+    """By name, the readings that an event of a sensor brings."""
+    originator = inputs.originator(event)
+    if originator is None or event.source_type != "sensor" or event.chains is not None:
+        return {}
+    return {
+        name: readings.row_of(originator.fields[name].id, event.timestamp_us, value)
+        for name, value in event.values.items()
+    }
+
+
+def _taken(rows: Mapping[str, Row], new: set[tuple[int, int]]) -> list[str]:
+    """The names whose reading is new. Of two events of one batch with the same reading, the second is the duplicate."""
+    names = [name for name, row in rows.items() if row[:2] in new]
+    new.difference_update(rows[name][:2] for name in names)
+    return names
+
+
+def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[UUID, list[str]]]:
+    """What devices report becomes their state; gives the changes, and by event the names that changed."""
+    requests: list[states.Request] = []
+    reports: dict[str, tuple[UUID, str]] = {}
+    for event in batch:
+        originator = inputs.originator(event)
+        if originator is None or event.source_type != "device" or event.chains is not None:
+            continue
+        for name, value in event.values.items():
+            request = _report(event, originator.fields[name].id, name, value)
+            requests.append(request)
+            reports[request.effect_key] = (event.id, name)
+    # States that chains of the batch may set later are locked at once with these, in the one order.
+    changes = states.apply(requests, to_come=inputs.commanded)
+    changed: dict[UUID, list[str]] = {}
+    for change in changes:
+        event_id, name = reports[change.row.effect_key]
+        changed.setdefault(event_id, []).append(name)
+    return changes, changed
+
+
+def _report(event: Event, state_id: int, name: str, value: object) -> states.Request:
+    return states.Request(
+        effect_key=f"{event.id}:report:{name}",
+        state_id=state_id,
+        value=value,
+        source=StateChange.Source.DEVICE,
+        actor="device",
+        timestamp_us=event.timestamp_us,
+        priority=event.priority,
+        newer_only=True,
+    )
