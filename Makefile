@@ -8,6 +8,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Three processes of tests, each with servers of its own and whole files to run: many tests wait, so two cores have room.
+PARALLEL ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 help:
@@ -27,9 +29,9 @@ run: $(VENV)/.run
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m deploy.servers get
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	@echo "the database parts again, on PostgreSQL"
-	@$(BIN)/python -m pytest --postgres $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose no test that uses the database
+	@$(BIN)/python -m pytest --postgres $(PARALLEL) $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose no test that uses the database
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

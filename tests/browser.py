@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools protocol: a page's address in, what its scripts answer and a picture out."""
+"""Drive a headless Chromium over its DevTools protocol: open a page, ask its scripts, take a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,8 @@ def browser(folder: Path) -> Iterator[Page]:
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        page = Page(_address(log))
-        yield page
-        page.close()
+        with closing(Page(_address(log))) as page:
+            yield page
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from weakref import WeakSet
@@ -53,7 +54,15 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --postgres only what uses the database is run again: the rest cannot tell the difference."""
+    """With --postgres only what uses the database is run again: the rest cannot tell the difference.
+
+    Files whose tests may take long come first: at the end of a parallel run one process would be left alone with them.
+    """
+    longest: defaultdict[Path, float] = defaultdict(float)
+    for item in items:
+        for mark in item.iter_markers("timeout"):
+            longest[item.path] = max(longest[item.path], mark.args[0])
+    items.sort(key=lambda item: -longest[item.path])
     if not config.option.postgres:
         return
     unconcerned = [item for item in items if item.get_closest_marker("django_db") is None]

@@ -23,7 +23,7 @@ from tests.mqtt_clients import Client
 from tests.mqtt_clients import operator as mqtt_operator
 from tests.test_mqtt import forget_sessions
 
-pytestmark = [pytest.mark.usefixtures("empty_redis", "_clean_sessions")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("empty_redis", "_clean_sessions")]
 MOMENTS = 20
 BURST = 15
 MQTT = {"kind": "mqtt"}
