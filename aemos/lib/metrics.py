@@ -9,24 +9,18 @@ import collections
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
-from django.conf import settings
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from aemos.lib import keys, redis
-from aemos.lib.tally import Counters
+from aemos.lib.counters import Counters
 
 SEPARATOR = "|"
 # Seconds; a batch or a chain takes from microseconds to its timeout.
 DURATION_BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
-def _folder() -> Path:
-    return Path(settings.VAR_DIR) / "counts"
-
-
-COUNTERS = Counters(_folder)
+COUNTERS = Counters()
 
 
 class Cell:
