@@ -70,7 +70,7 @@ class Cursor(Protocol):
 class FanOutCursor:
     """Everything that is published from the first `open` on.
 
-    `on_hole` is called before entries are given in front of which others may have been lost: the stream was emptied, or
+    `on_gap` is called before entries are given in front of which others may have been lost: the stream was emptied, or
     is shorter than this reader is late.
     """
 
@@ -79,11 +79,11 @@ class FanOutCursor:
         client: Redis,
         *,
         wall_clock: Callable[[], float] = time.time,
-        on_hole: Callable[[], None] = lambda: None,
+        on_gap: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._wall_clock = wall_clock
-        self._on_hole = on_hole
+        self._on_gap = on_gap
         self._position: bytes | None = None
 
     def open(self) -> None:
@@ -97,7 +97,7 @@ class FanOutCursor:
             self._position = newest
         elif _parts(newest) < _parts(self._position):
             self._position = b"%d-0" % max(_parts(self._position)[0] - REWIND_MS, 0)
-            self._on_hole()
+            self._on_gap()
 
     def read(self, *, wait: bool = True) -> list[Entry]:
         position = self._position or NOTHING
@@ -108,7 +108,7 @@ class FanOutCursor:
         if entries:
             if position != NOTHING and not self._holds(position):
                 log.warning("The stream of notifications has a hole after %s", position.decode())
-                self._on_hole()
+                self._on_gap()
             self._position = entries[-1].id
         return entries
 
@@ -127,7 +127,7 @@ class FanOutCursor:
         """Nothing to do: the clients of this gateway go with it."""
 
 
-class Stretch(NamedTuple):
+class StreamSlice(NamedTuple):
     """Entries that follow one another; `oldest` and `newest` are ids of the whole stream, None and 0-0 without entries."""
 
     entries: list[Entry]
@@ -139,7 +139,7 @@ class Stretch(NamedTuple):
         return self.oldest is None or _parts(before(self.oldest)) <= _parts(position)
 
 
-def stretch_after(client: Redis, position: bytes, *, count: int) -> Stretch:
+def slice_after(client: Redis, position: bytes, *, count: int) -> StreamSlice:
     """At most `count` entries after the position. The oldest id is looked up last: nothing is cut off in between."""
     newest = newest_id(client)
     with client.pipeline(transaction=False) as pipeline:
@@ -149,7 +149,7 @@ def stretch_after(client: Redis, position: bytes, *, count: int) -> Stretch:
     entries = [Entry(entry_id, fields.get(b"m")) for entry_id, fields in found]
     # What was published between the two questions is in the entries.
     ids = [newest, *(entry.id for entry in entries[-1:])]
-    return Stretch(entries, first[0][0] if first else None, max(ids, key=_parts))
+    return StreamSlice(entries, first[0][0] if first else None, max(ids, key=_parts))
 
 
 def before(entry_id: bytes) -> bytes:
@@ -234,7 +234,7 @@ class GroupCursor:
         self._done.append(entry_id)
         self._news.set()
 
-    def keep(self, stopping: Event) -> None:
+    def acknowledge_until_stopped(self, stopping: Event) -> None:
         """Acknowledges what is done and goes on leading, also while the reader waits for its transport, until `stopping`."""
         while not stopping.is_set():
             if self._news.wait(ASK_TO_LEAD_SECONDS):
@@ -242,14 +242,14 @@ class GroupCursor:
             self._news.clear()
             try:
                 self._holds_leadership()
-                self.settle()
+                self.acknowledge()
             except RedisError as error:
                 log.debug("Acknowledgements wait for Redis: %s", error)  # the reader of the stream says so aloud
                 stopping.wait(1.0)
                 self._news.set()
 
-    def settle(self) -> None:
-        """Acknowledges what is done, in one round trip."""
+    def acknowledge(self) -> None:
+        """Acknowledges in Redis what is done, in one round trip."""
         done = self._done[:]
         if done:
             self._client.xack(keys.NOTIFICATIONS, self._group, *done)
@@ -260,7 +260,7 @@ class GroupCursor:
 
     def close(self) -> None:
         """Acknowledges what is done and signs off; entries that are still in flight are left to the other gateways."""
-        self.settle()
+        self.acknowledge()
         consumers: Any = self._client.xinfo_consumers(keys.NOTIFICATIONS, self._group)
         pending = {consumer["name"]: consumer["pending"] for consumer in consumers}
         if pending.get(self._consumer.encode()) == 0:  # a consumer that is deleted takes its pending entries with it

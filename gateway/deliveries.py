@@ -1,4 +1,4 @@
-"""How far deliveries have come: outcomes of the transports in, Delivery rows updated in bulk out.
+"""Record how far deliveries have come: update Delivery rows in bulk with the outcomes of the transports.
 
 Outcomes wait in a bounded buffer and are written about twice a second, one statement for all that are alike; while
 the database is away they wait, and what the buffer cannot hold is counted and logged. A state never goes backwards,
@@ -20,6 +20,7 @@ from django.utils import timezone
 from gevent.event import Event
 
 from aemos.lib.batched import batched
+from aemos.lib.rate_limited_log import RateLimitedLog
 from aemos.lib.text import storable
 from notifications.messages import Protocol
 from notifications.models import Delivery
@@ -57,6 +58,7 @@ class Deliveries:
         self._waiting: dict[tuple[UUID, Protocol], Outcome] = {}
         self._news = Event()
         self._away = False
+        self._log = RateLimitedLog(log)
         self._unreported = 0
         self.dropped = 0
 
@@ -93,9 +95,8 @@ class Deliveries:
             log.exception("%d delivery states cannot be written and are dropped", len(taken))
             self.dropped += len(taken)
         else:
-            if self._away:
-                log.info("The database answers again: %d delivery states were written", len(taken))
             self._away = False
+            self._log.recovered("database", "The database answers again: %d delivery states were written", len(taken))
         finally:
             close_old_connections()
         self._report_dropped()
@@ -109,9 +110,8 @@ class Deliveries:
                 _update(batch, protocol, outcome)
 
     def _keep(self, taken: dict[tuple[UUID, Protocol], Outcome], error: Exception) -> None:
-        if not self._away:
-            log.warning("Delivery states cannot be written, %d wait: %s", len(taken), error)
         self._away = True
+        self._log.log("database", logging.WARNING, "Delivery states cannot be written, %d wait: %s", len(taken), error)
         for (message_id, protocol), outcome in taken.items():
             newer = self._waiting.pop((message_id, protocol), None)
             self.record(message_id, protocol, outcome.or_later(newer) if newer else outcome)

@@ -1,4 +1,4 @@
-"""Live readings in the gateway: what workers publish in, one event per watched variable and second out.
+"""Send people the readings of variables they watch, at most one event per variable and second.
 
 One or two readings are told as they are (`new-datastream`), more as count, least, greatest, average and latest
 (`datastream-batch`), so that a variable that is measured a hundred times a second does not flood a phone.
@@ -19,6 +19,7 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.models import Variable
 from devices.values import Datatype
 from notifications import live_channel
@@ -117,13 +118,13 @@ class LiveReadings:
         self._gathered: dict[int, Gathered] = {}
         self._due = clock() + GATHER_SECONDS
         self._said_at = float("-inf")
-        self._away = False
+        self._log = RateLimitedLog(log)
 
     def run(self, stopping: Event) -> None:
         """Gathers and tells until `stopping`; Redis may be away meanwhile."""
         channel = redis.blocking_client().pubsub(ignore_subscribe_messages=True)
         try:
-            channel.subscribe(keys.TELEMETRY)
+            channel.subscribe(keys.LIVE_READINGS)
             while not stopping.is_set():
                 self._step(channel, stopping)
         except RedisError as error:
@@ -140,14 +141,13 @@ class LiveReadings:
                 self._due = self._clock() + GATHER_SECONDS
                 self.tell()
                 self.look()
-            self._away = False
+            self._log.recovered("redis")
         except RedisError as error:
             self._redis_failed(error, stopping)
 
     def _redis_failed(self, error: RedisError, stopping: Event) -> None:
-        if not self._away:
-            log.warning("Live readings of this moment are lost: %s", redis.explain(error))
-        self._away, self._said_at = True, float("-inf")
+        self._log.log("redis", logging.WARNING, "Live readings of this moment are lost: %s", redis.explain(error))
+        self._said_at = float("-inf")
         stopping.wait(RETRY_SECONDS)
 
     def gather(self, data: bytes) -> None:
@@ -179,7 +179,7 @@ class LiveReadings:
             del self._watched[self._ids.pop(uuid)]
         found = self._learn(added)
         if found or self._clock() - self._said_at >= SAY_AGAIN_SECONDS:
-            live_channel.want(list(self._watched), now=time.time())
+            live_channel.subscribe(list(self._watched), now=time.time())
             self._said_at = self._clock()
 
     def _learn(self, uuids: set[str]) -> bool:

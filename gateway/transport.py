@@ -1,9 +1,12 @@
-"""What a transport is: messages in, deliveries out, and telemetry handed to an injected ingest."""
+"""The interface of a transport: one protocol of the gateway, which delivers messages and may take telemetry in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
 
 from devices.catalogue import Credential
 from notifications import messages
@@ -45,20 +48,53 @@ class TransportError(Exception):
         self.permanent = permanent
 
 
-# Called with the message once it is delivered: for MQTT at PUBACK, for the others when it has been handed to every peer.
-# With expired=True for one that was not sent, because it had expired while it waited in the transport.
-# With given_up="a sentence" for one that the broker refused too often.
-Delivered = Callable[..., None]
+class Status(StrEnum):
+    DELIVERED = "delivered"  # for MQTT at PUBACK, for the others when the message has been handed to every peer
+    EXPIRED = "expired"  # not sent: its time ran out while it waited in the transport
+    REFUSED = "refused"  # by the broker, too often; `reason` says why
 
 
-class Transport(Protocol):
+@dataclass(frozen=True, slots=True)
+class DeliveryReport:
+    """What became of a message. There is one for each message that `Transport.deliver` took, from any thread."""
+
+    message: Message
+    status: Status = Status.DELIVERED
+    reason: str = ""
+
+
+OnReport = Callable[[DeliveryReport], None]
+# A loop that ends when the event it is given is set; gevent's and threading's events are the same to it.
+BackgroundTask = Callable[[Any], None]
+
+
+class Transport(ABC):
     """One protocol of the gateway. `deliver` is called in stream order from one greenlet of its own."""
 
     protocol: messages.Protocol
 
-    def start(self) -> None: ...
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port where it listens; None when it connects to somebody else."""
+        return None
 
+    def background_tasks(self) -> Mapping[str, BackgroundTask]:
+        """Loops that run beside it as long as the gateway does, by their names in the log."""
+        return {}
+
+    @abstractmethod
+    def start(self) -> None:
+        """Raises OSError when it cannot take its address."""
+
+    @abstractmethod
     def stop(self, *, timeout_seconds: float) -> None: ...
 
-    def deliver(self, message: Message, delivered: Delivered) -> None:
-        """Hands the message to the peers; TransportError when that fails. Never waits on a slow peer."""
+    @abstractmethod
+    def deliver(self, message: Message, on_report: OnReport) -> None:
+        """Hands the message to the peers; TransportError when that fails. Never waits for a slow peer."""
+
+    def on_lead(self, leads: bool) -> None:  # noqa: B027  most have nothing to do
+        """Of several gateways one delivers over a shared protocol: this one begins to, before its first message, or ceases to."""
+
+    def on_gap(self) -> None:  # noqa: B027  the same
+        """The stream may have lost messages between the last one delivered and the next."""

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -162,12 +162,12 @@ def _run_gateway(spec: list[dict[str, Any]]) -> None:
     from gateway.live_readings import LiveReadings
 
     transports = [_transport(**each) for each in spec]
-    companions = {each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "tell_watchers")}
-    gateway = Gateway(transports, companions=companions)
+    background_tasks = {each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "tell_watchers")}
+    gateway = Gateway(transports, background_tasks=background_tasks)
     stop = Event()
     gevent.signal_handler(signal.SIGTERM, stop.set)
     gateway.start()
-    _print(ready={each.protocol: each.address for each in transports if hasattr(each, "address")})
+    _print(ready={each.protocol: each.address for each in transports if each.address})
     stop.wait()
     gateway.stop(timeout_seconds=6.0)
     _print(counts={protocol: dict(counts) for protocol, counts in gateway.counts.items()})
@@ -214,12 +214,13 @@ def _memory_transport(
     failure: str = "",
     failures: int = 10**9,
     slow_seconds: float = 0.0,
-    **ending: Any,
+    status: str = "delivered",
+    reason: str = "",
 ) -> Any:
     import gevent
 
     from gateway.memory import MemoryTransport
-    from gateway.transport import Delivered, TransportError
+    from gateway.transport import DeliveryReport, OnReport, Status, TransportError
     from notifications.messages import Message, Protocol
 
     errors: dict[str, Exception] = {
@@ -233,13 +234,13 @@ def _memory_transport(
 
         left = failures
 
-        def deliver(self, message: Message, delivered: Delivered) -> None:
+        def deliver(self, message: Message, on_report: OnReport) -> None:
             gevent.sleep(slow_seconds)
             self.failure = errors.get(failure) if self.left > 0 else None
             self.left -= 1
             if self.failure is not None:
                 _print(refused=[self.protocol, str(message.id)])
-            super().deliver(message, partial(delivered, **ending))
+            super().deliver(message, lambda _: on_report(DeliveryReport(message, Status(status), reason)))
             _print(delivered=[self.protocol, str(message.id)])
 
     return Announcing(Protocol(protocol), acknowledging=acknowledging)
@@ -414,8 +415,8 @@ def measure(*, variable: str, values: Sequence[float]) -> int:
 
     key = Variable.objects.get(uuid=variable).pk
     rows = [(key, 1_767_323_045_000_000 + number, value, None) for number, value in enumerate(values)]
-    chosen = live_channel.choose(rows, {row[:2] for row in rows}, wanted=live_channel.Wanted().ids())
-    live_channel.tell(chosen)
+    chosen = live_channel.select(rows, {row[:2] for row in rows}, wanted=live_channel.WatchedVariables().ids())
+    live_channel.publish(chosen)
     return len(chosen)
 
 
@@ -551,7 +552,7 @@ def switch(*, device: str, count: int) -> list[str]:
     state = DeviceState.objects.get(device__uuid=device, name="power")
     ids = []
     for _ in range(count):
-        request = states.Request(
+        request = states.StateChangeRequest(
             effect_key=uuid4().hex,
             state_id=state.pk,
             value=uuid4().hex,
@@ -561,7 +562,7 @@ def switch(*, device: str, count: int) -> list[str]:
         )
         with transaction.atomic():
             changes = states.apply([request])
-        states.tell(changes)
+        states.publish(changes)
         ids += [str(change.row.uuid) for change in changes]
     return ids
 

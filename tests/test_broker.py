@@ -441,7 +441,7 @@ def test_loop_looks_at_the_tokens_only_when_something_can_have_changed(
     security.connections += 1
     sync._step()
     assert compared == ["broker", "tokens", "broker", "broker"]
-    sync._resign()
+    sync._leader.resign()
 
 
 def test_redis_away_is_said_once_and_waited_for(
@@ -450,7 +450,7 @@ def test_redis_away_is_said_once_and_waited_for(
     with running() as sync:
         until(lambda: sync._verified)
         redis_server.kill()
-        until(lambda: sync._redis_away)
+        until(lambda: "Who leads" in caplog.text)
         token = builders.token(pump)
         redis_server.start()
         with device(broker, token) as speaker:
@@ -459,7 +459,7 @@ def test_redis_away_is_said_once_and_waited_for(
     redis.client().ping()
 
 
-def test_rights_of_an_earlier_version_are_replaced_as_soon_as_the_broker_is_looked_at(
+def test_rights_of_an_earlier_version_are_replaced_at_the_first_look(
     broker: Server, pump: Device, security: DynamicSecurity
 ) -> None:
     """Its roles have another name."""

@@ -91,7 +91,7 @@ def test_of_two_gateways_one_delivers_to_the_broker_and_each_serves_its_own_clie
         assert sorted([one.delivered(MQTT), two.delivered(MQTT)]) == [[], sent], "all by one, in order"
 
 
-def test_what_a_killed_gateway_left_unacknowledged_is_taken_over_and_the_rest_is_not_sent_again(tmp_path: Path) -> None:
+def test_only_what_a_killed_gateway_left_unacknowledged_is_taken_over(tmp_path: Path) -> None:
     with running(tmp_path / "one", memory(MQTT)) as one:
         acknowledged = published(5)
         one.wait_for(lambda: one.delivered(MQTT) == acknowledged)
@@ -106,7 +106,7 @@ def test_what_a_killed_gateway_left_unacknowledged_is_taken_over_and_the_rest_is
         three.wait_for(lambda: pending() == 0)
 
 
-def test_what_is_in_flight_is_neither_sent_again_nor_taken_over_until_its_gateway_dies(tmp_path: Path) -> None:
+def test_what_is_in_flight_is_not_sent_again_until_its_gateway_dies(tmp_path: Path) -> None:
     group = keys.NOTIFICATIONS_MQTT_GROUP
     redis.client().xgroup_create(keys.NOTIFICATIONS, group, id="0", mkstream=True)
     (orphan,) = published()
@@ -123,7 +123,7 @@ def test_what_is_in_flight_is_neither_sent_again_nor_taken_over_until_its_gatewa
             two.wait_for(lambda: pending() == 0)
 
 
-def test_messages_for_the_broker_that_were_published_minutes_before_the_first_gateway_are_sent(tmp_path: Path) -> None:
+def test_messages_published_minutes_before_the_first_gateway_reach_the_broker(tmp_path: Path) -> None:
     early = published(2)
     with running(tmp_path / "log", memory(MQTT)) as gateway:
         gateway.wait_for(lambda: gateway.delivered(MQTT) == early)
@@ -232,12 +232,12 @@ def test_what_has_expired_is_put_aside_but_a_state_is_told_however_late(tmp_path
         gateway.wait_for(lambda: pending() == 0)
 
 
-@pytest.mark.parametrize(("ending", "state"), [({"expired": True}, "expired"), ({}, "acknowledged")])
-def test_what_expired_in_the_transport_is_put_aside_and_what_the_broker_took_late_is_not(
-    tmp_path: Path, ending: dict[str, bool], state: str
+@pytest.mark.parametrize(("status", "state"), [("expired", "expired"), ("delivered", "acknowledged")])
+def test_what_expired_in_the_transport_is_dead_and_what_was_late_is_not(
+    tmp_path: Path, status: str, state: str
 ) -> None:
     farm = operator().ask("seed")
-    with running(tmp_path / "log", memory(MQTT, slow_seconds=3.5, **ending)) as gateway:
+    with running(tmp_path / "log", memory(MQTT, slow_seconds=3.5, status=status)) as gateway:
         soon = {"protocols": [MQTT], "expires_at": time.time() + 3}
         message = operator().ask("publish", organization=farm["organization"], **soon)
         gateway.wait_for(lambda: operator().ask("deliveries", message=message)[MQTT][0] != "pending")
@@ -272,7 +272,9 @@ def test_delivery_states_count_attempts_and_name_the_error_while_it_lasts(tmp_pa
 
 def test_what_the_broker_refuses_for_good_is_a_dead_letter_with_its_reason(tmp_path: Path) -> None:
     farm = operator().ask("seed")
-    with running(tmp_path / "log", memory(MQTT, given_up="Not authorized"), NOTIFICATION_MAX_ATTEMPTS="2") as gateway:
+    with running(
+        tmp_path / "log", memory(MQTT, status="refused", reason="Not authorized"), NOTIFICATION_MAX_ATTEMPTS="2"
+    ) as gateway:
         message = operator().ask("publish", organization=farm["organization"], protocols=[MQTT])
         dead = ["failed", 2, "Not authorized"]
         gateway.wait_for(lambda: operator().ask("deliveries", message=message)[MQTT] == dead)

@@ -63,7 +63,7 @@ def test_an_emptied_redis_does_not_make_two_leaders() -> None:
     assert not two.leads()
 
 
-def test_a_leader_that_dies_while_redis_is_emptied_is_replaced_at_the_end_of_its_term() -> None:
+def test_a_leader_that_dies_while_redis_is_emptied_is_replaced_after_its_term() -> None:
     _, two = candidates()
     redis.client().flushdb()
     began = time.monotonic()

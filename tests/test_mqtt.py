@@ -33,9 +33,9 @@ from gateway.mqtt import inbound, outbound, topics
 from gateway.mqtt.accounts import sync_once
 from gateway.mqtt.dynamic_security import CONTROL
 from gateway.mqtt.inbound import Inbound, session_id
-from gateway.mqtt.sender_queues import Arrival, Lanes
+from gateway.mqtt.sender_queues import Arrival, SenderQueues
 from gateway.mqtt.transport import MqttTransport
-from gateway.transport import Pending, TransportError
+from gateway.transport import DeliveryReport, Pending, Status, TransportError
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
 from rules.ingest import Receipt
 from tests import builders
@@ -197,7 +197,7 @@ def sender(broker: Server) -> Iterator[Client]:
 # Topics
 
 
-def test_state_change_by_rule_or_person_is_state_and_command_and_the_device_is_not_told_its_own_report() -> None:
+def test_state_change_by_rule_or_person_is_state_and_command_a_report_is_neither() -> None:
     state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
     command = topics.Address(f"devices/{DEVICE}/commands", 2, is_command=True)
     assert topics.addresses(state_change("rule")) == [state, command]
@@ -240,12 +240,12 @@ def test_originator_is_granted_its_own_literal_topics_only() -> None:
 @needs_broker
 def test_command_reaches_the_device_once_with_its_quality_of_service(broker: Server, transport: MqttTransport) -> None:
     sent = state_change("rule", stateName="power", value="on")
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     with operator(broker) as listener:
         assert listener.subscribe(f"devices/{DEVICE}/+", qos=2)
-        transport.deliver(sent, delivered.append)
+        transport.deliver(sent, reports.append)
         until(lambda: len(listener.received) == 2)
-        assert until(lambda: delivered) == [sent]
+        assert until(lambda: reports) == [DeliveryReport(sent)]
         listener.publish(topics.state(DEVICE), "", retain=True)
     bodies = {topic: json.loads(payload) for topic, payload in listener.received if payload}
     assert bodies[topics.commands(DEVICE)] == bodies[topics.state(DEVICE)]
@@ -257,9 +257,9 @@ def test_command_reaches_the_device_once_with_its_quality_of_service(broker: Ser
 def test_device_that_connects_later_learns_its_state_but_is_not_commanded(
     broker: Server, transport: MqttTransport
 ) -> None:
-    delivered: list[Message] = []
-    transport.deliver(state_change(value="on"), delivered.append)
-    until(lambda: delivered)
+    reports: list[DeliveryReport] = []
+    transport.deliver(state_change(value="on"), reports.append)
+    until(lambda: reports)
     with operator(broker) as late:
         assert late.subscribe(topics.commands(DEVICE))
         assert late.subscribe(topics.state(DEVICE))
@@ -270,16 +270,16 @@ def test_device_that_connects_later_learns_its_state_but_is_not_commanded(
 
 @needs_broker
 def test_messages_are_delivered_in_order(broker: Server, transport: MqttTransport) -> None:
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     with operator(broker) as listener:
         assert listener.subscribe(topics.broadcast(ORGANIZATION))
         sent = [message(number=number) for number in range(500)]
         for each in sent:
-            transport.deliver(each, delivered.append)
+            transport.deliver(each, reports.append)
         until(lambda: len(listener.received) == 500)
         assert [json.loads(payload)["data"]["number"] for payload in listener.payloads()] == list(range(500))
-    until(lambda: len(delivered) == 500)
-    assert delivered == sent
+    until(lambda: len(reports) == 500)
+    assert reports == [DeliveryReport(each) for each in sent]
     assert transport.counts["published"] == 501, "and that the gateway is online"
 
 
@@ -287,51 +287,51 @@ def test_messages_are_delivered_in_order(broker: Server, transport: MqttTranspor
 def test_message_is_delivered_only_when_the_broker_has_it_and_then_once(
     broker: Server, transport: MqttTransport
 ) -> None:
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     broker.kill()
     until(lambda: not transport.connected)
     sent = [state_change(number=number) for number in range(60)]
     for each in sent:
-        transport.deliver(each, delivered.append)
+        transport.deliver(each, reports.append)
     threading.Event().wait(1.5)
-    assert delivered == []
+    assert reports == []
     broker.start()
-    until(lambda: len(delivered) >= 60, seconds=15)
+    until(lambda: len(reports) >= 60, seconds=15)
     threading.Event().wait(0.5)
-    assert delivered == sent
+    assert reports == [DeliveryReport(each) for each in sent]
 
 
 @needs_broker
 def test_message_is_not_delivered_while_the_broker_is_silent(broker: Server, transport: MqttTransport) -> None:
     """Stopped, not killed: the connection stands, and what is written to it goes into the kernel's buffers."""
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     assert broker.pid
     os.kill(broker.pid, signal.SIGSTOP)
     try:
-        transport.deliver(message(), delivered.append)
+        transport.deliver(message(), reports.append)
         threading.Event().wait(0.5)
-        assert delivered == []
+        assert reports == []
     finally:
         os.kill(broker.pid, signal.SIGCONT)
-    until(lambda: len(delivered) == 1)
+    until(lambda: len(reports) == 1)
 
 
 @needs_broker
 def test_too_many_waiting_messages_are_refused_for_now(
     broker: Server, transport: MqttTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     broker.kill()
     until(lambda: not transport.connected)
     for _ in range(outbound.MAXIMUM_WAITING):
-        transport.deliver(message(), delivered.append)
+        transport.deliver(message(), reports.append)
     with pytest.raises(TransportError) as refusal:
-        transport.deliver(message(), delivered.append)
+        transport.deliver(message(), reports.append)
     assert not refusal.value.permanent
     broker.start()
-    until(lambda: len(delivered) == outbound.MAXIMUM_WAITING, seconds=15)
-    transport.deliver(message(), delivered.append)
-    until(lambda: len(delivered) == outbound.MAXIMUM_WAITING + 1)
+    until(lambda: len(reports) == outbound.MAXIMUM_WAITING, seconds=15)
+    transport.deliver(message(), reports.append)
+    until(lambda: len(reports) == outbound.MAXIMUM_WAITING + 1)
 
 
 @needs_broker
@@ -340,7 +340,7 @@ def test_refused_publication_is_tried_again(
 ) -> None:
     """Mosquitto refuses the gateway nothing, so its answer is put in the place of the first real one."""
     monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.1)
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     acknowledged = transport._outbound._acknowledged
 
     def first_is_refused(acknowledgement: Any) -> None:
@@ -349,8 +349,8 @@ def test_refused_publication_is_tried_again(
 
     monkeypatch.setattr(transport._outbound, "_acknowledged", first_is_refused)
     sent = message()
-    transport.deliver(sent, delivered.append)
-    until(lambda: delivered == [sent])
+    transport.deliver(sent, reports.append)
+    until(lambda: reports == [DeliveryReport(sent)])
     assert transport.counts["refused"] == 1
     assert "Quota exceeded" in caplog.text
 
@@ -369,13 +369,13 @@ def test_refused_publication_keeps_its_place_before_later_ones_on_its_topic(
 
     monkeypatch.setattr(transport._outbound, "_acknowledged", first_is_refused)
     first, second = message(), message()
-    delivered: list[Message] = []
-    transport.deliver(first, delivered.append)
+    reports: list[DeliveryReport] = []
+    transport.deliver(first, reports.append)
     until(lambda: transport.counts["refused"])
-    transport.deliver(second, delivered.append)
-    until(lambda: len(delivered) == 2)
+    transport.deliver(second, reports.append)
+    until(lambda: len(reports) == 2)
     until(lambda: len(sender.received) == 3)
-    assert delivered == [first, second]
+    assert reports == [DeliveryReport(first), DeliveryReport(second)]
     heard = [json.loads(payload)["id"] for payload in sender.payloads()]
     assert heard == [str(first.id), str(first.id), str(second.id)]
 
@@ -403,20 +403,19 @@ def test_what_the_broker_refuses_too_often_is_given_up_with_its_reason(
 ) -> None:
     monkeypatch.setattr(outbound, "REFUSED_AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(settings, "NOTIFICATION_MAX_ATTEMPTS", 3)
-    ended: list[str] = []
-
-    def delivered(_message: Message, *, given_up: str = "") -> None:
-        ended.append(given_up)
-
+    reports: list[DeliveryReport] = []
     topic = topics.broadcast(ORGANIZATION)
     with broker_that_refuses(topic, sender):
-        transport.deliver(message(), delivered)
-        until(lambda: ended)
-    assert ended == [f"the broker refused it on {topic}: Not authorized"]
+        transport.deliver(message(), reports.append)
+        until(lambda: reports)
+    assert (reports[0].status, reports[0].reason) == (
+        Status.REFUSED,
+        f"the broker refused it on {topic}: Not authorized",
+    )
     assert transport.counts["refused"] == 3
-    transport.deliver(message(), delivered)
-    until(lambda: len(ended) == 2)
-    assert ended[1] == ""
+    transport.deliver(message(), reports.append)
+    until(lambda: len(reports) == 2)
+    assert reports[1].status == Status.DELIVERED
 
 
 @needs_broker
@@ -426,21 +425,16 @@ def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
     broker.kill()
     until(lambda: not transport.connected)
     late = msgspec.structs.replace(message(), expires_at=time.time() + 1)
-    done: list[Message] = []
-
-    def put_aside(each: Message, *, expired: bool) -> None:
-        assert expired
-        done.append(each)
-
-    transport.deliver(late, put_aside)
+    reports: list[DeliveryReport] = []
+    transport.deliver(late, reports.append)
     until(lambda: time.time() > late.expires_at)  # type: ignore[operator]
     broker.start()
     with operator(broker) as listener:
         assert listener.subscribe(topics.broadcast(ORGANIZATION))
         next_one = message()
-        until(lambda: done == [late], seconds=15)
-        transport.deliver(next_one, done.append)
-        until(lambda: done == [late, next_one])
+        until(lambda: reports == [DeliveryReport(late, Status.EXPIRED)], seconds=15)
+        transport.deliver(next_one, reports.append)
+        until(lambda: reports[1:] == [DeliveryReport(next_one)])
         until(lambda: listener.received)
         assert [json.loads(payload)["id"] for payload in listener.payloads()] == [str(next_one.id)]
     assert transport.counts["expired"] == 1
@@ -450,16 +444,16 @@ def test_alert_that_waited_for_the_broker_until_it_was_too_late_is_not_sent(
 def test_alert_that_the_broker_acknowledges_after_its_time_is_delivered(
     broker: Server, transport: MqttTransport
 ) -> None:
-    done: list[Message] = []
+    reports: list[DeliveryReport] = []
     assert broker.pid
     os.kill(broker.pid, signal.SIGSTOP)
     try:
         in_flight = msgspec.structs.replace(message(), expires_at=time.time() + 0.5)
-        transport.deliver(in_flight, done.append)
+        transport.deliver(in_flight, reports.append)
         threading.Event().wait(1)
     finally:
         os.kill(broker.pid, signal.SIGCONT)
-    until(lambda: done == [in_flight])
+    until(lambda: reports == [DeliveryReport(in_flight)])
 
 
 @needs_broker
@@ -469,26 +463,26 @@ def test_callback_that_fails_does_not_stop_the_messages_behind_it(
     counted: list[str] = []
     monkeypatch.setattr(metrics.COUNTERS, "add", lambda name, _amount: counted.append(name))
 
-    def fails(_: Message) -> None:
+    def fails(_: DeliveryReport) -> None:
         raise RuntimeError("nobody foresaw this")
 
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     transport.deliver(message(), fails)
-    transport.deliver(message(), delivered.append)
-    until(lambda: delivered)
+    transport.deliver(message(), reports.append)
+    until(lambda: reports)
     assert transport.counts["callback-failed"] == 1
     assert counted == ["gateway_failures_total|mqtt"]
 
 
 @needs_broker
 def test_stopping_finishes_what_is_in_flight_and_takes_nothing_new(broker: Server) -> None:
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     with running() as transport:
         for _ in range(200):
-            transport.deliver(message(), delivered.append)
-    assert len(delivered) == 200
+            transport.deliver(message(), reports.append)
+    assert len(reports) == 200
     with pytest.raises(TransportError):
-        transport.deliver(message(), delivered.append)
+        transport.deliver(message(), reports.append)
 
 
 @needs_broker
@@ -683,7 +677,7 @@ def test_two_thousand_messages_keep_the_order_of_each_device(
 
 
 @needs_broker
-def test_broker_that_restarts_brings_unacknowledged_messages_again_and_new_ones_after_them(
+def test_broker_that_restarts_brings_unacknowledged_messages_before_new_ones(
     broker: Server, ingested: Ingested, sender: Client
 ) -> None:
     ingested.released.clear()
@@ -700,7 +694,7 @@ def test_broker_that_restarts_brings_unacknowledged_messages_again_and_new_ones_
 
 
 @needs_broker
-def test_message_without_quality_of_service_is_dropped_and_counted_when_too_many_wait(
+def test_qos_0_message_is_dropped_and_counted_when_too_many_wait(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound, "MAXIMUM_HELD", 3)
@@ -734,7 +728,7 @@ def test_large_messages_that_wait_are_bounded_and_none_is_lost(
 
 
 @needs_broker
-def test_large_messages_without_quality_of_service_are_dropped_rather_than_held_without_bound(
+def test_large_qos_0_messages_are_dropped_rather_than_held_without_bound(
     transport: MqttTransport, ingested: Ingested, sender: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound, "MAXIMUM_HELD_BYTES", 500_000)
@@ -749,7 +743,7 @@ def test_large_messages_without_quality_of_service_are_dropped_rather_than_held_
 
 
 @needs_broker
-def test_message_too_large_for_any_telemetry_never_reaches_the_gateway_and_holds_up_nothing(
+def test_message_too_large_for_telemetry_never_reaches_the_gateway(
     broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
 ) -> None:
     until(lambda: transport.telemetry.connected)
@@ -794,7 +788,7 @@ def test_one_gateway_listens_and_another_takes_over_without_loss(broker: Server,
 
 @needs_broker
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho forgets its own socket pair
-def test_gateway_that_lost_its_leadership_stops_listening_and_listens_again_when_it_has_it(
+def test_gateway_that_lost_its_leadership_listens_again_when_it_has_it_back(
     broker: Server, transport: MqttTransport, ingested: Ingested, sender: Client
 ) -> None:
     transport.telemetry._leader.resign()
@@ -808,14 +802,18 @@ def test_gateway_that_lost_its_leadership_stops_listening_and_listens_again_when
 
 @needs_broker
 def test_redis_away_changes_nobody_s_part(
-    broker: Server, redis_server: Server, transport: MqttTransport, ingested: Ingested, sender: Client
+    redis_server: Server,
+    transport: MqttTransport,
+    ingested: Ingested,
+    sender: Client,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     redis_server.kill()
-    until(lambda: transport.telemetry._redis_away)
+    until(lambda: f"Who leads ({keys.MQTT_TELEMETRY_LEADER}) is unknown" in caplog.text)
     sender.publish(topics.datastream(DEVICE), "a")
     until(lambda: ingested.accepted)
     redis_server.start()
-    until(lambda: not transport.telemetry._redis_away)
+    until(lambda: f"Who leads ({keys.MQTT_TELEMETRY_LEADER}) is known again" in caplog.text)
     assert transport.telemetry.connected
 
 
@@ -832,31 +830,31 @@ def arrival(name: str, number: int = 0) -> Arrival:
 
 
 def test_next_message_of_a_sender_is_given_when_the_one_before_it_is_done() -> None:
-    lanes = Lanes()
+    queues = SenderQueues()
     first, second, other = arrival("a", 1), arrival("a", 2), arrival("b", 3)
     for each in (first, second, other):
-        lanes.add(each)
-    assert [lanes.next(0.0), lanes.next(0.0), lanes.next(0.0)] == [first, other, None]
-    lanes.done(first)
-    assert lanes.next(0.0) is second
-    assert len(lanes) == 2
-    lanes.done(second)
-    lanes.done(other)
-    assert len(lanes) == 0
-    assert lanes.next(0.0) is None
+        queues.add(each)
+    assert [queues.next(0.0), queues.next(0.0), queues.next(0.0)] == [first, other, None]
+    queues.done(first)
+    assert queues.next(0.0) is second
+    assert len(queues) == 2
+    queues.done(second)
+    queues.done(other)
+    assert len(queues) == 0
+    assert queues.next(0.0) is None
 
 
 def test_message_that_has_to_wait_comes_at_its_time_before_its_successors() -> None:
-    lanes = Lanes()
+    queues = SenderQueues()
     first, second = arrival("a", 1), arrival("a", 2)
-    lanes.add(first)
-    lanes.add(second)
-    assert lanes.next(0.0) is first
-    lanes.again(first, at=5.0)
-    assert lanes.seconds_until_next(1.0, longest=60.0) == 4.0
-    assert lanes.seconds_until_next(1.0, longest=1.0) == 1.0
-    assert lanes.next(4.9) is None
-    assert lanes.next(5.0) is first
-    lanes.done(first)
-    assert lanes.seconds_until_next(5.0, longest=1.0) == 0.0
-    assert lanes.next(5.0) is second
+    queues.add(first)
+    queues.add(second)
+    assert queues.next(0.0) is first
+    queues.again(first, at=5.0)
+    assert queues.seconds_until_next(1.0, longest=60.0) == 4.0
+    assert queues.seconds_until_next(1.0, longest=1.0) == 1.0
+    assert queues.next(4.9) is None
+    assert queues.next(5.0) is first
+    queues.done(first)
+    assert queues.seconds_until_next(5.0, longest=1.0) == 0.0
+    assert queues.next(5.0) is second

@@ -162,9 +162,7 @@ def test_device_whose_token_is_revoked_is_offline(broker: Server, farm_pump: tup
 
 
 @needs_broker
-def test_gateway_says_that_it_is_online_and_offline_and_its_last_will_says_it_for_it(
-    broker: Server, settings: Any
-) -> None:
+def test_gateway_says_that_it_is_online_and_its_last_will_that_it_is_not(broker: Server, settings: Any) -> None:
     settings.GATEWAY_NAME = "greenhouse-1"
     topic = topics.gateway_status("greenhouse-1")
     with operator(broker) as listener:
@@ -198,7 +196,7 @@ def test_broker_that_lost_its_memory_is_told_states_and_unanswered_commands_agai
     pump, _ = farm_pump
     old, unanswered, answered = wished(pump, "off", at=-3), wished(pump, "on", at=-2), wished(pump, "off", at=-1)
     with running() as transport:
-        transport.lead(True)
+        transport.on_lead(True)
         for row in (old, unanswered, answered):
             transport.deliver(message_of(row), lambda _: None)
         until(lambda: state_of(answered) == State.SENT)
@@ -224,7 +222,7 @@ def test_gateway_that_takes_over_tells_states_again_but_commands_nothing(
     with operator(broker) as listener:
         assert listener.subscribe(f"devices/{pump.uuid}/+", qos=2)
         with running() as transport:
-            transport.lead(True)
+            transport.on_lead(True)
             until(lambda: listener.received)
         assert [topic for topic, _ in listener.received] == [topics.state(str(pump.uuid))]
 
@@ -246,6 +244,6 @@ def test_what_has_to_be_told_again_waits_for_a_database_that_is_away(
     row = wished(pump)
     with running() as transport, operator(broker) as listener:
         assert listener.subscribe(topics.state(str(pump.uuid)))
-        transport.lead(True)
+        transport.on_lead(True)
         until(lambda: listener.received)
     assert json.loads(listener.payloads()[0])["id"] == str(row.uuid)

@@ -9,7 +9,7 @@ import pytest
 from aemos.lib.rate_limited_log import RateLimitedLog
 
 
-def test_a_kind_is_written_once_per_interval_and_the_next_message_counts_what_was_suppressed(
+def test_a_kind_is_written_once_per_interval_with_a_count_of_the_suppressed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = [0.0]
@@ -23,6 +23,17 @@ def test_a_kind_is_written_once_per_interval_and_the_next_message_counts_what_wa
     assert limited.is_due("topic")
     limited.log("topic", logging.WARNING, "foreign topic %s", "d")
     assert caplog.messages == ["foreign topic a", "unreadable report", "foreign topic d (and 2 times before)"]
+
+
+def test_a_recovery_is_logged_once_and_the_next_failure_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    limited = RateLimitedLog(logging.getLogger("tests"))
+    limited.recovered("redis", "Redis answers again")
+    for _ in range(2):
+        limited.log("redis", logging.WARNING, "Redis is unavailable")
+    for _ in range(2):
+        limited.recovered("redis", "Redis answers again")
+    limited.log("redis", logging.WARNING, "Redis is unavailable")
+    assert caplog.messages == ["Redis is unavailable", "Redis answers again", "Redis is unavailable"]
 
 
 def test_the_traceback_is_added_on_request(caplog: pytest.LogCaptureFixture) -> None:

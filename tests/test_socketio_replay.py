@@ -101,7 +101,7 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
 ) -> None:
     first, *missed = published(3)
     late: list[str] = []
-    read = cursors.stretch_after
+    read = cursors.slice_after
 
     def slow_read(*arguments: Any, **options: Any) -> Any:
         found = read(*arguments, **options)
@@ -110,7 +110,7 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
             outlet.delivers(late[0])
         return found
 
-    monkeypatch.setattr(cursors, "stretch_after", slow_read)
+    monkeypatch.setattr(cursors, "slice_after", slow_read)
     outlet.comes_back("a", first)
     outlet.serve()
     assert outlet.told("a") == missed + late
@@ -120,13 +120,13 @@ def test_what_the_gateway_delivers_while_the_stream_is_read_is_not_left_out(
 def test_sessions_at_different_positions_share_what_is_read(outlet: Outlet, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *rest = published(SLICE)
     reads: list[bytes] = []
-    read = cursors.stretch_after
+    read = cursors.slice_after
 
-    def counted_read(client: Any, position: bytes, *, count: int) -> cursors.Stretch:
+    def counted_read(client: Any, position: bytes, *, count: int) -> cursors.StreamSlice:
         reads.append(position)
         return read(client, position, count=count)
 
-    monkeypatch.setattr(cursors, "stretch_after", counted_read)
+    monkeypatch.setattr(cursors, "slice_after", counted_read)
     for number, position in enumerate([first, *rest[:20]]):
         outlet.comes_back(str(number), position)
     outlet.serve()

@@ -12,7 +12,7 @@ from gateway.coap.transport import CoapTransport
 from gateway.memory import MemoryTransport
 from gateway.mqtt.transport import MqttTransport
 from gateway.socketio.transport import SocketIoTransport
-from gateway.transport import Transport, TransportError
+from gateway.transport import DeliveryReport, Transport, TransportError
 from notifications.messages import Message, Protocol
 from tests.gateway_process import new_message, until
 
@@ -42,16 +42,16 @@ def test_the_contract_is_run_over_every_protocol() -> None:
 
 
 def test_every_message_is_delivered_exactly_once(transport: Transport) -> None:
-    delivered: list[Message] = []
+    reports: list[DeliveryReport] = []
     sent: list[Message] = [
         new_message(device="11111111-1111-4111-8111-111111111111", event="device-state-change"),
         new_message(event="alert"),
         new_message(event="notification", payload={"nested": {"list": [1, 2.5, None, True, "äöü"]}}),
     ]
     for message in sent:
-        transport.deliver(message, delivered.append)
-    until(lambda: len(delivered) == 3, seconds=10)
-    assert sorted(message.id for message in delivered) == sorted(message.id for message in sent)
+        transport.deliver(message, reports.append)
+    until(lambda: len(reports) == 3, seconds=10)
+    assert sorted(report.message.id for report in reports) == sorted(message.id for message in sent)
 
 
 def test_a_transport_may_be_stopped_twice(transport: Transport) -> None:
@@ -90,6 +90,6 @@ def test_memory_fails_as_it_is_told_and_takes_no_message_then() -> None:
 
 def test_memory_without_acknowledgement_keeps_the_message_to_itself() -> None:
     transport = MemoryTransport(Protocol.MQTT, acknowledging=False)
-    delivered: list[Message] = []
-    transport.deliver(new_message(), delivered.append)
-    assert (len(transport.messages), delivered) == (1, [])
+    reports: list[DeliveryReport] = []
+    transport.deliver(new_message(), reports.append)
+    assert (len(transport.messages), reports) == (1, [])

@@ -1,4 +1,4 @@
-"""Leadership among equal processes: a key in, whether this process leads out. A leader that dies is replaced in seconds."""
+"""Leadership among equal processes: one leads at a time, and one that dies is replaced in seconds."""
 
 from __future__ import annotations
 
@@ -59,10 +59,12 @@ class Leader:
         can take over while Redis is away.
         """
         try:
-            return self.leads()
+            leads = self.leads()
         except RedisError as error:
-            self._log.log("redis", logging.WARNING, "who leads (%s) is unknown: %s", self._key, redis.explain(error))
+            self._log.log("redis", logging.WARNING, "Who leads (%s) is unknown: %s", self._key, redis.explain(error))
             return fallback
+        self._log.recovered("redis", "Who leads (%s) is known again", self._key)
+        return leads
 
     def resign(self) -> None:
         """Lets another take over at once; when Redis does not answer, another takes over at the end of the term."""

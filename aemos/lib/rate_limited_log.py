@@ -1,4 +1,4 @@
-"""A log of bounded rate: messages of any number in, one of each kind per interval out."""
+"""A log that writes each kind of message at most once per interval."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ class RateLimitedLog:
         if suppressed:
             text, arguments = f"{text} (and %d times before)", (*arguments, suppressed)
         self._logger.log(level, text, *arguments, exc_info=trace)
+
+    def recovered(self, kind: str, text: str = "", *arguments: object) -> None:
+        """Ends what was logged as `kind`, if anything was: logs `text`, and the next message of the kind is written at once."""
+        if self._written_at.pop(kind, None) is None:
+            return
+        self._suppressed.pop(kind, None)
+        if text:
+            self._logger.warning(text, *arguments)

@@ -1,4 +1,4 @@
-"""Block-wise bodies (RFC 7959): blocks in, whole bodies out; whole replies in, the block that was asked for out."""
+"""Block-wise transfer (RFC 7959): assemble bodies from blocks, and cut replies into blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CoAP messages (RFC 7252, 3): a datagram in, a checked Header and Message out; a Reply in, a datagram out.
+"""Encode and decode CoAP messages (RFC 7252, 3).
 
 CoapRequest and CoapResponse are the two ends a handler sees; Message and Reply add what only the protocol needs.
 

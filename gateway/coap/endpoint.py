@@ -1,4 +1,4 @@
-"""CoAP server on gevent (RFC 7252, 7641, 7959): datagrams in, CoapRequests to one handler, its CoapResponses out.
+"""A CoAP server on gevent (RFC 7252, 7641, 7959): one handler turns each CoapRequest into a CoapResponse.
 
 One greenlet reads the socket and never waits for anything else. Handlers and notifications run in bounded pools, one
 more greenlet keeps the time for acknowledgements and retransmissions. Whatever a peer can make this server remember has
@@ -37,7 +37,7 @@ from gateway.coap.codec import (
 )
 from gateway.coap.limits import DEFAULT_LIMITS, Limits, Stats
 from gateway.coap.observe import Notifications, Sequence
-from gateway.coap.peers import Proofs, Rates, Shares
+from gateway.coap.peers import AddressValidation, ConcurrencyLimit, RateLimit
 from gateway.coap.retransmission import Outgoing
 
 __all__ = ["CoapRequest", "CoapResponse", "Code", "Endpoint", "Handler", "Limits", "Stats"]
@@ -89,9 +89,9 @@ class Endpoint:
         self._counts = Stats()
         self._complained_at = -math.inf
         self._sequence = Sequence(clock)
-        self._rates = Rates(limits, clock=clock)
-        self._proofs = Proofs(limits, clock=clock)
-        self._shares = Shares(most=limits.max_handlers_per_source)
+        self._rates = RateLimit(limits, clock=clock)
+        self._proofs = AddressValidation(limits, clock=clock)
+        self._shares = ConcurrencyLimit(most=limits.max_handlers_per_source)
         self._unanswered: dict[tuple[Source, int], Exchange] = {}  # confirmable, and their ACK not gone yet
 
         def kept(max_entries: int, lifetime_seconds: float) -> ExpiringMap[Any, Any]:

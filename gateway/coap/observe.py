@@ -13,7 +13,7 @@ from gateway.coap.blockwise import Clock, ExpiringMap
 from gateway.coap.codec import Code, Kind, Message, Reply, Source
 from gateway.coap.limits import Limits
 from gateway.coap.observer import Observer
-from gateway.coap.peers import Proofs, Shares
+from gateway.coap.peers import AddressValidation, ConcurrencyLimit
 from gateway.coap.retransmission import Outgoing, Transmission
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Observers:
 
     def __init__(self, *, max_observers: int, max_per_source: int) -> None:
         self._max_observers = max_observers
-        self._shares = Shares(most=max_per_source)
+        self._shares = ConcurrencyLimit(most=max_per_source)
         self._by_key: dict[tuple[Source, bytes], Observer] = {}
         self._by_path: dict[tuple[str, ...], dict[Observer, None]] = {}
 
@@ -93,7 +93,7 @@ class Notifications:
         outgoing: Outgoing,
         *,
         represent: Callable[[Message], Reply],
-        proofs: Proofs,
+        proofs: AddressValidation,
         limits: Limits,
         clock: Clock,
     ) -> None:

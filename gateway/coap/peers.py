@@ -1,4 +1,4 @@
-"""What is known of peers: sources of datagrams in; whether they may go on, and how many bytes they may be sent, out.
+"""Limits per peer: which sources of datagrams may go on, and how many bytes they may be sent.
 
 UDP lets anybody write any source address. Until a source has answered something that only its owner can have received,
 it is not sent more than a few times what came from it (RFC 9175 2.4), so that nobody gains by writing another's.
@@ -31,7 +31,7 @@ def network(host: str) -> str:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex()
 
 
-class Rates:
+class RateLimit:
     """A token bucket per network."""
 
     def __init__(self, limits: Limits, *, clock: Clock) -> None:
@@ -52,7 +52,7 @@ class Rates:
         return 0.0
 
 
-class Proofs:
+class AddressValidation:
     """Sources that have shown that they receive what is sent to them: they answered a message id they had to know.
 
     Only a proof makes an entry, so that forged sources cannot push out real ones. It lasts twice as long as an observer
@@ -109,7 +109,7 @@ class MessageIds:
         return (self._count + int.from_bytes(own, "big")) & 0xFFFF
 
 
-class Shares:
+class ConcurrencyLimit:
     """How much of something each network has at the moment, so that none has it all."""
 
     def __init__(self, *, most: int) -> None:

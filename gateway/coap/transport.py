@@ -1,4 +1,4 @@
-"""CoAP: telemetry posted by devices in, answers and notifications about device states out.
+"""The CoAP transport: takes telemetry, and sends observers the states of devices.
 
     POST /devices/{uuid}/datastream?token=...   telemetry of the sensor or device whose token it is
     GET  /devices/{uuid}/state?token=...        what the device's states are; may be observed
@@ -29,7 +29,7 @@ from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Ref
 from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
 from gateway.coap.states import States
 from gateway.people import Person, organizations_of, person
-from gateway.transport import Delivered, Ingest
+from gateway.transport import DeliveryReport, Ingest, OnReport, Transport
 from notifications.messages import Message, Protocol
 from rules.ingest import Receipt
 
@@ -66,7 +66,7 @@ class Watch:
     who: Person | None
 
 
-class CoapTransport:
+class CoapTransport(Transport):
     """The server. `ingest` takes the telemetry; `handle` runs in a greenlet of its own for each request."""
 
     protocol = Protocol.COAP
@@ -97,13 +97,13 @@ class CoapTransport:
         self.endpoint.stop(timeout_seconds=timeout_seconds)
         self._count()
 
-    def deliver(self, message: Message, delivered: Delivered) -> None:
+    def deliver(self, message: Message, on_report: OnReport) -> None:
         """Observers are sent the newest state, not the message: CoAP carries states, and nothing else to tell."""
         if device := message.changed_device:
             self.endpoint.notify(_state_path(device))
-        delivered(message)
+        on_report(DeliveryReport(message))
 
-    def fill_hole(self) -> None:
+    def on_gap(self) -> None:
         """The stream has lost messages: whatever they told of, every observer is sent the newest state."""
         for uuid in {watch.uuid for watch in self._watches.values()}:
             self.endpoint.notify(_state_path(uuid))

@@ -19,9 +19,8 @@ from django.db import Error as DatabaseError
 from django.db import connection
 from django.db.models import Min
 from django.utils import timezone
-from redis.exceptions import RedisError
 
-from aemos.lib import keys, metrics, redis
+from aemos.lib import keys, metrics
 from aemos.lib.batched import batched
 from aemos.lib.leader import Leader
 from aemos.lib.rate_limited_log import RateLimitedLog
@@ -269,7 +268,6 @@ class BrokerSync:
         self._versions: dict[int, int] = {}
         self._next_expiry: datetime | None = None
         self._next_sweep = float("-inf")
-        self._redis_away = False
 
     def run(self, stop: Stop) -> None:
         """Blocks until `stop` is set; looks once a second."""
@@ -279,7 +277,7 @@ class BrokerSync:
                 self._guarded_step()
         finally:
             self._security.stop()
-            self._resign()
+            self._leader.resign()
 
     def _guarded_step(self) -> None:
         try:
@@ -299,7 +297,7 @@ class BrokerSync:
 
     def _step(self) -> None:
         self._security.revive()
-        if not self._leads():
+        if not self._leader.leads_or(False):
             self._verified = 0
             return
         if not self._security.ready.is_set():
@@ -314,7 +312,7 @@ class BrokerSync:
             return
         # Before the comparison: what expires during it is then still ahead.
         next_expiry = DeviceToken.objects.live().aggregate(next=Min("expires_at"))["next"]
-        changes = comparison(self._security, before_batch=self._go_on)
+        changes = comparison(self._security, before_batch=self._check_leadership)
         if changes != Changes():
             counts = (changes.created, changes.removed, changes.failed)
             log.info("Device accounts of the broker: %d made, %d taken away, %d failed", *counts)
@@ -325,23 +323,6 @@ class BrokerSync:
     def _has_expired(self) -> bool:
         return self._next_expiry is not None and timezone.now() >= self._next_expiry
 
-    def _leads(self) -> bool:
-        try:
-            leads = self._leader.leads()
-        except RedisError as error:
-            if not self._redis_away:
-                log.warning("Device accounts of the broker wait: %s", redis.explain(error))
-            self._redis_away = True
-            return False
-        self._redis_away = False
-        return leads
-
-    def _go_on(self) -> None:
-        if not self._leads():
+    def _check_leadership(self) -> None:
+        if not self._leader.leads_or(False):
             raise LeadershipLost("another process keeps the broker in step")
-
-    def _resign(self) -> None:
-        try:
-            self._leader.resign()
-        except RedisError as error:
-            log.debug("The lock expires by itself: %s", error)

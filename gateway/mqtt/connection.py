@@ -1,4 +1,4 @@
-"""The MQTT broker: settings in, connections that mend themselves and dynamic-security commands out.
+"""Connections to the MQTT broker, which reconnect by themselves.
 
 BrokerError
 ├── BrokerAway      no connection, or no answer in time

@@ -1,4 +1,4 @@
-"""Connections of devices: which are online and which are not in; their rows, and an event to people for each change, out."""
+"""Which devices are connected to the broker: update their rows, and notify people of each change."""
 
 from __future__ import annotations
 

@@ -25,16 +25,15 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError
 from django.db import connection as database
 from paho.mqtt.subscribeoptions import SubscribeOptions
-from redis.exceptions import RedisError
 
-from aemos.lib import keys, metrics, redis
+from aemos.lib import keys, metrics
 from aemos.lib.leader import Leader
 from aemos.lib.rate_limited_log import RateLimitedLog
 from devices import catalogue
 from devices.exceptions import Overloaded, Refusal
 from gateway.mqtt import topics
 from gateway.mqtt.connection import Connection, Session
-from gateway.mqtt.sender_queues import Arrival, Lanes
+from gateway.mqtt.sender_queues import Arrival, SenderQueues
 from gateway.transport import Ingest, Pending
 from notifications.messages import Protocol
 
@@ -97,11 +96,10 @@ class Inbound:
         self._on_tick = on_tick
         self._leader = Leader(channel.leader_key)
         self._leads = False
-        self._redis_away = False
         self._next_tick = float("-inf")
         self._connections = 0
         self._news: queue.Queue[Arrival | None] = queue.Queue()
-        self._lanes = Lanes()
+        self._sender_queues = SenderQueues()
         self.held_bytes = 0
         self._room = threading.Condition()
         self._under_way: deque[tuple[Arrival, Pending]] = deque()
@@ -164,7 +162,7 @@ class Inbound:
         self._news.put(Arrival(message.topic, payload, message.mid, message.qos, self._connections, retained=retained))
 
     def _is_full(self, size: int) -> bool:
-        too_many = self._news.qsize() + len(self._lanes) >= MAXIMUM_HELD
+        too_many = self._news.qsize() + len(self._sender_queues) >= MAXIMUM_HELD
         return too_many or not self._has_room(size)
 
     def _has_room(self, size: int) -> bool:
@@ -187,7 +185,7 @@ class Inbound:
             self.held_bytes += size
 
     def _forget(self, arrival: Arrival) -> None:
-        self._lanes.done(arrival)
+        self._sender_queues.done(arrival)
         with self._room:
             self.held_bytes -= len(arrival.payload)
             self._room.notify_all()
@@ -211,7 +209,7 @@ class Inbound:
             self._tick()
         self._take_arrivals()
         while len(self._under_way) < MAXIMUM_UNDER_WAY:
-            arrival = self._lanes.next(time.monotonic())
+            arrival = self._sender_queues.next(time.monotonic())
             if arrival is None:
                 break
             self._submit(arrival)
@@ -220,12 +218,12 @@ class Inbound:
 
     def _take_arrivals(self) -> None:
         """All that is there; waits for the first only if there is nothing else to do."""
-        seconds = self._lanes.seconds_until_next(time.monotonic(), longest=TICK_SECONDS)
+        seconds = self._sender_queues.seconds_until_next(time.monotonic(), longest=TICK_SECONDS)
         try:
             arrival = self._news.get(block=not self._under_way and seconds > 0, timeout=seconds)
             while True:
                 if arrival is not None:
-                    self._lanes.add(arrival)
+                    self._sender_queues.add(arrival)
                 arrival = self._news.get_nowait()
         except queue.Empty:
             return
@@ -256,7 +254,7 @@ class Inbound:
                 return None
             self.counts["overloaded"] += 1
             self._log.log("overloaded", logging.WARNING, "%s has to wait: %s", arrival.topic, refusal)
-            self._lanes.again(
+            self._sender_queues.again(
                 arrival, at=time.monotonic() + min(max(refusal.retry_after, 0.1), LONGEST_BACKOFF_SECONDS)
             )
         except Refusal as refusal:
@@ -265,12 +263,12 @@ class Inbound:
         except (OperationalError, InterfaceError) as error:
             self.counts["failed"] += 1
             self._log.log("database", logging.WARNING, "%s waits for the database: %s", arrival.topic, error)
-            self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
+            self._sender_queues.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         except Exception:  # noqa: BLE001  per message: neither lost nor in the way of others, tried until it is understood
             self.counts["failed"] += 1
             metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             self._log.log("failed", logging.ERROR, "A message of %s cannot be taken", arrival.topic, trace=True)
-            self._lanes.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
+            self._sender_queues.again(arrival, at=time.monotonic() + _backoff_seconds(arrival.attempts))
         arrival.attempts += 1
         return None
 
@@ -286,7 +284,7 @@ class Inbound:
         self._next_tick = time.monotonic() + TICK_SECONDS
         self._on_tick()
         database.close()  # outside a request nobody else would give it back
-        leads = self._hold_leadership()
+        leads = self._leader.leads_or(self._leads)  # without Redis nobody else can take over, either
         if leads and self._leads:
             self._connection.revive()
         elif leads:
@@ -296,26 +294,12 @@ class Inbound:
             self._connection.stop()
         self._leads = leads
 
-    def _hold_leadership(self) -> bool:
-        try:
-            leads = self._leader.leads()
-        except RedisError as error:
-            if not self._redis_away:
-                log.warning("Who listens to %s over MQTT stays as it is: %s", self._channel.name, redis.explain(error))
-            self._redis_away = True
-            return self._leads  # nobody else can take over, either
-        self._redis_away = False
-        return leads
-
     def _resign(self) -> None:
         if not self._leads:
             return
         self._connection.stop()
         self._leads = False
-        try:
-            self._leader.resign()
-        except RedisError as error:
-            log.debug("The lock expires by itself: %s", error)
+        self._leader.resign()
 
 
 class Telemetry:

@@ -1,4 +1,4 @@
-"""What is told over MQTT: messages in, publications that the broker has acknowledged out.
+"""Publish messages over MQTT, and know which of them the broker has acknowledged.
 
 The broker may lose in a crash what it has acknowledged, so a gateway that connects again tells the newest states again, and
 the commands that no device has acknowledged. A device knows a repetition by its id.
@@ -34,7 +34,7 @@ from gateway.mqtt import republish, topics
 from gateway.mqtt.connection import Connection
 from gateway.mqtt.reports import Reports
 from gateway.mqtt.topics import Address
-from gateway.transport import Delivered, TransportError
+from gateway.transport import DeliveryReport, OnReport, Status, TransportError
 from notifications import messages
 from notifications.messages import Message
 
@@ -55,16 +55,16 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(slots=True, eq=False)
 class _Delivery:
-    """A message on its way: how many of its topics the broker has not acknowledged, what follows when it is done with, how
-    often the broker refused one of them, why it was given up, if it was, and whether it was too late to send any of it.
+    """A message on its way: how many of its topics the broker has not acknowledged, what follows when that is none, and how
+    often the broker refused one of them. `status` and `reason` are what will be reported.
     """
 
     message_id: UUID
     unacknowledged: int
     finish: Callable[[_Delivery], None]
     refusals: int = 0
-    given_up: str = ""
-    expired: bool = False
+    status: Status = Status.DELIVERED
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,16 +161,16 @@ class Outbound:
         if self._thread:
             self._thread.join(max(deadline - time.monotonic(), 0.1))
 
-    def deliver(self, message: Message, delivered: Delivered) -> None:
+    def deliver(self, message: Message, on_report: OnReport) -> None:
         if self._stopping.is_set():
             raise TransportError("the MQTT transport is stopping")
         if not self._room.acquire(timeout=WAIT_FOR_ROOM_SECONDS if self.connected else 0):
             raise TransportError(f"{MAXIMUM_WAITING} messages wait for the MQTT broker")
         self._idle.clear()
-        for publication in _publications(message, topics.addresses(message), partial(self._finish, message, delivered)):
+        for publication in _publications(message, topics.addresses(message), partial(self._finish, message, on_report)):
             self._news.put(publication)
 
-    def lead(self, leads: bool) -> None:
+    def on_lead(self, leads: bool) -> None:
         self._leads = leads
         if leads:
             self._news.put(_Lead())
@@ -267,7 +267,7 @@ class Outbound:
             if address.is_command:
                 self._reports.expired(publication.delivery.message_id)
             else:
-                publication.delivery.expired = True
+                publication.delivery.status = Status.EXPIRED
             self._done_with(publication)
             return True
         if address.topic in self._refused:
@@ -301,7 +301,7 @@ class Outbound:
         self._log.log("refused", logging.ERROR, "The MQTT broker refused a message to %s: %s", topic, problem)
         delivery.refusals += 1
         if delivery.refusals >= settings.NOTIFICATION_MAX_ATTEMPTS:
-            delivery.given_up = f"the broker refused it on {topic}: {problem}"
+            delivery.status, delivery.reason = Status.REFUSED, f"the broker refused it on {topic}: {problem}"
             self._done_with(publication)
             return
         again_at = time.monotonic() + REFUSED_AGAIN_SECONDS
@@ -313,15 +313,10 @@ class Outbound:
         if not delivery.unacknowledged:
             delivery.finish(delivery)
 
-    def _finish(self, message: Message, delivered: Delivered, delivery: _Delivery) -> None:
+    def _finish(self, message: Message, on_report: OnReport, delivery: _Delivery) -> None:
         self._room.release()
         try:
-            if delivery.given_up:
-                delivered(message, given_up=delivery.given_up)
-            elif delivery.expired:
-                delivered(message, expired=True)
-            else:
-                delivered(message)
+            on_report(DeliveryReport(message, delivery.status, delivery.reason))
         except Exception:  # per message: the next one is not to blame
             self.counts["callback-failed"] += 1
             metrics.GATEWAY_FAILURES.labels("mqtt").inc()

@@ -1,4 +1,4 @@
-"""Reports over MQTT: statuses and acknowledgements of devices in; rows of devices and commands, and events to people, out.
+"""Take in what devices report over MQTT: their status, and acknowledgements of commands.
 
 What waits is written together, and a message is acknowledged to the broker only after the database has what it says.
 """

@@ -1,4 +1,4 @@
-"""What has to be told again after the broker was away, because it may have forgotten it: rows in, messages out."""
+"""Messages that the broker may have forgotten while it was unavailable, to be published again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which order messages of devices are taken: arrivals in, the next that may be tried out. Pure: no Django, no broker."""
+"""The order in which messages of devices are taken: one queue for each sender. Pure: no Django, no broker."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Arrival:
         return self.topic
 
 
-class Lanes:
+class SenderQueues:
     """Arrivals by sender, each sender's in order: the next one is given only when the one before it is done.
 
     What one sender has to wait for, a retry for example, holds up nobody else. Times are in seconds of any one clock.
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[str, deque[Arrival]] = {}
+        self._queues: dict[str, deque[Arrival]] = {}
         self._ready: deque[str] = deque()
         self._delayed: list[tuple[float, int, str]] = []
         self._order = itertools.count()
@@ -45,27 +45,27 @@ class Lanes:
         return self._size
 
     def add(self, arrival: Arrival) -> None:
-        lane = self._lanes.get(arrival.sender)
-        if lane is None:
-            lane = self._lanes[arrival.sender] = deque()
+        waiting = self._queues.get(arrival.sender)
+        if waiting is None:
+            waiting = self._queues[arrival.sender] = deque()
             self._ready.append(arrival.sender)
-        lane.append(arrival)
+        waiting.append(arrival)
         self._size += 1
 
     def next(self, now: float) -> Arrival | None:
         """The next arrival that may be tried now; `done` or `again` must follow before its sender has another turn."""
         while self._delayed and self._delayed[0][0] <= now:
             self._ready.append(heapq.heappop(self._delayed)[2])
-        return self._lanes[self._ready.popleft()][0] if self._ready else None
+        return self._queues[self._ready.popleft()][0] if self._ready else None
 
     def done(self, arrival: Arrival) -> None:
-        lane = self._lanes[arrival.sender]
-        lane.popleft()
+        waiting = self._queues[arrival.sender]
+        waiting.popleft()
         self._size -= 1
-        if lane:
+        if waiting:
             self._ready.append(arrival.sender)
         else:
-            del self._lanes[arrival.sender]
+            del self._queues[arrival.sender]
 
     def again(self, arrival: Arrival, *, at: float) -> None:
         heapq.heappush(self._delayed, (at, next(self._order), arrival.sender))

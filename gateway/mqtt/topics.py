@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from notifications.messages import Message, is_wish
+from notifications.messages import Message, is_desired_change
 
 DATASTREAMS = "devices/+/datastream"
 STATUSES = "devices/+/status"
@@ -62,7 +62,7 @@ def addresses(message: Message) -> list[Address]:
     device = message.changed_device
     if device is None:
         return [Address(broadcast(message.organization_uuid), 1, deadline=_expiry(message))]
-    if not is_wish(message):
+    if not is_desired_change(message):
         return [Address(reported(device), 1)]
     return [
         Address(state(device), 1, retain=True),

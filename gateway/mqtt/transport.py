@@ -1,19 +1,21 @@
-"""The MQTT transport: messages out (mqtt_outbound), telemetry and reports of devices in (mqtt_inbound, mqtt_reports)."""
+"""The MQTT transport: delivers messages (outbound), and takes telemetry (inbound) and reports of devices (reports)."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
+from gateway.mqtt.accounts import BrokerSync
 from gateway.mqtt.inbound import TELEMETRY, Inbound, Telemetry
 from gateway.mqtt.outbound import Outbound
 from gateway.mqtt.reports import REPORTS, Reports
-from gateway.transport import Delivered, Ingest
+from gateway.transport import BackgroundTask, Ingest, OnReport, Transport
 from notifications import messages
 from notifications.messages import Message
 
 
-class MqttTransport:
+class MqttTransport(Transport):
     """`counts`: published, expired, refused, callback-failed; those of what comes in are in `telemetry.counts`, `reports.counts`.
 
     A message counts as delivered when the broker has acknowledged it on each of its topics. It may reach a device twice,
@@ -27,6 +29,9 @@ class MqttTransport:
         self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take)
         self.reports = Inbound(REPORTS, kept.take, on_tick=kept.flush)
         self._outbound = Outbound(kept)
+
+    def background_tasks(self) -> Mapping[str, BackgroundTask]:
+        return {"broker accounts": BrokerSync().run}
 
     @property
     def connected(self) -> bool:
@@ -51,13 +56,12 @@ class MqttTransport:
         self.telemetry.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))
         self.reports.stop(timeout_seconds=max(deadline - time.monotonic(), 0.1))  # last: it writes what was sent
 
-    def lead(self, leads: bool) -> None:
-        """Of several gateways, one delivers. It is told when its turn begins, before its first message, and when it ends."""
-        self._outbound.lead(leads)
+    def on_lead(self, leads: bool) -> None:
+        self._outbound.on_lead(leads)
 
-    def deliver(self, message: Message, delivered: Delivered) -> None:
-        """Hands the message to the broker; `delivered` is called, from another thread, when the broker has all of it.
+    def deliver(self, message: Message, on_report: OnReport) -> None:
+        """Hands the message to the broker; the report comes, from another thread, when the broker has all of it.
 
         Waits while the broker is slow; TransportError when too many messages wait, at once if the broker is away.
         """
-        self._outbound.deliver(message, delivered)
+        self._outbound.deliver(message, on_report)

@@ -1,4 +1,4 @@
-"""Replays: a client's last position in, the messages that it missed and then its place among the live ones out.
+"""Send a client the messages it missed since its last position, and then put it among the live ones.
 
 A session that is replayed to is in no room: the live messages of that time reach it from the stream, in their order. It
 goes live at a moment when it has been given everything that the gateway has delivered, so nothing overtakes and nothing is
@@ -28,8 +28,9 @@ from gevent.event import Event
 from redis.exceptions import RedisError
 
 from aemos.lib import metrics, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from gateway import cursors
-from gateway.cursors import Entry, Stretch
+from gateway.cursors import Entry, StreamSlice
 from gateway.socketio import history
 from gateway.socketio.sessions import DEVICE, ORGANIZATION, Session
 from notifications import messages
@@ -91,7 +92,7 @@ class Replayer:
         self._replays: dict[str, Replay] = {}
         self._waiting: dict[str, str] = {}
         self._news = Event()
-        self._is_away = False
+        self._log = RateLimitedLog(log)
 
     def begin(self, sid: str, position: str) -> None:
         """Replays what follows the position to a session that is not live any more."""
@@ -126,7 +127,14 @@ class Replayer:
             try:
                 has_worked = self._serve_next()
             except (RedisError, DatabaseError) as error:
-                self._say_away(error)
+                why = redis.explain(error) if isinstance(error, RedisError) else error
+                self._log.log(
+                    "away",
+                    logging.WARNING,
+                    "%d Socket.IO clients wait for what they missed: %s",
+                    len(self._replays),
+                    why,
+                )
                 gevent.sleep(RETRY_SECONDS)
                 continue
             except Exception:  # the process loop: without it nobody would be replayed to any more
@@ -136,7 +144,7 @@ class Replayer:
                 continue
             finally:
                 close_old_connections()
-            self._is_away = False
+            self._log.recovered("away")
             gevent.sleep(time.monotonic() - started if has_worked else REST_SECONDS)
 
     def _serve_next(self) -> bool:
@@ -162,19 +170,19 @@ class Replayer:
 
     def _give_stream(self, replay: Replay) -> None:
         live, start = self._outlet.position, replay.position
-        stretch = cursors.stretch_after(redis.client(), start.encode(), count=SLICE)
+        part = cursors.slice_after(redis.client(), start.encode(), count=SLICE)
         if not self._is_current(replay):
             return
-        if not replay.checked and _reaches_further(start, stretch):
-            self._look_back(replay, stretch)
+        if not replay.checked and _reaches_further(start, part):
+            self._look_back(replay, part)
             return
         # Who was not given all in between may share only what follows its own position without a hole.
-        is_whole = stretch.follows(start.encode())
+        is_whole = part.follows(start.encode())
         readers = [each for each in self._replays.values() if _shares(each, start)] if is_whole else [replay]
-        for entry in stretch.entries:
+        for entry in part.entries:
             self._give_entry(entry, readers)
-        if len(stretch.entries) < SLICE:
-            end = stretch.entries[-1].id.decode() if stretch.entries else start
+        if len(part.entries) < SLICE:
+            end = part.entries[-1].id.decode() if part.entries else start
             self._finish([each for each in readers if each.position == end], live=live)
 
     def _give_entry(self, entry: Entry, readers: list[Replay]) -> None:
@@ -206,14 +214,14 @@ class Replayer:
                 self._waiting[replay.sid] = given
             self._outlet.send("position", {"position": given}, [replay.sid])
 
-    def _look_back(self, replay: Replay, stretch: Stretch) -> None:
+    def _look_back(self, replay: Replay, part: StreamSlice) -> None:
         """The stream does not reach back to the position, or not up to it: the table is asked first."""
-        begins_later = not stretch.follows(replay.position.encode())
+        begins_later = not part.follows(replay.position.encode())
         since = history.moment_of(replay.position)
         if since is None or not history.is_kept(since):
-            self._skip(replay, oldest=stretch.oldest)
+            self._skip(replay, oldest=part.oldest)
             return
-        until = history.moment_of(stretch.oldest.decode()) if begins_later and stretch.oldest else None
+        until = history.moment_of(part.oldest.decode()) if begins_later and part.oldest else None
         replay.past = history.Published(
             protocol=messages.Protocol.SOCKETIO,
             since=since - history.margin(),
@@ -221,9 +229,7 @@ class Replayer:
         )
         replay.checked = not begins_later
         # The stream goes on from here when the table has given all.
-        replay.position = (
-            cursors.before(stretch.oldest) if begins_later and stretch.oldest else stretch.newest
-        ).decode()
+        replay.position = (cursors.before(part.oldest) if begins_later and part.oldest else part.newest).decode()
 
     def _give_past(self, replay: Replay, past: history.Published) -> None:
         if not replay.rows:
@@ -274,22 +280,16 @@ class Replayer:
         """Whether the session is still there, after the greenlet has waited for an answer."""
         return self._replays.get(replay.sid) is replay
 
-    def _say_away(self, error: Exception) -> None:
-        if not self._is_away:
-            why = redis.explain(error) if isinstance(error, RedisError) else error
-            log.warning("%d Socket.IO clients wait for what they missed: %s", len(self._replays), why)
-        self._is_away = True
-
 
 def body(message: Message) -> dict[str, Any]:
     """What Socket.IO sends: the body of all protocols, and the position to go on from."""
     return {**messages.body(message), "position": message.position}
 
 
-def _reaches_further(position: str, stretch: Stretch) -> bool:
+def _reaches_further(position: str, part: StreamSlice) -> bool:
     """Whether the stream alone cannot tell what followed the position."""
-    begins_later = not stretch.follows(position.encode())
-    return begins_later or position == BEGINNING or cursors.is_after(position, stretch.newest)
+    begins_later = not part.follows(position.encode())
+    return begins_later or position == BEGINNING or cursors.is_after(position, part.newest)
 
 
 def _shares(replay: Replay, start: str) -> bool:

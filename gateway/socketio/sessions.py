@@ -1,4 +1,4 @@
-"""Who is connected over Socket.IO and what reaches them: a person's organizations and rooms in, yes or no to a message out.
+"""Sessions of people over Socket.IO: their rooms, and which messages each may receive.
 
 Rooms: `organization-{uuid}`, `device-uuid-{uuid}` and `telemetry-{variable uuid}`.
 """

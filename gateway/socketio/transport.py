@@ -1,4 +1,4 @@
-"""Socket.IO: access tokens of people and messages in, events in the rooms of their organizations out.
+"""The Socket.IO transport: people log in with access tokens and receive events in the rooms of their organizations.
 
 Rooms: `organization-{uuid}` holds everything an organization is told and is joined on connection for every membership;
 `device-uuid-{uuid}` and `telemetry-{variable uuid}` are asked for with `subscribe`, and any room is left with
@@ -33,6 +33,7 @@ from socketio.exceptions import ConnectionRefusedError as Refused
 
 from aemos.lib import metrics
 from devices.exceptions import BadPayload, Unauthorized
+from gateway.live_readings import LiveReadings
 from gateway.people import organizations_of, person
 from gateway.socketio import history
 from gateway.socketio.engine import Engine, RequestHandler, Server, connections_within_limits, silent_log
@@ -46,7 +47,7 @@ from gateway.socketio.sessions import (
     roles_of,
     rooms_of,
 )
-from gateway.transport import Delivered, TransportError
+from gateway.transport import BackgroundTask, DeliveryReport, OnReport, Transport, TransportError
 from notifications.messages import Message, Protocol
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ _NOT_YOURS = "There is no such room, or you have no right to it."
 _POSITION = re.compile(r"\d{1,15}-\d{1,20}", re.ASCII)
 
 
-class SocketIoTransport:
+class SocketIoTransport(Transport):
     """The server. A slow client only fills its own queue (MAXIMUM_QUEUED) and never holds up another.
 
     `sessions` are those that were let in; `position` is that of the message delivered last.
@@ -112,6 +113,9 @@ class SocketIoTransport:
         """Host and port bound; the wanted ones before the start."""
         return self._listener.server_host or self._host, self._listener.server_port or self._port
 
+    def background_tasks(self) -> Mapping[str, BackgroundTask]:
+        return {"live readings": LiveReadings(self).run}
+
     def start(self) -> None:
         """Listens; OSError when the address cannot be had."""
         self._listener.start()
@@ -125,7 +129,7 @@ class SocketIoTransport:
         self._server.shutdown()
         self._listener.stop(timeout=min(timeout_seconds, 1.0))
 
-    def deliver(self, message: Message, delivered: Delivered) -> None:
+    def deliver(self, message: Message, on_report: OnReport) -> None:
         position = message.position or self.position
         self._replayer.admit(position)
         try:
@@ -134,7 +138,7 @@ class SocketIoTransport:
             raise TransportError(f"the message cannot be written as JSON: {error}", permanent=True) from error
         finally:
             self.position = position
-        delivered(message)
+        on_report(DeliveryReport(message))
 
     def _recipients(self, message: Message) -> Sequence[str]:
         """Rooms, or single sessions where the roles of the members matter."""
@@ -210,7 +214,7 @@ class SocketIoTransport:
         self._replay(sid, session, position)
         return {"ok": True}
 
-    def fill_hole(self) -> None:
+    def on_gap(self) -> None:
         """The stream has lost messages after `position`: everybody is given them from the table, as after an absence."""
         for sid, session in self.sessions.items():
             if not self._replayer.serves(sid):  # a replay sees the hole by itself

@@ -1,4 +1,4 @@
-"""The gateway process: settings and options in; Socket.IO, MQTT and CoAP served until SIGTERM or SIGINT."""
+"""Run the gateway process: Socket.IO, MQTT and CoAP until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from django.core.management.base import BaseCommand, CommandError
 from gevent import monkey
 from gevent.event import Event
 
-from gateway.dispatcher import Companion, Gateway, StartError
+from gateway.dispatcher import Gateway, StartError
 from gateway.transport import Ingest, Transport
 from notifications.messages import Protocol
 
@@ -37,10 +37,11 @@ class Command(BaseCommand):
             raise CommandError(
                 "Start the gateway with `manage.py rungateway`: gevent has to be set up before Django is."
             )
-        transports, companions = self._compose(options)
+        transports = self._compose(options)
         if not transports:
             raise CommandError("Every protocol is switched off: nothing to run.")
-        gateway = Gateway(transports, companions=companions)
+        background_tasks = dict(task for each in transports for task in each.background_tasks().items())
+        gateway = Gateway(transports, background_tasks=background_tasks)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, stop.set)
@@ -54,18 +55,14 @@ class Command(BaseCommand):
         gateway.stop(timeout_seconds=STOP_SECONDS)
         self._keep_refusals()
 
-    def _compose(self, options: dict[str, Any]) -> tuple[list[Transport], dict[str, Companion]]:
+    def _compose(self, options: dict[str, Any]) -> list[Transport]:
         from rules.ingest import submit
 
-        transports = [
+        return [
             _transport(protocol, submit)
             for protocol in _TITLES
             if not self._is_off(protocol, options[f"no_{protocol}"])
         ]
-        companions: dict[str, Companion] = {}
-        for transport in transports:
-            companions |= _companions(transport)
-        return transports, companions
 
     def _keep_refusals(self) -> None:
         """Refusals of the last moment still wait in this process."""
@@ -101,23 +98,10 @@ def _transport(protocol: Protocol, ingest: Ingest) -> Transport:
     return MqttTransport(ingest=ingest)
 
 
-def _companions(transport: Transport) -> dict[str, Companion]:
-    """What runs beside a transport."""
-    if transport.protocol is Protocol.MQTT:
-        from gateway.mqtt.accounts import BrokerSync
-
-        return {"broker accounts": BrokerSync().run}
-    if transport.protocol is Protocol.SOCKETIO:
-        from gateway.live_readings import LiveReadings
-
-        return {"live readings": LiveReadings(transport).run}  # type: ignore[arg-type]  # the one that has an audience
-    return {}
-
-
 def _where(transport: Transport) -> str:
-    if transport.protocol is Protocol.MQTT:
+    if transport.address is None:
         return f"broker at {settings.MQTT_HOST}:{settings.MQTT_PORT}"
-    host, port = transport.address  # type: ignore[attr-defined]  # both other transports listen
+    host, port = transport.address
     scheme = "http" if transport.protocol is Protocol.SOCKETIO else "coap"
     return f"listening on {scheme}://{host}:{port}"
 

@@ -1,4 +1,4 @@
-"""`manage.py sync_broker`: live device tokens and the broker's own tables in, a broker that is in step with them out."""
+"""`manage.py sync_broker`: bring the broker's accounts in step with the live device tokens."""
 
 from __future__ import annotations
 
