@@ -32,6 +32,7 @@ from gateway.transport import Pending
 from rules.ingest import Receipt
 from tests import builders, coap_peers
 from tests.gateway_process import GatewayProcess, operator, running
+from tests.servers import redis_that_was_empty
 
 Farm = dict[str, Any]
 UUID = str(uuid4())
@@ -245,13 +246,13 @@ def test_what_the_endpoint_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -
     assert counted == {"coap_refused_total|malformed": 3}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    client = redis.client()
-    assert client.dbsize() == 0, "the test database of Redis is not empty"
-    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}, COAP_MAX_AGE_SECONDS="10") as process:
+    with (
+        redis_that_was_empty(),
+        running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "coap"}, COAP_MAX_AGE_SECONDS="10") as process,
+    ):
         yield process
-    client.flushdb()
 
 
 @pytest.fixture

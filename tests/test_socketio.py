@@ -21,18 +21,16 @@ from gateway.socketio.sessions import Session
 from gateway.socketio.transport import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.messages import decode
 from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.servers import redis_that_was_empty
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
 
 Farm = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    client = redis.client()
-    assert client.dbsize() == 0, "the test database of Redis is not empty"
-    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "socketio"}) as process:
+    with redis_that_was_empty(), running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "socketio"}) as process:
         yield process
-    client.flushdb()
 
 
 @pytest.fixture
@@ -299,7 +297,7 @@ def test_a_change_of_role_changes_what_is_told_within_seconds(gateway: GatewayPr
 
 
 @pytest.mark.parametrize("roles", ["operator", [1], {"operator": True}])
-def test_roles_that_are_no_list_of_names_are_told_to_nobody_and_the_delivery_says_so(
+def test_roles_that_are_no_list_of_names_reach_nobody_and_the_delivery_says_so(
     gateway: GatewayProcess, farm: Farm, roles: object
 ) -> None:
     with connected(gateway, farm["access_token"]) as client:
@@ -404,9 +402,7 @@ def test_a_connection_that_shows_no_token_is_closed(gateway: GatewayProcess) -> 
             pass
 
 
-def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_is_not(
-    gateway: GatewayProcess, farm: Farm
-) -> None:
+def test_a_connection_that_never_ends_its_request_is_closed(gateway: GatewayProcess, farm: Farm) -> None:
     post = b"POST /socket.io/?EIO=4&transport=polling HTTP/1.1\r\nContent-Length: 9\r\n\r\n4"
     with ExitStack() as stack:
         quiet = stack.enter_context(raw_websocket(gateway, token=farm["access_token"]))
@@ -422,9 +418,7 @@ def test_a_connection_that_never_ends_its_request_is_closed_and_a_quiet_client_i
         assert sent in [data.get("id") for _, data in itertools.islice(events(quiet), 2)]
 
 
-def test_strangers_that_open_connections_without_end_take_no_files_from_the_rest_and_make_way_after_a_while(
-    tmp_path: Path, farm: Farm
-) -> None:
+def test_strangers_with_many_connections_take_no_files_from_the_rest(tmp_path: Path, farm: Farm) -> None:
     with running(tmp_path / "log", {"kind": "socketio", "files": 240}) as gateway, ExitStack() as stack:
         member = stack.enter_context(raw_websocket(gateway, token=farm["access_token"]))
         for _ in range(300):

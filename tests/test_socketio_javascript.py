@@ -9,23 +9,20 @@ from typing import Any
 
 import pytest
 
-from aemos.lib import redis
 from deploy import javascript
 from deploy.debian import FetchError
 from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.servers import redis_that_was_empty
 from tests.socketio_clients import JAVASCRIPT, JavaScriptClient, javascript_client, url
 
 Farm = dict[str, Any]
 TRANSPORTS = [["websocket"], ["polling"], ["polling", "websocket"]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    client = redis.client()
-    assert client.dbsize() == 0, "the test database of Redis is not empty"
-    with running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "socketio"}) as process:
+    with redis_that_was_empty(), running(tmp_path_factory.mktemp("gateway") / "log", {"kind": "socketio"}) as process:
         yield process
-    client.flushdb()
 
 
 @pytest.fixture
