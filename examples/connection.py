@@ -1,4 +1,4 @@
-"""What every example has to be told: a farm's file or single options in, addresses and credentials out."""
+"""Options that every example has: a farm's file, or addresses and credentials one by one."""
 
 from __future__ import annotations
 
