@@ -1,4 +1,4 @@
-"""The part of the OpenAPI document that REST framework cannot know: a generated document in, one with POST /telemetry out."""
+"""Add to the OpenAPI document what REST framework cannot know: POST /telemetry, and the errors of every request."""
 
 from __future__ import annotations
 

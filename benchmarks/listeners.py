@@ -1,4 +1,4 @@
-"""A listener of each protocol in a process of its own: what counts messages in, and what it found, when asked, out."""
+"""A listener of each protocol, in a process of its own, that counts what it receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two of everything under load for minutes: a rate in, memory and queue every 30 s and how fast memory grows out.
+"""Run two of everything under load for minutes, and measure how fast memory grows.
 
 A system of its own is started on free ports of this machine: web, worker, gateway and scheduler twice. Sensors report over
 both web processes. Their chains remember (a dead band, "for", "times"), wait for time to pass, rest, raise and clear alarms,

@@ -1,4 +1,4 @@
-"""A system of its own for a benchmark: environment variables in, the system and what its processes use of the machine out."""
+"""A whole system for a benchmark, and what its processes use of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole system of its own for tests and benchmarks: a directory in, running processes that can be killed one by one out."""
+"""A whole system of its own for tests and benchmarks, whose processes can be killed one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this process knows of tokens, sensors, devices and their variables: a token or uuid in, the originator out.
+"""A cache of tokens, sensors, devices and their variables in this process.
 
 Loaded from the database on first use and kept until the organization's CatalogueVersion moves, which is looked at no more
 than once a second: no query per event, and a revoked token is refused within about a second.

@@ -1,4 +1,4 @@
-"""Commands: what became of the changes that rules and people wish in, StateChange rows updated in bulk out.
+"""Commands to devices: record how far each has come (queued, sent, applied, failed, expired), in bulk.
 
 queued -> sent -> acknowledged -> applied or failed; expired when it was not sent or not acknowledged by its deadline. A state
 never goes backwards, whoever writes last; a device that answers late is still believed.

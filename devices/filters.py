@@ -1,4 +1,4 @@
-"""Filters of the REST API's lists: query parameters under the names that growers type in, fewer rows out."""
+"""Filters of the lists of the REST API, under the names of the JSON fields; an unknown parameter is refused by name."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def remember(values: Mapping[Key, Latest]) -> None:
         for (source_type, uuid), args in by_source.items():
             pipeline.eval(_SET_IF_NEWER, 1, keys.latest(source_type, uuid), *args)
             if source_type == "device":
-                pipeline.sadd(keys.TIMERS_STIRRED, f"{source_type}|{uuid}")
+                pipeline.sadd(keys.TIMERS_DIRTY, f"{source_type}|{uuid}")
         pipeline.execute()
 
 

@@ -158,7 +158,7 @@ class DeviceState(Identified):
             return None
         return bool(self.value != self.reported_value)
 
-    def wish(self, value: Any, *, at: datetime, command_uuid: uuid.UUID) -> None:
+    def set_desired(self, value: Any, *, at: datetime, command_uuid: uuid.UUID) -> None:
         """Sets what the state should be. Saving is the caller's."""
         self.value, self.changed_at, self.command_uuid = value, at, command_uuid
         self._compare()

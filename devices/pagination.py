@@ -1,4 +1,4 @@
-"""Pages of the REST API: `page` and `pageSize` in, {"count", "next", "previous", "results"} out."""
+"""Pages of the REST API: `page` and `pageSize` give {"count", "next", "previous", "results"}."""
 
 from __future__ import annotations
 

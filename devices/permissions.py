@@ -1,4 +1,4 @@
-"""Who may do what: a person in, the organizations and rows they may view, add, change and delete out.
+"""Which organizations and rows a person may view, add, change and delete.
 
 RIGHTS is the one table of it. The REST API and the admin both ask it.
 """

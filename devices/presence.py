@@ -1,4 +1,4 @@
-"""Presence: what devices, or the broker for them, say about their connection in, Device rows updated in bulk out."""
+"""Which devices are connected: update Device rows in bulk from what devices, or the broker for them, report."""
 
 from __future__ import annotations
 

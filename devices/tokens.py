@@ -1,4 +1,4 @@
-"""Device tokens: a token in, its digest or the broker password of the same token out.
+"""Device tokens: issue them, check them by digest, and derive the broker password of a token.
 
 A token is `aemos_<prefix>_<secret>`. The prefix finds the row. The secret is derived from the prefix with a key that only
 the server holds, so that a lost broker can be given every device's credentials again without a visit to each device; the

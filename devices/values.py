@@ -1,4 +1,4 @@
-"""The three kinds of value a variable or a state can have: a value and a datatype in, what is wrong with it out."""
+"""The datatypes of variables and states, and whether a value fits one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The REST API of logging in, organizations, members, sensors, devices, tokens and readings: requests in, JSON out."""
+"""The REST API of login, organizations, members, sensors, devices, tokens and readings."""
 
 from __future__ import annotations
 

@@ -26,7 +26,9 @@ class Conflict(APIException):
     default_code = "conflict"
 
 
-class DatabaseAway(APIException):
+class Unavailable(APIException):
+    """Something that the request needs does not answer; by default the database."""
+
     status_code = status.HTTP_503_SERVICE_UNAVAILABLE
     default_detail = "The database is busy or cannot be reached; try again."
     default_code = "database-unavailable"
@@ -63,7 +65,7 @@ def _translated(error: Exception) -> Exception:
         return ValidationError({"detail": ["A value lies outside of what can be stored."]})
     if isinstance(error, OperationalError):
         log.error("A request fails because of the database: %s", error)
-        return DatabaseAway()
+        return Unavailable()
     return error
 
 

@@ -1,4 +1,4 @@
-"""Who may watch: a request in, whether it may read health and metrics out.
+"""Whether a request may read health and metrics.
 
 Nothing that is shown tells of a tenant; but how loaded a farm is and where it breaks is not for strangers either.
 """

@@ -1,4 +1,4 @@
-"""Prometheus' text: nothing in, the metrics of the queue, of all processes, and of this web server's workers out."""
+"""The metrics of the queue, of all processes and of this web server's workers, as Prometheus text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health endpoints: nothing in; whether this process lives, whether it can do its work, and how the queue is, out."""
+"""Health endpoints: is this process alive, can it do its work, and how is the queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health, queue, Prometheus and the reset of the circuit over HTTP: requests in, answers out."""
+"""Health, queue, Prometheus and the reset of the circuit over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from django.http import HttpResponse
 from drf_spectacular.utils import OpenApiResponse, extend_schema
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from rest_framework.authentication import SessionAuthentication
-from rest_framework.exceptions import APIException
 from rest_framework.parsers import FormParser, MultiPartParser
 from rest_framework.permissions import IsAdminUser
 from rest_framework.renderers import BaseRenderer
@@ -21,6 +20,7 @@ from rest_framework_simplejwt.authentication import JWTAuthentication
 
 from devices.exceptions import Overloaded
 from devices.parsers import BoundedJSONParser
+from devices.viewsets import Unavailable
 from monitoring import health, serializers
 from monitoring.access import MayWatch, MetricsTokenAuthentication
 from monitoring.exposition import expose
@@ -97,11 +97,6 @@ class PrometheusView(WatchView):
         return renderer, renderer.media_type
 
 
-class DatabaseAway(APIException):
-    status_code = 503
-    default_detail = "The database does not answer: nothing was changed."
-
-
 class ResetView(APIView):
     """A person closes the circuit. Its automatic transitions go on from there."""
 
@@ -120,7 +115,7 @@ class ResetView(APIView):
             now = circuit_store.load().state
         except DatabaseError as error:
             log.warning("the circuit was not reset: %s", error)
-            raise DatabaseAway from error
+            raise Unavailable("The database does not answer: nothing was changed.") from error
         log.warning("%s reset the circuit from %s at %s events", actor, previous, depth)
         return Response({"circuitState": now, "previousState": previous, "queueDepth": depth, "resetBy": actor})
 

@@ -1,4 +1,4 @@
-"""What a person tells by hand: an announcement in, its Notification written and published out."""
+"""Announcements: write and publish a notification that a person gives by hand."""
 
 from __future__ import annotations
 

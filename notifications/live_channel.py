@@ -27,7 +27,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(list[Reading])
 
 
-class Wanted:
+class WatchedVariables:
     """The ids of the variables that somebody watches, at most a second old."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,18 +40,18 @@ class Wanted:
         if self._clock() - self._looked_at >= REFRESH_SECONDS:
             self._looked_at = self._clock()
             try:
-                self._ids = frozenset(map(int, redis.client().zrange(keys.TELEMETRY_WANTED, 0, -1)))
+                self._ids = frozenset(map(int, redis.client().zrange(keys.LIVE_READINGS_WATCHED, 0, -1)))
             except RedisError as error:
                 log.debug("Nobody knows who watches: %s", redis.explain(error))
         return self._ids
 
 
 @cache
-def shared() -> Wanted:
-    return Wanted()
+def shared() -> WatchedVariables:
+    return WatchedVariables()
 
 
-def choose(rows: Sequence[Reading], new: Container[tuple[int, int]], *, wanted: frozenset[int]) -> list[Reading]:
+def select(rows: Sequence[Reading], new: Container[tuple[int, int]], *, wanted: frozenset[int]) -> list[Reading]:
     """The rows that somebody watches and whose (variable id, timestamp) is among the new ones, each once."""
     if not wanted:
         return []
@@ -59,12 +59,12 @@ def choose(rows: Sequence[Reading], new: Container[tuple[int, int]], *, wanted: 
     return [row for key, row in chosen.items() if key in new]
 
 
-def tell(rows: Sequence[Reading]) -> None:
+def publish(rows: Sequence[Reading]) -> None:
     """After the commit. Without Redis they are counted as lost, and nobody waits."""
     if not rows:
         return
     try:
-        redis.client().publish(keys.TELEMETRY, _encode([tuple(row) for row in rows]))
+        redis.client().publish(keys.LIVE_READINGS, _encode([tuple(row) for row in rows]))
     except RedisError as error:
         metrics.LIVE_READINGS.labels("lost").inc(len(rows))
         log.warning("%d live readings were not told: %s", len(rows), redis.explain(error))
@@ -77,11 +77,11 @@ def decode(data: bytes) -> list[Reading]:
     return _decoder.decode(data)
 
 
-def want(ids: Sequence[int], *, now: float) -> None:
+def subscribe(ids: Sequence[int], *, now: float) -> None:
     """A gateway's clients watch these variables; to be said again within WANTED_SECONDS. Raises RedisError."""
     with redis.client().pipeline(transaction=False) as pipeline:
-        pipeline.zremrangebyscore(keys.TELEMETRY_WANTED, "-inf", now)
+        pipeline.zremrangebyscore(keys.LIVE_READINGS_WATCHED, "-inf", now)
         if ids:
-            pipeline.zadd(keys.TELEMETRY_WANTED, dict.fromkeys(map(str, ids), now + WANTED_SECONDS))
-            pipeline.expire(keys.TELEMETRY_WANTED, int(WANTED_SECONDS))
+            pipeline.zadd(keys.LIVE_READINGS_WATCHED, dict.fromkeys(map(str, ids), now + WANTED_SECONDS))
+            pipeline.expire(keys.LIVE_READINGS_WATCHED, int(WANTED_SECONDS))
         pipeline.execute()

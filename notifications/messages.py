@@ -116,6 +116,6 @@ def body(message: Message) -> dict[str, Any]:
 COMMANDING_SOURCES = frozenset({"rule", "person"})
 
 
-def is_wish(message: Message) -> bool:
+def is_desired_change(message: Message) -> bool:
     """Whether a change of state is one that the device is to make, not one that it has reported."""
     return message.payload.get("source") in COMMANDING_SOURCES

@@ -53,7 +53,7 @@ def append(entries: Iterable[Entry]) -> list[bool]:
 
 def state_of(message: Message) -> tuple[str, str]:
     """The device and the state that a change is of. What a device reports is no wish: neither supersedes the other."""
-    kind = "wish" if messages.is_wish(message) else "report"
+    kind = "wish" if messages.is_desired_change(message) else "report"
     return message.device_uuid or "", f"{kind} {message.payload.get('stateName', '')}"
 
 
@@ -75,4 +75,4 @@ def _add(pipeline: Any, entry: Entry) -> None:
         return
     device, state = state_of(message)
     numbers = (entry.number, entry.unless_above, KEPT_SECONDS, length)
-    pipeline.eval(_APPEND, 2, keys.NOTIFICATIONS, keys.told(device), state, *numbers, encoded)
+    pipeline.eval(_APPEND, 2, keys.NOTIFICATIONS, keys.last_published(device), state, *numbers, encoded)

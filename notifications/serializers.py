@@ -1,4 +1,4 @@
-"""JSON of notifications and their deliveries: rows in, camelCase out."""
+"""Notifications and their deliveries as JSON."""
 
 from __future__ import annotations
 

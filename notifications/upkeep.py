@@ -1,4 +1,4 @@
-"""Deliveries that wait for too long: what the broker's stream has lost is published again, what is too late expires."""
+"""Upkeep of notifications: publish again what the stream has lost, expire what is too late, delete what is too old."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from django.utils import timezone
 from redis.exceptions import ResponseError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.retention import delete_in_chunks
 from notifications import outbox
 from notifications.messages import Protocol
 from notifications.models import Delivery, Notification
@@ -25,9 +26,9 @@ LOST_AGE = timedelta(seconds=60)
 NOTED_AGE = timedelta(seconds=5)
 
 
-def settle(now: datetime | None = None) -> int:
-    """Looks every ten seconds, whoever leads; returns how many were published again or expired. Raises RedisError."""
-    if not redis.client().set(keys.OVERDUE_SEEN, "1", nx=True, ex=EVERY_SECONDS):
+def expire_and_republish(now: datetime | None = None) -> int:
+    """Looks at most every ten seconds; returns how many were published again or expired. Raises RedisError."""
+    if not redis.client().set(keys.UPKEEP_LOCK, "1", nx=True, ex=EVERY_SECONDS):
         return 0
     now = now or timezone.now()
     return publish_lost(now) + expire(now)
@@ -37,13 +38,13 @@ def publish_lost(now: datetime) -> int:
     """Publishes again, for the broker alone, what it did not get and what is not in the stream any more.
 
     The stream is lost with an emptied Redis, in part with one that was killed, or cut off when a broker was away for very
-    long. Where the gateways have worked off all that it holds, whatever still waits is lost.
+    long. Where the gateways have delivered all that it holds, whatever still waits is lost.
     """
     if not settings.MQTT_ENABLED:
         return 0
     waiting = Delivery.objects.filter(protocol=Protocol.MQTT, state=Delivery.State.PENDING)
     lost = Notification.objects.filter(deliveries__in=waiting)
-    if _is_worked_off():
+    if _is_delivered_whole():
         lost = lost.filter(published_at__lt=now - NOTED_AGE)
     else:
         begin, end = _span_of_stream()
@@ -57,7 +58,7 @@ def publish_lost(now: datetime) -> int:
     return outbox.publish_late(rows, protocols=(Protocol.MQTT,))
 
 
-def _is_worked_off() -> bool:
+def _is_delivered_whole() -> bool:
     """Whether the gateways have handed all of the stream to the broker."""
     client = redis.client()
     try:
@@ -109,3 +110,10 @@ def expire(now: datetime) -> int:
     if marked:
         log.warning("%d deliveries have expired before a gateway could make them", marked)
     return marked
+
+
+def delete_old() -> int:
+    """Deletes notifications that are too old with their deliveries, at most once an hour; returns how many. Raises RedisError."""
+    oldest = timezone.now() - timedelta(days=settings.NOTIFICATION_RETENTION_DAYS)
+    old = Notification.objects.filter(created_at__lt=oldest)
+    return delete_in_chunks([old], done_key=keys.NOTIFICATION_RETENTION_LOCK)

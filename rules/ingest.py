@@ -1,4 +1,4 @@
-"""The way in, the same for HTTP, MQTT and CoAP: bytes of a known sender in, events in the journal or a refusal out."""
+"""The way in, the same for HTTP, MQTT and CoAP: put a request's events into the journal, or refuse them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from rules.journal.lease import Finished, Lease, StateConflict
 from rules.journal.slots import Slot
 from rules.processing import failures, index, timers
 from rules.processing.batch import BatchResult
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.isolation import AWAY, process
 from rules.processing.takeover import take_over
 from rules.processing.work import BATCH_EVENTS, Work
@@ -99,10 +99,10 @@ def _entries_to_read(work: Work) -> int:
 
 def _finish(lease: Lease, work: Work, result: BatchResult) -> None:
     """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
-    perform.tell(result.applied)
+    perform.publish(result.applied)
     latest.remember(result.latest)
     timers.remember(result.next_timers)
-    live_channel.tell(result.live_readings)
+    live_channel.publish(result.live_readings)
     delayed = failures.next_attempts(result.failures)
     dead = len({failure.event.id for failure in result.failures}) - len(delayed)
     finished = Finished(
@@ -118,14 +118,14 @@ def _finish(lease: Lease, work: Work, result: BatchResult) -> None:
         log.warning("%s/%d was taken over while a batch ran; its events will be seen as duplicates", *_of(lease.slot))
 
 
-def _acknowledge(lease: Lease, finished: Finished, memory: Memory) -> bool:
+def _acknowledge(lease: Lease, finished: Finished, memory: ConditionStateStore) -> bool:
     """With what conditions over time remember now; False when the lease was lost."""
     while True:
         finished.remembered = memory.changes()
         try:
             return lease.finish(finished)
         except StateConflict:
-            memory.catch_up()
+            memory.reapply()
 
 
 def _finished_by_organization(work: Work, result: BatchResult) -> Counter[int]:

@@ -1,4 +1,4 @@
-"""Retention of what is kept for people: rows that are too old in, nothing of them out."""
+"""Delete alarms, rejected events, dead letters and replays that are too old."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def delete_expired() -> int:
     A dead letter that nobody has decided about stays: it was accepted, and so it must not vanish. So does an alarm that is
     not cleared.
     """
-    return delete_in_chunks(_expired(), done_key=keys.RETENTION_DONE)
+    return delete_in_chunks(_expired(), done_key=keys.RETENTION_LOCK)
 
 
 def _expired() -> list[QuerySet[Any]]:

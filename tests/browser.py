@@ -1,4 +1,4 @@
-"""Drive a headless Chromium over its DevTools protocol: open a page, ask its scripts, take a picture."""
+"""StateWrite a headless Chromium over its DevTools protocol: open a page, ask its scripts, take a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain builders of rows for tests: what matters to a test in, a saved row with sensible rest out."""
+"""Build rows for tests: name what matters to the test, the rest has sensible values."""
 
 from __future__ import annotations
 

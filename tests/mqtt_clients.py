@@ -1,4 +1,4 @@
-"""MQTT clients as devices and operators have them: a server and credentials in, what the broker sent out."""
+"""MQTT clients as devices and operators have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""People and sensors at a running system: a LocalSystem in, what they asked for and were answered out."""
+"""People and sensors as clients of a running system."""
 
 from __future__ import annotations
 

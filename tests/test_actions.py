@@ -15,10 +15,10 @@ from rules.engine import chains
 from rules.engine.actions import ROLES, SEVERITIES, Action, compile_action
 from rules.engine.chains import ChainSpec, NodeSpec, Outcome
 from rules.engine.context import Run, Trigger, refuses_nothing
-from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.durations import check_duration, microseconds_of
 from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed, InvalidChain
-from rules.engine.templating import MAXIMUM_LENGTH, compile_template, not_a_template
+from rules.engine.templating import MAXIMUM_LENGTH, check_template, compile_template
 from rules.engine.values import Value
 from rules.models import Severity
 
@@ -147,7 +147,7 @@ def chain_with_failure(refuses: Any) -> Outcome:
     return chain.run(trigger({"ph": 7}, refuses))
 
 
-def test_a_value_that_the_state_does_not_allow_leads_to_the_failure_branch_with_the_reason() -> None:
+def test_a_value_the_state_does_not_allow_takes_the_failure_branch() -> None:
     asked = []
 
     def refuses(device_uuid: str, state_name: str, value: Value) -> str:
@@ -162,7 +162,7 @@ def test_a_value_that_the_state_does_not_allow_leads_to_the_failure_branch_with_
     assert [type(effect) for effect in chain_with_failure(refuses_nothing).effects] == [DeviceCommand]
 
 
-def test_a_value_that_the_state_does_not_allow_fails_a_run_that_has_no_branch_for_it() -> None:
+def test_a_value_the_state_does_not_allow_fails_a_run_without_that_branch() -> None:
     with pytest.raises(ChainFailed, match="node 'act': Pump is locked"):
         compiled(COMMAND).act(Run(trigger({}, lambda *_: "Pump is locked")))
 
@@ -187,7 +187,7 @@ def test_a_value_that_the_state_does_not_allow_fails_a_run_that_has_no_branch_fo
     ],
 )
 def test_places_are_filled_with_values_and_nothing_else(template: str, values: dict[str, Any], expected: str) -> None:
-    assert not_a_template(template) is None
+    assert check_template(template) is None
     assert compile_template(template).fill(values, "Reservoir A") == expected
 
 
@@ -197,7 +197,7 @@ PIECES = st.sampled_from(["{", "}", "{{", "}}", "ph", "{ph}", "{originator}", ".
 
 @given(text=st.text() | st.lists(PIECES).map("".join), values=st.dictionaries(st.text(), VALUES), name=st.text())
 def test_a_text_is_refused_or_filled_but_never_raises(text: str, values: dict[str, Value], name: str) -> None:
-    if not_a_template(text) is not None:
+    if check_template(text) is not None:
         return
     filled = compile_template(text).fill(values, name)
 
@@ -209,14 +209,14 @@ def test_a_text_is_refused_or_filled_but_never_raises(text: str, values: dict[st
 def test_text_without_places_is_told_as_it_was_written(text: str) -> None:
     escaped = text.replace("{", "{{").replace("}", "}}")
 
-    assert not_a_template(escaped) is None
+    assert check_template(escaped) is None
     assert compile_template(escaped).fill({}, "x") == text
 
 
 @given(st.text(min_size=1), st.dictionaries(st.text(), VALUES))
 def test_a_place_reaches_no_more_than_the_value_of_its_name(name: str, values: dict[str, Value]) -> None:
     template = f"{{{name}}}"
-    if not_a_template(template) is not None or name in values or name == "originator" or "{" in name or "}" in name:
+    if check_template(template) is not None or name in values or name == "originator" or "{" in name or "}" in name:
         return
     assert compile_template(template).fill(values, "x") == "unknown"
 
@@ -232,7 +232,7 @@ def test_a_place_reaches_no_more_than_the_value_of_its_name(name: str, values: d
     ],
 )
 def test_a_duration_has_a_unit(text: str, microseconds: int) -> None:
-    assert not_a_duration(text) is None
+    assert check_duration(text) is None
     assert microseconds_of(text) == microseconds
 
 
@@ -240,9 +240,9 @@ def test_a_duration_has_a_unit(text: str, microseconds: int) -> None:
     "value", ["", "5", "m", "0s", "05m", "-5m", "1.5h", "5 m", "5M", "5w", "\u0665m", "5m\n", 5, None, True]
 )
 def test_what_is_no_duration_is_refused(value: object) -> None:
-    assert not_a_duration(value) == "must be a duration such as 10s, 5m, 2h or 1d"
+    assert check_duration(value) == "must be a duration such as 10s, 5m, 2h or 1d"
 
 
 @pytest.mark.parametrize("value", ["367d", "999999999s", "999999999d"])
 def test_a_duration_of_more_than_a_year_is_refused(value: str) -> None:
-    assert not_a_duration(value) == "must not be longer than 366d"
+    assert check_duration(value) == "must not be longer than 366d"

@@ -448,7 +448,7 @@ def page_of(chain: RuleChain, page: str = "change") -> str:
     return url(RuleChain, page, chain.pk)
 
 
-def test_a_chain_is_shown_in_words_and_as_a_graph_with_its_schedule_and_how_it_fared() -> None:
+def test_a_chain_is_shown_in_words_and_as_a_graph_with_schedule_and_statistics() -> None:
     farm = make_farm()
     RuleChain.objects.filter(pk=farm.chain.pk).update(name="<Acid>", next_run_at=datetime(2026, 5, 2, 6, tzinfo=UTC))
     when = datetime(2026, 5, 1, 6, tzinfo=UTC)
@@ -618,7 +618,7 @@ def test_deleting_a_chain_tells_the_workers(how: str) -> None:
 # Records
 
 
-def test_only_superusers_throw_records_away_and_only_those_that_were_refused_or_failed() -> None:
+def test_only_superusers_delete_records_and_only_refused_or_failed_ones() -> None:
     farm = make_farm()
     for model in (RejectedEvent, DeadLetter):
         page = url(model, "delete", model._default_manager.get().pk)

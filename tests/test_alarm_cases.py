@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rules import events
-from rules.effects.alarm_lifecycle import CLOCK_TOLERANCE, Case, Change, Clear, News, Raise, Terms
+from rules.effects.alarm_lifecycle import (
+    CLOCK_TOLERANCE,
+    AlarmEvent,
+    AlarmLifecycle,
+    Change,
+    Clear,
+    FlappingPolicy,
+    Raise,
+)
 from rules.models import Alarm
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -25,9 +33,9 @@ def at(second: float) -> datetime:
     return NOON + timedelta(seconds=second)
 
 
-def terms(**fields: Any) -> Terms:
+def policy(**fields: Any) -> FlappingPolicy:
     known: dict[str, Any] = {"times": FLAPPING_TIMES, "window": timedelta(seconds=100), "now": at(10_000)}
-    return Terms(**{**known, **fields})
+    return FlappingPolicy(**{**known, **fields})
 
 
 def about(second: float) -> dict[str, Any]:
@@ -50,20 +58,20 @@ class Table:
 
     def __init__(self, **fields: Any) -> None:
         self.rows: list[Alarm] = []
-        self.news: list[News] = []
-        self.terms = terms(**fields)
+        self.alarm_events: list[AlarmEvent] = []
+        self.policy = policy(**fields)
 
-    def work_off(self, *requests: Raise | Clear) -> None:
-        case = Case(self.rows, self.terms)
-        case.work_off(requests)
+    def apply(self, *requests: Raise | Clear) -> None:
+        case = AlarmLifecycle(self.rows, self.policy)
+        case.apply(requests)
         for row in case.written.new:
             row.pk, row._state.adding = next(_numbers), False
             self.rows.append(row)
-        self.news += case.news
+        self.alarm_events += case.alarm_events
 
     @property
     def told(self) -> list[str]:
-        return [each.payload["change"] for each in self.news]
+        return [each.payload["change"] for each in self.alarm_events]
 
     @property
     def open(self) -> Alarm:
@@ -95,18 +103,18 @@ def clear_by_person(row: Alarm, second: float) -> None:
 
 def test_an_alarm_is_raised_once_and_seen_again() -> None:
     table = Table()
-    table.work_off(up(1), up(2), up(3))
+    table.apply(up(1), up(2), up(3))
 
     assert (table.open.times_raised, table.open.raised_at, table.open.last_raised_at) == (3, at(1), at(3))
     assert table.open.message == "at 1"
     assert table.told == ["raised"]
-    assert table.news[0].payload["timesRaised"] == 1, "what is told is what was so at that moment"
+    assert table.alarm_events[0].payload["timesRaised"] == 1, "what is told is what was so at that moment"
 
 
 def test_an_alarm_is_cleared_and_raised_as_a_new_one() -> None:
     table = Table()
-    table.work_off(up(1), down(2))
-    table.work_off(down(3), up(4))
+    table.apply(up(1), down(2))
+    table.apply(down(3), up(4))
 
     assert [(row.state, row.cleared_at, row.cleared_by) for row in table.rows] == [
         ("cleared", at(2), "pH / alarm"), ("active", None, ""),
@@ -116,25 +124,25 @@ def test_an_alarm_is_cleared_and_raised_as_a_new_one() -> None:
 
 def test_a_higher_severity_is_told_and_takes_the_acknowledgement_away() -> None:
     table = Table()
-    table.work_off(up(1))
+    table.apply(up(1))
     acknowledge(table.open)
-    table.work_off(up(2), up(3, "critical"), up(4, "info"), up(5, "critical"))
+    table.apply(up(2), up(3, "critical"), up(4, "info"), up(5, "critical"))
 
     row = table.open
     assert (row.severity, row.state, row.acknowledged_at, row.acknowledged_by) == ("critical", "active", None, "")
     assert (row.message, row.times_raised) == ("at 3", 5)
     assert table.told == ["raised", "severity-raised"]
-    assert table.news[1].severity == "critical"
+    assert table.alarm_events[1].severity == "critical"
 
 
 def test_late_readings_neither_raise_nor_clear_what_newer_ones_decided() -> None:
     table = Table()
-    table.work_off(up(10), down(20))
-    table.work_off(up(10), up(15), down(20))
+    table.apply(up(10), down(20))
+    table.apply(up(10), up(15), down(20))
     assert table.told == ["raised", "cleared"]
 
-    table.work_off(up(30), up(40))
-    table.work_off(down(35), up(25, "critical"))
+    table.apply(up(30), up(40))
+    table.apply(down(35), up(25, "critical"))
     assert (table.open.severity, table.open.times_raised) == ("warning", 2)
     assert table.told == ["raised", "cleared", "raised"]
 
@@ -143,35 +151,35 @@ def test_late_readings_neither_raise_nor_clear_what_newer_ones_decided() -> None
 def test_an_alarm_stays_that_one_event_raises_and_clears_in_whatever_order(before: tuple[Raise, ...]) -> None:
     for requests in ((up(1), down(1)), (down(1), up(1))):
         table = Table()
-        table.work_off(*before)
-        table.work_off(*requests)
-        table.work_off(*requests)
+        table.apply(*before)
+        table.apply(*requests)
+        table.apply(*requests)
         assert table.open.last_raised_at == at(1)
 
 
-def test_after_a_person_cleared_it_the_next_reading_raises_it_even_of_a_clock_that_is_behind() -> None:
+def test_after_a_person_cleared_it_the_next_reading_raises_it_with_a_late_clock() -> None:
     table = Table()
-    table.work_off(up(1))
+    table.apply(up(1))
     clear_by_person(table.open, 3_600)
-    table.work_off(up(1))
+    table.apply(up(1))
     assert len(table.rows) == 1, "the same reading again does not"
-    table.work_off(up(2))
+    table.apply(up(2))
     assert [row.state for row in table.rows] == ["cleared", "active"]
 
 
 def test_a_clock_that_is_ahead_does_not_turn_down_what_follows() -> None:
     table = Table(now=NOON)
-    table.work_off(up(86_400))
+    table.apply(up(86_400))
     assert table.open.raised_at == NOON + CLOCK_TOLERANCE
 
-    table.terms = terms(now=at(301))
-    table.work_off(down(301))
+    table.policy = policy(now=at(301))
+    table.apply(down(301))
     assert table.told == ["raised", "cleared"]
 
 
 def swing(table: Table, times: int, since: int = 0) -> None:
     for number in range(times):
-        table.work_off(up(since + 2 * number), down(since + 2 * number + 1))
+        table.apply(up(since + 2 * number), down(since + 2 * number + 1))
 
 
 def test_an_alarm_that_comes_and_goes_is_marked_and_told_once() -> None:
@@ -188,26 +196,26 @@ def test_an_alarm_that_comes_and_goes_is_marked_and_told_once() -> None:
 def test_an_alarm_that_comes_and_goes_slowly_is_not_flapping() -> None:
     table = Table()
     for number in range(10):
-        table.work_off(up(100 * number), down(100 * number + 1))
+        table.apply(up(100 * number), down(100 * number + 1))
     assert table.told == ["raised", "cleared"] * 10
 
 
 def test_a_flapping_alarm_stays_acknowledged_but_a_higher_severity_is_told() -> None:
     table = Table()
     swing(table, FLAPPING_TIMES)
-    table.work_off(up(10))
+    table.apply(up(10))
     acknowledge(table.open)
-    table.work_off(down(11), up(12))
+    table.apply(down(11), up(12))
     assert (table.open.state, table.open.acknowledged_by) == ("acknowledged", "olga")
 
-    table.work_off(down(13), up(14, "critical"))
+    table.apply(down(13), up(14, "critical"))
     assert (table.open.state, table.open.severity, table.told[-1]) == ("active", "critical", "severity-raised")
 
 
 def test_a_flapping_alarm_that_was_quiet_begins_anew() -> None:
     table = Table()
     swing(table, FLAPPING_TIMES + 1)
-    table.work_off(up(1_000))
+    table.apply(up(1_000))
 
     assert (len(table.rows), table.open.is_flapping, table.told[-1]) == (FLAPPING_TIMES + 2, False, "raised")
 
@@ -215,9 +223,9 @@ def test_a_flapping_alarm_that_was_quiet_begins_anew() -> None:
 @pytest.mark.parametrize("first", [(), (up(0),)])
 def test_only_a_new_row_can_have_been_forestalled(first: tuple[Raise, ...]) -> None:
     table = Table()
-    table.work_off(*first)
-    case = Case(table.rows, terms())
-    case.work_off([up(1), down(2), up(3)])
+    table.apply(*first)
+    case = AlarmLifecycle(table.rows, policy())
+    case.apply([up(1), down(2), up(3)])
 
     assert (case.contested is case.open) is (not first)
 
@@ -230,10 +238,10 @@ def test_an_action_that_rests_is_asked_only_for_what_would_be_told() -> None:
         return False
 
     table = Table()
-    table.work_off(up(1))
-    table.terms = terms(permits=permits)
+    table.apply(up(1))
+    table.policy = policy(permits=permits)
     worse, cleared = up(3, "critical"), down(4)
-    table.work_off(up(2), worse, cleared)
+    table.apply(up(2), worse, cleared)
 
     assert asked == [worse.effect_key, cleared.effect_key]
     assert (table.open.times_raised, table.open.severity) == (3, "warning")
@@ -259,12 +267,12 @@ def test_batches_of_any_size_and_each_of_them_twice_come_to_the_same(
 ) -> None:
     requests = requests_of(drawn)
     whole, split = Table(), Table()
-    whole.work_off(*requests)
+    whole.apply(*requests)
     rest, turn = list(requests), 0
     while rest:
         size = sizes[turn % len(sizes)]
         for _ in range(2):
-            split.work_off(*rest[:size])
+            split.apply(*rest[:size])
         rest, turn = rest[size:], turn + 1
 
     assert split.seen() == whole.seen()

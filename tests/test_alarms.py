@@ -136,9 +136,7 @@ def test_a_late_reading_does_not_raise_what_was_cleared_long_before_the_batch(se
     assert states() == ["cleared"]
 
 
-def test_a_reading_that_a_person_s_decision_followed_does_not_raise_it_again_when_its_clock_is_ahead(
-    sensor: Sensor, settings: Any
-) -> None:
+def test_a_reading_before_a_persons_decision_does_not_raise_with_a_clock_ahead(sensor: Sensor, settings: Any) -> None:
     settings.ALARM_FLAPPING_SECONDS = 1
     request = up(sensor, ago=-240)
     apply(request)
@@ -267,13 +265,13 @@ def test_a_flapping_alarm_is_told_once_and_again_when_it_has_calmed_down(sensor:
         "flapping",
         settings.ALARM_FLAPPING_TIMES + 1,
     )
-    assert alarms.calm_down() == 0, "it came a moment ago"
+    assert alarms.end_flapping() == 0, "it came a moment ago"
 
     Alarm.objects.filter(pk=alarm.pk).update(
         raised_at=timezone.now() - timedelta(seconds=settings.ALARM_FLAPPING_SECONDS)
     )
     before = len(told())
-    assert (alarms.calm_down(), alarms.calm_down()) == (1, 0)
+    assert (alarms.end_flapping(), alarms.end_flapping()) == (1, 0)
     alarm.refresh_from_db()
     assert (alarm.is_flapping, alarm.state, told()[before:]) == (False, "active", ["raised"])
 
@@ -285,15 +283,15 @@ def test_a_flapping_alarm_that_went_is_told_as_cleared_when_it_has_calmed_down(s
     long_ago = timezone.now() - timedelta(seconds=settings.ALARM_FLAPPING_SECONDS)
     Alarm.objects.filter(pk=alarm.pk).update(cleared_at=long_ago)
 
-    assert alarms.calm_down() == 1
+    assert alarms.end_flapping() == 1
     assert told()[before:] == ["cleared"]
     assert Notification.objects.latest("id").payload["by"] == "pH / alarm"
 
 
 def test_calming_down_is_a_duty_of_the_scheduler_that_costs_one_query() -> None:
-    assert alarms.calm_down in PERIODIC_TASKS
+    assert alarms.end_flapping in PERIODIC_TASKS
     with CaptureQueriesContext(connection) as asked:
-        alarms.calm_down()
+        alarms.end_flapping()
     assert len(asked) == 1
 
 

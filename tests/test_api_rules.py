@@ -290,7 +290,7 @@ def test_a_suspended_chain_that_broke_is_not_enabled(farm: Farm, chain: RuleChai
     assert farm.client.post(f"{url(chain)}/disable").status_code == 200
 
 
-def test_a_scheduled_chain_without_a_filter_does_not_become_one_that_nothing_triggers(farm: Farm) -> None:
+def test_a_scheduled_chain_without_a_filter_stays_one_that_something_triggers(farm: Farm) -> None:
     schedule = {"executionType": "schedule-only", "cron": "0 6 * * *"}
     created = farm.client.post(f"{API}/rule-chains", farm.body(farm.switch(), **schedule))
     assert created.status_code == 201

@@ -76,7 +76,7 @@ def test_what_is_remembered_of_the_order_is_bounded_while_urgent_messages_never_
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans())))
-def test_order_per_device_holds_and_nothing_is_lost_however_adding_and_taking_alternate(
+def test_order_per_device_holds_however_adding_and_taking_alternate(
     steps: list[tuple[int, bool, bool]],
 ) -> None:
     backlog, out, waiting = Backlog(), [], {}

@@ -217,7 +217,7 @@ class Device:
 
 
 @pytest.mark.parametrize("kind", [CON, NON])
-def test_observers_converge_on_the_latest_state_though_a_third_of_all_datagrams_is_lost(kind: int) -> None:
+def test_observers_converge_on_the_latest_state_though_a_third_is_lost(kind: int) -> None:
     farm = Farm()
     with serving(farm, **QUICK) as endpoint:
         devices = [Device(endpoint, seed) for seed in SEEDS]
@@ -238,7 +238,7 @@ def test_observers_converge_on_the_latest_state_though_a_third_of_all_datagrams_
             assert device.states == sorted(device.states, key=lambda state: (state != b"off", state))
 
 
-def test_what_was_answered_has_happened_once_though_a_third_of_all_datagrams_is_lost() -> None:
+def test_what_was_answered_has_happened_once_though_a_third_is_lost() -> None:
     farm = Farm()
     with serving(farm, **QUICK) as endpoint:
         devices = [Device(endpoint, seed) for seed in SEEDS]

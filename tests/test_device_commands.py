@@ -43,7 +43,7 @@ def reported(target: Device, value: Any, *, at: float) -> list[states.Change]:
 
 def _change(target: Device, value: Any, *, source: str, at: float) -> list[states.Change]:
     timestamp_us = events.microseconds(timezone.now() + timedelta(seconds=at))
-    request = states.Request(
+    request = states.StateChangeRequest(
         effect_key=str(uuid4()),
         state_id=target.states.get().pk,
         value=value,
@@ -54,7 +54,7 @@ def _change(target: Device, value: Any, *, source: str, at: float) -> list[state
     )
     with transaction.atomic():
         changes = states.apply([request])
-    states.tell(changes)
+    states.publish(changes)
     return changes
 
 

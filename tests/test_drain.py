@@ -22,7 +22,7 @@ from rules import ingest, jobs
 from rules.admission import control, rejections
 from rules.authoring import editing
 from rules.effects import states, suspension
-from rules.effects.perform import Performed
+from rules.effects.perform import Applied
 from rules.events import Event
 from rules.journal import lease, recovery, slots, tickets
 from rules.journal.lease import Lease
@@ -35,6 +35,7 @@ from rules.processing.stages import store as stages_store
 from rules.processing.stages.collect import Inputs
 from rules.processing.stages.store import Stored
 from tests import builders
+from tests.worker import drain_all, ledger
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 
@@ -80,17 +81,6 @@ def farm() -> Farm:
     return Farm()
 
 
-def drain_all() -> None:
-    catalogue.shared().refresh(at_once=True)
-    index.shared().refresh(at_once=True)
-    for slot in slots.slots():
-        jobs.drain(slot.lane, slot.partition)
-
-
-def ledger() -> Account:
-    return sum((audit(slot) for slot in slots.slots()), Account())
-
-
 def at(second: int) -> str:
     return datetime(2026, 5, 1, 12, 0, second, tzinfo=UTC).isoformat()
 
@@ -123,7 +113,7 @@ def test_reading_over_http_switches_the_pump_and_fills_the_outbox(farm: Farm) ->
     assert ledger() == Account(accepted=1, processed=1)
 
 
-def test_an_accepted_event_is_durable_in_the_journal_with_a_ticket_before_the_answer(farm: Farm) -> None:
+def test_an_accepted_event_is_in_the_journal_with_a_ticket_before_the_answer(farm: Farm) -> None:
     farm.post(6.0)
 
     assert audit(farm.slot) == Account(accepted=1, depth=1, waiting=1)
@@ -203,7 +193,7 @@ def test_a_crash_after_the_commit_leads_to_duplicates_and_no_second_effect(
 def test_a_message_that_a_crash_left_in_the_outbox_is_published_by_the_sweep(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "tell", lambda changes: None)
+    monkeypatch.setattr(states, "publish", lambda changes: None)
     farm.post(6.9)
     drain_all()
     Notification.objects.update(created_at=datetime(2026, 1, 1, tzinfo=UTC))
@@ -213,7 +203,7 @@ def test_a_message_that_a_crash_left_in_the_outbox_is_published_by_the_sweep(
     assert redis.client().xlen(keys.NOTIFICATIONS) == 1
 
 
-def test_an_event_whose_chain_fails_keeps_its_reading_and_other_chains_and_is_tried_again(farm: Farm) -> None:
+def test_an_event_whose_chain_fails_keeps_its_reading_and_is_tried_again(farm: Farm) -> None:
     broken = [
         builders.node("high", builders.leaf(farm.sensor, operator=">", value=6.5), next="convert"),
         builders.node("convert", {"operation": "add", "key": "ec", "value": 1}, next="act"),
@@ -397,7 +387,7 @@ def test_workers_that_are_killed_by_chance_cost_no_event(farm: Farm, monkeypatch
 def test_effects_that_kill_are_laid_to_their_own_event(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     real = batch.apply
 
-    def apply(decided: decide.Decided) -> Performed:
+    def apply(decided: decide.Decided) -> Applied:
         if any(event.values["ph"] == 6.66 for event in decided.completed):
             raise Killed
         return real(decided)
@@ -612,7 +602,7 @@ def test_rules_see_the_value_that_was_set_last_whatever_the_time_of_the_event(fa
     assert latest.recall([key])[key].value == then, "and what the database gives when Redis was emptied"
 
 
-def test_an_event_sees_of_its_own_sensor_nothing_that_came_after_it_in_the_same_batch(farm: Farm) -> None:
+def test_an_event_sees_nothing_of_its_sensor_that_comes_after_it_in_the_batch(farm: Farm) -> None:
     words = {
         "type": "AND",
         "expressions": [builders.leaf(farm.sensor, "ph", ">", 6.0), builders.leaf(farm.sensor, "mode", "==", "auto")],
@@ -727,12 +717,12 @@ def test_the_final_failure_depends_on_the_chains_own_retries() -> None:
 def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Farm) -> None:
     ph = Variable.objects.get(sensor=farm.sensor, name="ph")
     channel = redis.client().pubsub(ignore_subscribe_messages=True)
-    channel.subscribe(keys.TELEMETRY)
+    channel.subscribe(keys.LIVE_READINGS)
     channel.get_message(timeout=1)
     live_channel.shared.cache_clear()
     farm.post(6.1, timestamp=at(1))
     drain_all()
-    live_channel.want([ph.pk], now=time.time())
+    live_channel.subscribe([ph.pk], now=time.time())
     live_channel.shared.cache_clear()
     farm.post({"ph": 6.2, "mode": "auto"}, timestamp=at(2))
     farm.post(6.2, timestamp=at(2), eventId="8b4f1c1e-1111-4111-8111-111111111111")

@@ -23,12 +23,12 @@ from notifications.models import Notification
 from rules import events
 from rules.authoring import editing
 from rules.effects import perform, states
-from rules.effects.cooldowns import CLOCK_TOLERANCE, Cooldowns, Rest
+from rules.effects.cooldowns import CLOCK_TOLERANCE, Cooldown, Cooldowns
 from rules.events import Event, EventType
 from rules.models import ActionCooldown, Alarm, RuleChain
 from rules.processing import batch, index
 from rules.processing.batch import BatchResult
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.stages.collect import collect
 from rules.processing.stages.decide import decide
 from rules.processing.stages.store import store
@@ -83,8 +83,8 @@ def process(batch_of: Sequence[Event]) -> BatchResult:
     """What a worker does with a batch, without the journal."""
     index.shared().refresh(at_once=True)
     catalogue.shared().refresh(at_once=True)
-    result = batch.process(batch_of, lambda failures: None, memory=Memory())
-    perform.tell(result.applied)
+    result = batch.process(batch_of, lambda failures: None, memory=ConditionStateStore())
+    perform.publish(result.applied)
     return result
 
 
@@ -158,12 +158,12 @@ def test_the_same_wishes_twice_leave_one_of_everything(farm: Farm) -> None:
     )
     index.shared().refresh(at_once=True)
     event = farm.event()
-    decided = decide(store(inputs := collect([event], Memory())), inputs)
+    decided = decide(store(inputs := collect([event], ConditionStateStore())), inputs)
 
     for _ in range(2):
         with transaction.atomic():
-            done = perform.perform(decided.effects)
-        perform.tell(done)
+            done = perform.apply(decided.effects)
+        perform.publish(done)
 
     assert (done.changes, done.notes, done.alarms) == ([], [], [])
     assert (StateChange.objects.count(), Alarm.objects.count(), Notification.objects.count(), len(told())) == (
@@ -174,7 +174,7 @@ def test_the_same_wishes_twice_leave_one_of_everything(farm: Farm) -> None:
     )
 
 
-def test_an_event_that_is_sent_again_with_its_id_but_another_time_has_no_second_effect(farm: Farm) -> None:
+def test_an_event_sent_again_with_its_id_but_another_time_has_no_second_effect(farm: Farm) -> None:
     farm.chain(
         {**builders.command(farm.doser), "force": True, "cooldown": "10m"}, {**NOTIFY, "cooldown": "10m"},
         {**RAISE, "cooldown": "10m"},
@@ -201,7 +201,7 @@ def test_a_batch_that_is_rolled_back_leaves_neither_effects_nor_cooldowns(farm: 
         raise RuntimeError("the worker dies before the commit")
 
     with pytest.raises(RuntimeError):
-        batch.process([farm.event()], crash, memory=Memory())
+        batch.process([farm.event()], crash, memory=ConditionStateStore())
 
     assert [m.objects.count() for m in (StateChange, Alarm, Notification, ActionCooldown)] == [0, 0, 0, 0]
     farm.send(farm.event())
@@ -364,8 +364,8 @@ def test_a_batch_with_cooldowns_reads_and_writes_them_once(farm: Farm) -> None:
     assert asked == ["SELECT", "UPDATE"]
 
 
-def rest_of(chain: RuleChain, seconds: int = 600) -> Rest:
-    return Rest(chain.pk, "a0", str(UUID(int=7)), seconds * 1_000_000)
+def rest_of(chain: RuleChain, seconds: int = 600) -> Cooldown:
+    return Cooldown(chain.pk, "a0", str(UUID(int=7)), seconds * 1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def process_at_once(first: Event, second: Event) -> list[Exception | None]:
 
     def work(event: Event) -> Exception | None:
         try:
-            batch.process([event], lambda failures: None, memory=Memory())
+            batch.process([event], lambda failures: None, memory=ConditionStateStore())
         except OperationalError as error:
             return error
         finally:
@@ -446,14 +446,14 @@ def test_devices_that_switch_one_another_do_not_wait_for_one_another_in_a_circle
             farm.organization, [builders.node("on", builders.leaf(one, "power", "==", "on"), next="off"), switch]
         )
     index.shared().refresh(at_once=True)
-    both, real = Barrier(2), perform.perform
+    both, real = Barrier(2), perform.apply
 
-    def together(wishes: Any) -> Any:
+    def together(effects: Any) -> Any:
         with contextlib.suppress(BrokenBarrierError):  # one is held back by the other's lock, as it should be
             both.wait(1)
-        return real(wishes)
+        return real(effects)
 
-    monkeypatch.setattr(perform, "perform", together)
+    monkeypatch.setattr(perform, "apply", together)
 
     assert process_at_once(report(farm, farm.doser), report(farm, other)) == [None, None]
 
@@ -468,24 +468,24 @@ def test_a_report_and_a_timer_of_a_device_do_not_wait_for_one_another_in_a_circl
     chain = builders.chain(farm.organization, [builders.node("on", leaf, next="off"), off])
     index.shared().refresh(at_once=True)
     latest.remember({("device", str(farm.doser.uuid), "power"): latest.Latest("on", 1)})
-    both, real, apply = Barrier(2), perform.perform, states.apply
+    both, real, apply = Barrier(2), perform.apply, states.apply
     timer = report(farm, farm.doser, values={}, protocol=events.TIMER, chains=(str(chain.uuid),))
 
     def meet() -> None:
         with contextlib.suppress(BrokenBarrierError):
             both.wait(1)
 
-    def of_report(wishes: Any) -> Any:
-        if wishes and not wishes[0].effect_key.startswith(str(timer.id)):
+    def of_report(effects: Any) -> Any:
+        if effects and not effects[0].effect_key.startswith(str(timer.id)):
             meet()  # its state is locked
-        return real(wishes)
+        return real(effects)
 
     def of_timer(requests: Any, *args: Any, **more: Any) -> Any:
         if requests and requests[0].effect_key.startswith(str(timer.id)):
             meet()  # before it locks a state
         return apply(requests, *args, **more)
 
-    monkeypatch.setattr(perform, "perform", of_report)
+    monkeypatch.setattr(perform, "apply", of_report)
     monkeypatch.setattr(states, "apply", of_timer)
 
     assert process_at_once(report(farm, farm.doser), timer) == [None, None]

@@ -1,4 +1,4 @@
-"""What senders may send: bytes in, events or a refusal that names item and field out."""
+"""What senders may send, and how a refusal names item and field."""
 
 from __future__ import annotations
 

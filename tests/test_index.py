@@ -16,7 +16,7 @@ from devices.models import CatalogueVersion, Device, DeviceState, Organization, 
 from rules import jobs
 from rules.authoring import editing
 from rules.engine import chains
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.models import RuleChain, RuleNode
 from rules.processing import index
 from rules.processing.index import RuleIndex
@@ -59,7 +59,7 @@ class Farm:
             chain.name for chain in (by or self.index).triggered(source, names, organization_id=self.organization.pk)
         ]
 
-    def bound(self, row: RuleChain) -> BoundChain:
+    def bound(self, row: RuleChain) -> DeployedChain:
         self.index.refresh(at_once=True)
         found = self.index.by_uuid(str(row.uuid))
         assert found is not None
@@ -162,9 +162,7 @@ def test_a_new_sensor_of_the_organization_compiles_nothing(farm: Farm, compiled:
     assert len(farm.index) == 1
 
 
-def test_a_save_is_seen_within_a_second_and_looked_for_no_more_often_than_that_takes(
-    farm: Farm, django_assert_num_queries: Any
-) -> None:
+def test_a_save_is_seen_within_a_second_without_a_query_more(farm: Farm, django_assert_num_queries: Any) -> None:
     farm.chain()
     farm.clock.now = 0.6
     with django_assert_num_queries(0):

@@ -126,9 +126,7 @@ def test_a_slow_chain_is_told_by_code_and_name_and_its_slot_goes_on(farm: Farm, 
     assert Reading.objects.count() == 2, "the reading stands whatever becomes of the chains"
 
 
-def test_chains_whose_data_is_not_read_in_time_fail_by_what_is_missing_and_the_others_run(
-    farm: Farm, settings: Any
-) -> None:
+def test_chains_whose_data_is_not_read_in_time_fail_and_the_others_run(farm: Farm, settings: Any) -> None:
     latest.remember({("sensor", str(farm.other.uuid), "ph"): latest.Latest(5.0, 1)})
     settings.DATA_COLLECTION_TIMEOUT_MS = -1
     farm.append(5.0)

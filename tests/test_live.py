@@ -74,24 +74,24 @@ def test_what_is_no_number_has_a_count_and_a_latest_value(datatype: str, values:
 def test_a_worker_chooses_what_is_watched_and_new_each_once() -> None:
     rows = [(1, 10, 1.0, None), (1, 10, 2.0, None), (1, 11, 3.0, None), (2, 10, 4.0, None)]
     new = {(1, 10), (2, 10)}
-    assert live_channel.choose(rows, new, wanted=frozenset()) == []
-    assert live_channel.choose(rows, new, wanted=frozenset({1})) == [(1, 10, 2.0, None)]
+    assert live_channel.select(rows, new, wanted=frozenset()) == []
+    assert live_channel.select(rows, new, wanted=frozenset({1})) == [(1, 10, 2.0, None)]
 
 
 @pytest.mark.usefixtures("empty_redis")
-def test_what_is_wanted_is_looked_up_once_a_second_and_forgotten_when_its_gateway_is_gone() -> None:
+def test_what_is_watched_is_read_once_a_second_and_forgotten_with_its_gateway() -> None:
     now = 100.0
-    wanted = live_channel.Wanted(clock=lambda: now)
-    live_channel.want([1, 2], now=1_000.0)
+    wanted = live_channel.WatchedVariables(clock=lambda: now)
+    live_channel.subscribe([1, 2], now=1_000.0)
     assert wanted.ids() == {1, 2}
-    live_channel.want([3], now=1_020.0)
+    live_channel.subscribe([3], now=1_020.0)
     assert wanted.ids() == {1, 2}
     now += 1.0
     assert wanted.ids() == {1, 2, 3}
-    live_channel.want([3], now=1_031.0)
+    live_channel.subscribe([3], now=1_031.0)
     now += 1.0
     assert wanted.ids() == {3}
-    assert 0 < redis.client().ttl(keys.TELEMETRY_WANTED) <= 30
+    assert 0 < redis.client().ttl(keys.LIVE_READINGS_WATCHED) <= 30
 
 
 class Audience:
@@ -127,7 +127,7 @@ def test_a_gateway_gathers_what_its_clients_watch_and_tells_it_once() -> None:
     audience = Audience(str(one.uuid), str(two.uuid))
     readings = LiveReadings(audience)
     readings.look()
-    assert live_channel.Wanted().ids() == {one.pk, two.pk}
+    assert live_channel.WatchedVariables().ids() == {one.pk, two.pk}
     readings.gather(encoded((one, 1.0), (other, 2.0)))
     readings.gather(encoded((two, 3.0), (two, 4.0), (two, 5.0)))
     readings.gather(b"\xc1")
@@ -159,12 +159,12 @@ def test_more_than_so_many_variables_are_not_told_and_that_is_said(
     monkeypatch.setattr(live_readings, "MAXIMUM_VARIABLES", 2)
     readings = LiveReadings(Audience(*(str(each.uuid) for each in variables(3))))
     readings.look()
-    assert len(live_channel.Wanted().ids()) == 2
+    assert len(live_channel.WatchedVariables().ids()) == 2
     assert "1 variables are not told live" in caplog.text
 
 
 @pytest.mark.usefixtures("empty_redis")
-def test_a_client_in_the_room_of_a_variable_sees_its_readings_and_nobody_else_costs_a_thing(tmp_path: Path) -> None:
+def test_a_client_in_the_room_of_a_variable_sees_its_readings(tmp_path: Path) -> None:
     farm = operator().ask("seed")
     variable = farm["variable"]
     with running(tmp_path / "log", {"kind": "socketio"}) as gateway:

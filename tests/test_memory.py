@@ -15,8 +15,8 @@ from devices.models import DeviceState, Reading, StateChange
 from rules import events, jobs
 from rules.authoring import editing
 from rules.effects import perform
-from rules.engine.bound import BoundChain
-from rules.engine.values import Sample, Watch
+from rules.engine.bound import DeployedChain
+from rules.engine.values import Sample, TemporalCondition
 from rules.events import Event, EventType
 from rules.journal import ledger, slots, writing
 from rules.journal.lease import Lease
@@ -24,7 +24,7 @@ from rules.journal.ledger import Account
 from rules.journal.slots import Slot
 from rules.models import DeadLetter, RuleChain
 from rules.processing import batch, condition_memory, index, schedules
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.stages.decide import Decided
 from tests import builders
 
@@ -82,7 +82,7 @@ def drain(slot: Slot) -> None:
     jobs.drain(slot.lane, slot.partition)
 
 
-def index_of(farm: Farm) -> BoundChain:
+def index_of(farm: Farm) -> DeployedChain:
     index.shared().refresh(at_once=True)
     bound = index.shared().by_uuid(str(farm.chain.uuid))
     assert bound
@@ -90,12 +90,12 @@ def index_of(farm: Farm) -> BoundChain:
 
 
 def forget_all() -> None:
-    for key in redis.client().scan_iter("aemos:remembered:*"):
+    for key in redis.client().scan_iter("aemos:condition-state:*"):
         redis.client().delete(key)
 
 
 def remembered() -> list[bytes]:
-    return [redis.client().get(key) for key in redis.client().scan_iter("aemos:remembered:*")]
+    return [redis.client().get(key) for key in redis.client().scan_iter("aemos:condition-state:*")]
 
 
 def test_a_dead_band_goes_on_from_batch_to_batch(farm: Farm) -> None:
@@ -206,7 +206,7 @@ def test_a_chain_that_only_the_clock_runs_judges_by_every_reading(farm: Farm) ->
 def test_a_source_that_was_silent_for_long_is_looked_up_once(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = []
 
-    def stored(watch: Watch, **_: int) -> list[Sample]:
+    def stored(watch: TemporalCondition, **_: int) -> list[Sample]:
         looked_up.append(watch)
         return []
 
@@ -214,7 +214,7 @@ def test_a_source_that_was_silent_for_long_is_looked_up_once(farm: Farm, monkeyp
     (watch,) = index_of(farm).compiled.watches
     newest: dict[Key, Latest] = {watch.reference: Latest(6.6, 1)}
     for _ in range(3):
-        Memory().collect([watch], since_us=10**15, latest=newest)
+        ConditionStateStore().collect([watch], since_us=10**15, latest=newest)
 
     assert len(looked_up) == 1
 
@@ -252,14 +252,14 @@ def test_an_event_that_raises_has_not_been_observed_by_those_after_it(
 def test_when_the_urgent_lane_of_the_sensor_was_faster_both_are_remembered(
     farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = perform.tell
+    real = perform.publish
 
     def tell(performed: Any) -> None:
-        monkeypatch.setattr(perform, "tell", real)
+        monkeypatch.setattr(perform, "publish", real)
         drain(farm.append((2, 6.1), kind=EventType.CRITICAL_ALARM))
         real(performed)
 
-    monkeypatch.setattr(perform, "tell", tell)
+    monkeypatch.setattr(perform, "publish", tell)
     normal = farm.append((1, 6.6))
     drain(normal)
     drain(farm.append((3, 6.3)))
@@ -270,7 +270,7 @@ def test_when_the_urgent_lane_of_the_sensor_was_faster_both_are_remembered(
 
 def test_memory_is_kept_for_twice_what_it_looks_back_and_a_day_at_least(farm: Farm) -> None:
     drain(farm.append((1, 6.6)))
-    (key,) = redis.client().scan_iter("aemos:remembered:*")
+    (key,) = redis.client().scan_iter("aemos:condition-state:*")
 
     assert 86_400 < redis.client().ttl(key) <= 15 * 86_400
 
@@ -281,7 +281,7 @@ def test_a_chain_without_conditions_over_time_asks_redis_for_no_memory(
     other = builders.sensor(farm.organization)
     builders.switching_chain(other, farm.pump)
     asked: list[object] = []
-    monkeypatch.setattr(Memory, "collect", lambda *_, **__: asked.append(_))
+    monkeypatch.setattr(ConditionStateStore, "collect", lambda *_, **__: asked.append(_))
     event = farm.event(1, 5.0)
     slot = Slot("normal", slots.partition_of(str(other.uuid)))
     writing.append({slot: [msgspec.structs.replace(event, originator_uuid=str(other.uuid))]})

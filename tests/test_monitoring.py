@@ -351,9 +351,7 @@ def test_without_redis_health_is_unknown_and_what_the_database_knows_is_told(set
     assert queue["circuit"]["thresholds"]["configured"]["critical"] == settings.QUEUE_CRITICAL_THRESHOLD
 
 
-def test_while_redis_hangs_every_answer_comes_within_three_seconds_and_then_all_is_well(
-    tmp_path: Path, settings: Any
-) -> None:
+def test_while_redis_hangs_every_answer_comes_within_three_seconds(tmp_path: Path, settings: Any) -> None:
     own = servers.start_redis(tmp_path)
     settings.REDIS_PORT, settings.REDIS_PASSWORD = own.port, own.password
     redis.forget_connections()

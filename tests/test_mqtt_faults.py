@@ -125,9 +125,7 @@ def test_gateways_killed_at_random_moments_lose_nothing_and_keep_the_order(broke
         assert_nothing_lost(pump, commands, gateways)
 
 
-def test_broker_restarted_and_killed_at_random_moments_loses_nothing_and_keeps_the_order(
-    broker: Server, tmp_path: Path
-) -> None:
+def test_broker_killed_at_random_moments_loses_nothing_and_keeps_the_order(broker: Server, tmp_path: Path) -> None:
     chance, commands = random.Random(6), list[str]()
     with farm_pump(broker) as pump, running(tmp_path / "gateway", MQTT) as gateway:
         until(lambda: leading([gateway]))

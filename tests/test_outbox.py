@@ -24,7 +24,6 @@ from aemos.lib import keys, redis
 from devices import latest
 from devices.models import DeviceState, StateChange
 from notifications import messages, outbox, upkeep
-from notifications import retention as history
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
 from notifications.models import Delivery, Notification
 from notifications.publisher import Entry, append
@@ -168,7 +167,7 @@ def test_a_change_that_is_on_the_stream_but_not_noted_as_published_supersedes(bo
     assert told == ["off"]
 
 
-def test_a_worker_that_publishes_after_another_one_changes_nothing_of_the_order_in_which_they_decided(
+def test_a_worker_that_publishes_late_keeps_the_order_of_the_decisions(
     box: Outbox,
 ) -> None:
     slow, quick = box.write(box.change("on")), box.write(box.change("off"))
@@ -187,7 +186,7 @@ def test_a_change_that_another_worker_published_and_did_not_note_is_not_told_twi
     assert [each.id for each in stream()] == [slow[0].id, quick[0].id]
 
 
-def test_what_is_told_late_is_not_told_to_the_device_once_a_newer_change_is_on_the_stream(
+def test_what_is_published_late_skips_the_device_once_a_newer_change_is_out(
     box: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newer one is made just after the sweep has looked for it."""
@@ -211,7 +210,7 @@ def test_what_is_told_late_is_not_told_to_the_device_once_a_newer_change_is_on_t
 
 
 @pytest.mark.skipif("connection.vendor != 'postgresql'", reason="SQLite lets one transaction write at a time")
-def test_changes_of_one_state_by_many_at_once_are_on_the_stream_once_and_in_their_order(
+def test_changes_by_many_at_once_are_on_the_stream_once_and_in_their_order(
     box: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remember, chance = latest.remember, random.Random(31)
@@ -259,7 +258,7 @@ def test_the_sweep_leaves_what_has_expired_but_tells_states(box: Outbox) -> None
     assert [each.id for each in stream()] == [change.id]
 
 
-def test_what_an_emptied_redis_held_for_the_broker_is_published_again_to_the_broker_alone(box: Outbox) -> None:
+def test_what_an_emptied_redis_held_is_published_again_to_the_broker_alone(box: Outbox) -> None:
     waiting, done = box.message(), box.message()
     box.publish(waiting, done)
     made(done, State.ACKNOWLEDGED, Protocol.MQTT)
@@ -273,7 +272,7 @@ def test_what_an_emptied_redis_held_for_the_broker_is_published_again_to_the_bro
     assert upkeep.publish_lost(timezone.now()) == 0
 
 
-def test_what_redis_lost_in_the_middle_of_the_stream_is_published_again_once_gateways_have_nothing_else_to_do(
+def test_what_redis_lost_in_mid_stream_is_published_again_once_gateways_idle(
     box: Outbox,
 ) -> None:
     lost, later = box.message(), box.message()
@@ -338,10 +337,10 @@ def test_deliveries_that_nobody_made_in_time_expire_and_others_stay(box: Outbox)
 
 def test_overdue_deliveries_are_looked_for_every_ten_seconds_by_one_scheduler(box: Outbox) -> None:
     box.publish(box.message(expires_at=1.0))
-    assert upkeep.settle() == 3
+    assert upkeep.expire_and_republish() == 3
     box.publish(box.message(expires_at=1.0))
-    assert upkeep.settle() == 0
-    assert 0 < redis.client().ttl(keys.OVERDUE_SEEN) <= 10
+    assert upkeep.expire_and_republish() == 0
+    assert 0 < redis.client().ttl(keys.UPKEEP_LOCK) <= 10
 
 
 def test_sending_again_renews_the_deadline_and_is_told_as_the_same_message(box: Outbox) -> None:
@@ -367,11 +366,11 @@ def test_history_is_kept_as_long_as_is_set_and_goes_with_its_deliveries(box: Out
     old, young = box.message(), box.message()
     box.publish(old, young)
     Notification.objects.filter(uuid=old.id).update(created_at=timezone.now() - timedelta(days=8))
-    assert history.delete_expired() == 1
+    assert upkeep.delete_old() == 1
     assert [row.uuid for row in Notification.objects.all()] == [young.id]
     assert Delivery.objects.count() == 3
     Notification.objects.update(created_at=timezone.now() - timedelta(days=8))
-    assert history.delete_expired() == 0, "once an hour is enough"
+    assert upkeep.delete_old() == 0, "once an hour is enough"
 
 
 @pytest.fixture
@@ -382,7 +381,7 @@ def scheduler(tmp_path: Path) -> Iterator[GatewayProcess]:
     process.kill()
 
 
-def test_a_process_killed_between_commit_and_publication_delays_a_command_by_less_than_ten_seconds(
+def test_a_kill_between_commit_and_publication_delays_by_under_ten_seconds(
     tmp_path: Path, scheduler: GatewayProcess
 ) -> None:
     farm = operator().ask("seed")

@@ -86,7 +86,7 @@ def test_what_is_imported_is_the_same_chain_switched_off(farm: Farm) -> None:
     assert again == document | {"chain": document["chain"] | {"name": "Acid again"}}
 
 
-def test_a_uuid_that_the_organization_does_not_have_is_a_problem_at_each_place_with_its_name(farm: Farm) -> None:
+def test_a_uuid_that_the_organization_lacks_is_a_problem_at_each_place(farm: Farm) -> None:
     other = make_farm()
     answer = other.imported(exported(farm))
     assert answer.status_code == 400

@@ -44,7 +44,7 @@ def either(*parts: object) -> dict[str, object]:
         both(leaf("==", 1), leaf("==", True)),
         both(leaf(">", 7), either(leaf("<", 6), leaf("==", 1))),
         both(leaf(">", 7), leaf("<", 6, **{"for": "5m"})),
-        both(leaf(">", 7, off=6), leaf("<", 5)),
+        both(leaf(">", 7, releaseAt=6), leaf("<", 5)),
     ],
 )
 def test_what_can_never_be_true_is_nothing(config: dict[str, Any]) -> None:
@@ -56,6 +56,7 @@ def test_what_can_never_be_true_is_nothing(config: dict[str, Any]) -> None:
     [
         both(leaf(">=", 7), leaf("<=", 7)),
         both(leaf(">", 7), leaf("<", 6, "y")),
+        both(leaf(">", 7, releaseAt=6), leaf("<", 6.5)),
         both(leaf(">", 7, off=6), leaf("<", 6.5)),
         both(leaf(">", 7, times=3, within="10m"), leaf("<", 6)),
         both(leaf(">", 7, per="1m"), leaf("<", 6)),

@@ -80,7 +80,7 @@ def test_each_refused_event_is_kept_whole_with_depth_and_circuit_of_that_moment(
     assert RejectedEvent.objects.get(lane="low").priority == 10
 
 
-def test_a_request_that_cannot_be_read_is_kept_once_cut_to_4_kb_and_without_an_event_id() -> None:
+def test_an_unreadable_request_is_kept_once_cut_to_4_kb_without_an_event_id() -> None:
     rejections.record(BadPayload("no\x00JSON"), b"\x00\xff" * 5_000, credential=None, protocol="coap", uuid="x" * 50)
     rejections.shared().flush()
 
@@ -255,4 +255,4 @@ def test_retention_works_in_chunks_and_rests_for_an_hour_when_nothing_is_left(
     assert [retention.delete_expired() for _ in range(3)] == [4, 1, 0]
     make_old(40)
     assert retention.delete_expired() == 0
-    assert 3_500 < redis.client().ttl(keys.RETENTION_DONE) <= 3_600
+    assert 3_500 < redis.client().ttl(keys.RETENTION_LOCK) <= 3_600

@@ -19,7 +19,7 @@ from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.exceptions import Overloaded
 from devices.models import DeviceState, Reading, StateChange, Variable
-from rules import events, ingest, jobs, retention
+from rules import events, ingest, retention
 from rules.admission import circuit_store, control, rejections, replay
 from rules.admission.circuit import State
 from rules.admission.replay import CannotReplay, ReplayRequest
@@ -30,6 +30,7 @@ from rules.journal.tickets import ALLOWED_FUNCTIONS
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
 from rules.processing import index
 from tests import builders
+from tests.worker import drain_all, ledger
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 OPEN = Overloaded("full", reason="circuit-open", retry_after=7, queue_depth=60, threshold=50, circuit_state="OPEN")
@@ -90,16 +91,6 @@ def run(row: Replay) -> Replay:
         if step(row, 1_000.0 + second).state != Replay.State.RUNNING:
             return row
     raise AssertionError(row.note)
-
-
-def drain_all() -> None:
-    index.shared().refresh(at_once=True)
-    for slot in slots.slots():
-        jobs.drain(slot.lane, slot.partition)
-
-
-def ledger() -> Account:
-    return sum((audit(slot) for slot in slots.slots()), Account())
 
 
 def test_a_replay_stores_the_readings_with_their_own_time_and_lets_rules_act(farm: Farm) -> None:

@@ -38,6 +38,7 @@ from rules.processing import index, schedules
 from tests import builders
 from tests.mqtt_clients import until
 from tests.test_drain import make_due
+from tests.worker import drain_all, ledger
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 SIX = datetime(2026, 5, 1, 6, tzinfo=UTC)
@@ -76,16 +77,6 @@ def farm() -> Farm:
     for cached in (catalogue.shared, index.shared, control.shared, rejections.shared, schedules.shared):
         cached.cache_clear()
     return Farm()
-
-
-def drain_all() -> None:
-    index.shared().refresh(at_once=True)
-    for slot in slots.slots():
-        jobs.drain(slot.lane, slot.partition)
-
-
-def ledger() -> Account:
-    return sum((audit(slot) for slot in slots.slots()), Account())
 
 
 def fire(now: datetime) -> int:
@@ -202,7 +193,7 @@ def test_saving_plans_the_next_run_and_only_of_a_chain_that_runs(farm: Farm) -> 
     assert chain.next_run_at is None
 
 
-def test_renaming_a_chain_that_is_due_loses_neither_its_time_nor_what_the_worker_noted(farm: Farm) -> None:
+def test_renaming_a_chain_that_is_due_loses_neither_time_nor_statistics(farm: Farm) -> None:
     chain = farm.chain()
     RuleChain.objects.filter(pk=chain.pk).update(last_run_at=SIX - timedelta(days=1))
     chain.name = "Renamed"
@@ -414,7 +405,7 @@ def test_a_run_that_failed_is_tried_again_and_then_kept_for_people(farm: Farm) -
     assert ledger() == Account(accepted=1, dead=1)
 
 
-def test_a_run_that_was_kept_for_people_is_replayed_although_the_schedule_has_moved_on(farm: Farm) -> None:
+def test_a_dead_run_is_replayed_although_the_schedule_has_moved_on(farm: Farm) -> None:
     chain = farm.chain(max_retries=0)
     DeviceState.objects.filter(pk=farm.power.pk).update(name="renamed")
     fire(SIX)
@@ -475,7 +466,7 @@ for _ in range({CHAINS}):
 
 
 @pytest.mark.timeout(180)
-def test_when_the_leading_scheduler_is_killed_the_other_misses_no_time_and_repeats_none(tmp_path: Path) -> None:
+def test_when_the_leading_scheduler_is_killed_no_time_is_missed_or_repeated(tmp_path: Path) -> None:
     with local_system(tmp_path, LOG_LEVEL="WARNING") as system:
         system.manage("shell", "--verbosity", "0", "-c", MAKE_CHAINS)
         system.start("scheduler", "worker")

@@ -1,4 +1,4 @@
-"""What the soak calls a leak: samples of memory in, MB an hour out."""
+"""What the soak calls a leak."""
 
 from __future__ import annotations
 

@@ -103,9 +103,7 @@ CLIENTS: dict[str, Follow] = {
 
 
 @pytest.mark.parametrize("follow", CLIENTS.values(), ids=CLIENTS)
-def test_a_client_whose_connection_is_cut_at_random_moments_loses_nothing_and_keeps_the_order(
-    relays: list[Relay], follow: Follow
-) -> None:
+def test_a_client_cut_at_random_moments_loses_nothing_and_keeps_the_order(relays: list[Relay], follow: Follow) -> None:
     farm, moments = operator().ask("seed"), random.Random(2026)
     with follow([relay.url for relay in relays], farm["access_token"]) as client:
         sent = _published_until_received(farm, client)

@@ -83,9 +83,7 @@ def test_a_client_that_was_told_nothing_yet_knows_where_to_go_on(gateway: Gatewa
     assert ids(resumed(gateway, farm, client.positions[-1])) == missed
 
 
-def test_who_is_connected_is_given_what_the_stream_lost_before_the_gateway_had_read_it(
-    gateway: GatewayProcess, farm: Farm
-) -> None:
+def test_connected_clients_get_what_the_stream_lost_before_it_was_read(gateway: GatewayProcess, farm: Farm) -> None:
     with raw_websocket(gateway, token=farm["access_token"]) as connection:
         received = messages(connection)
         first = published(farm)
@@ -193,7 +191,7 @@ def counted(result: str) -> float:
     return float(redis.client().hget(keys.METRICS, f"{metrics.SOCKETIO_RESUMES.name}|{result}") or 0)
 
 
-def test_a_client_that_begins_at_the_beginning_is_given_the_states_even_before_anything_was_published(
+def test_a_client_at_the_beginning_gets_the_states_before_anything_is_published(
     gateway: GatewayProcess, farm: Farm
 ) -> None:
     assert [event for event, _ in resumed(gateway, farm, "0-0")] == ["gap", "snapshot"]

@@ -15,7 +15,7 @@ from rq.serializers import JSONSerializer
 from aemos.lib import metrics
 from rules.authoring import editing
 from rules.effects import suspension
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.engine.chains import Outcome
 from rules.engine.exceptions import ChainFailed, ErrorCode
 from rules.journal import tickets
@@ -50,7 +50,7 @@ class Worker:
     def __init__(self, clock: Clock) -> None:
         self.statistics = Statistics(clock.seconds, clock.moment)
 
-    def batch(self, bound: BoundChain, runs: str) -> None:
+    def batch(self, bound: DeployedChain, runs: str) -> None:
         """`runs`: one letter each, + for a success, - for a failure, r for one that failed again when it was retried."""
         batch = Runs()
         for letter in runs:
@@ -65,7 +65,7 @@ class Worker:
         self.statistics.flush(force=True)
 
 
-def bound_chain(**fields: Any) -> BoundChain:
+def bound_chain(**fields: Any) -> DeployedChain:
     farm = builders.organization()
     row = builders.switching_chain(builders.sensor(farm), builders.device(farm), **fields)
     index = RuleIndex()
@@ -85,7 +85,7 @@ def worker(clock: Clock) -> Worker:
     return Worker(clock)
 
 
-def kept(bound: BoundChain) -> ChainStatistics:
+def kept(bound: DeployedChain) -> ChainStatistics:
     return ChainStatistics.objects.get(chain_id=bound.id)
 
 
@@ -204,7 +204,7 @@ def test_an_error_of_any_length_and_text_is_kept_as_far_as_it_fits(worker: Worke
     assert kept(bound).last_error == "dose: nul  " + "ü" * 489
 
 
-def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm_and_not_silently(
+def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm(
     worker: Worker, settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
@@ -276,7 +276,7 @@ def test_a_lifted_chain_runs_again_counts_from_none_and_its_alarm_is_cleared(wor
     worker.batch(bound, "---")
     worker.flush()
     row = RuleChain.objects.exclude(suspended_at=None).get()
-    suspension.lift(row, by="Ada")
+    suspension.resume(row, by="Ada")
     index = RuleIndex()
     index.refresh()
 
@@ -362,7 +362,7 @@ def test_workers_that_write_at_the_same_time_lose_nothing(clock: Clock) -> None:
         pytest.skip("SQLite lets one process write at a time")
     bounds = [bound_chain() for _ in range(20)]
 
-    def work(order: list[BoundChain]) -> None:
+    def work(order: list[DeployedChain]) -> None:
         worker = Worker(clock)
         try:
             for _ in range(10):

@@ -19,7 +19,7 @@ from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
 from notifications.models import Notification
-from rules import events, jobs
+from rules import events
 from rules.admission import control
 from rules.authoring import editing
 from rules.effects import states
@@ -28,6 +28,7 @@ from rules.journal.ledger import Account
 from rules.models import RuleChain
 from rules.processing import index, schedules, timers
 from tests import builders
+from tests.worker import drain_all
 
 in_process = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
 
@@ -70,15 +71,9 @@ def farm() -> Farm:
     return Farm()
 
 
-def drain_all() -> None:
-    index.shared().refresh(at_once=True)
-    for slot in slots.slots():
-        jobs.drain(slot.lane, slot.partition)
-
-
 def tick() -> int:
     """One second of the scheduler and of a worker; gives how many timers fired."""
-    redis.client().delete(keys.TIMERS_LOOKED_FOR)
+    redis.client().delete(keys.TIMERS_SCAN_LOCK)
     index.shared().refresh(at_once=True)
     fired = timers.fire_due()
     drain_all()
@@ -206,9 +201,7 @@ class TestInProcess:
         total = sum((ledger.audit(slot) for slot in slots.slots()), Account())
         assert (total.accepted, total.processed, total.closes) == (2, 2, True)
 
-    def test_an_edit_elsewhere_leaves_the_timer_alone_and_an_edit_of_the_condition_sets_it_anew(
-        self, farm: Farm
-    ) -> None:
+    def test_an_edit_elsewhere_leaves_the_timer_and_one_of_the_condition_resets_it(self, farm: Farm) -> None:
         farm.said(minutes_ago=4)
         tick()
         farm.chain.name = "renamed"
@@ -305,7 +298,7 @@ class TestInProcess:
         assert due_in_seconds() == [pytest.approx(900, abs=30)]
 
     @pytest.mark.parametrize("how", ["crash", "Redis away"])
-    def test_a_switched_device_that_was_not_told_is_seen_by_rules_and_looked_at_after_the_sweep(
+    def test_a_switch_that_was_not_published_is_seen_by_rules_after_the_sweep(
         self, farm: Farm, how: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pump = builders.device(farm.organization)
@@ -324,7 +317,7 @@ class TestInProcess:
 
         with monkeypatch.context() as patch:
             if how == "crash":
-                patch.setattr(states, "tell", lambda changes: None)
+                patch.setattr(states, "publish", lambda changes: None)
             else:
                 patch.setattr(latest, "remember", away)
             states.change_by_person(state, "on", user=builders.user())

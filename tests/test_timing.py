@@ -16,7 +16,7 @@ from rules.engine.context import Scope
 from rules.engine.exceptions import InvalidChain
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal import MAX_TIMES
-from rules.engine.values import Reference, Sample, Value, Watch
+from rules.engine.values import Reference, Sample, TemporalCondition, Value
 
 SENSOR = "0b7e9d52-6a3c-4f0e-9d1b-2c5a8f4e7d10"
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -32,7 +32,7 @@ def compiled(config: object) -> Condition:
     return compile_condition(config, path="config")
 
 
-def watch_of(config: object) -> Watch:
+def watch_of(config: object) -> TemporalCondition:
     (watch,) = compiled(config).watches
     return watch
 
@@ -73,11 +73,11 @@ def answers(config: object, arrivals: Sequence[Sample]) -> list[bool]:
 
 FOR = leaf(**{"for": "5m"})
 TIMES = leaf(times=3, within="10m")
-BAND = leaf(off=6.2)
-BAND_FOR = leaf(off=6.2, **{"for": "5m"})
+BAND = leaf(releaseAt=6.2)
+BAND_FOR = leaf(releaseAt=6.2, **{"for": "5m"})
 RATE = leaf(value=0.5, per="1m")
 ALL = [FOR, TIMES, BAND, BAND_FOR, RATE]
-NAMES = ["for", "times", "off", "off and for", "per"]
+NAMES = ["for", "times", "releaseAt", "releaseAt and for", "per"]
 
 # Readings in the order of arrival: second, value, expected answer at it.
 Table = list[tuple[float, Value, bool]]
@@ -118,10 +118,10 @@ TABLES: dict[str, tuple[dict[str, object], Table]] = {
         [(0, 6.4, False), (1, 6.6, True), (2, 6.4, True), (3, 6.2, True), (4, 6.1, False), (5, 6.4, False), (6, 6.5, False)],
     ),
     "off: the other way round": (
-        leaf("<", 20, off=25),
+        leaf("<", 20, releaseAt=25),
         [(0, 22, False), (1, 19, True), (2, 22, True), (3, 25, True), (4, 25.5, False), (5, 22, False)],
     ),
-    "off: equal counts with >=": (leaf(">=", 6.5, off=6.2), [(0, 6.5, True), (1, 6.3, True), (2, 6.1, False)]),
+    "releaseAt: equal counts with >=": (leaf(">=", 6.5, releaseAt=6.2), [(0, 6.5, True), (1, 6.3, True), (2, 6.1, False)]),
     "off: text switches off": (BAND, [(0, 7, True), (1, "broken", False), (2, 6.4, False)]),
     "off: true switches off": (BAND, [(0, 7, True), (1, True, False), (2, 6.4, False)]),
     "off: null switches off": (BAND, [(0, 7, True), (1, None, False), (2, 6.4, False)]),
@@ -211,8 +211,8 @@ configs = st.sampled_from(
         *ALL,
         leaf(**{"for": "2m"}),
         leaf(times=2, within="3m"),
-        leaf("<", 6.2, off=6.4),
-        leaf("<=", 6.0, off=6.3, **{"for": "2m"}),
+        leaf("<", 6.2, releaseAt=6.4),
+        leaf("<=", 6.0, releaseAt=6.3, **{"for": "2m"}),
         leaf("!=", 7, **{"for": "1m"}),
         leaf("between", [-0.4, 0.4], per="1m"),
     ]
@@ -239,8 +239,8 @@ def states_by_the_book(config: dict[str, Any], history: list[Sample]) -> list[bo
     value: Any
     for value, _ in history:
         true = compares(symbol, value, config["value"])
-        if "off" in config and is_number(value) and not true:
-            beyond = value < config["off"] if symbol == ">" else value > config["off"]
+        if "releaseAt" in config and is_number(value) and not true:
+            beyond = value < config["releaseAt"] if symbol == ">" else value > config["releaseAt"]
             true = bool(states) and states[-1] and not beyond
         states.append(true)
     return states
@@ -398,9 +398,9 @@ def test_what_is_remembered_is_forgotten_when_the_condition_becomes_another() ->
         leaf(**{"for": "6m"}),
         leaf(times=3, within="5m"),
         leaf(times=4, within="5m"),
-        leaf(off=6.2),
-        leaf(off=6.1),
-        leaf(off=6.1, **{"for": "5m"}),
+        leaf(releaseAt=6.2),
+        leaf(releaseAt=6.1),
+        leaf(releaseAt=6.1, **{"for": "5m"}),
         leaf(per="5m"),
         leaf("==", "1", **{"for": "5m"}),
         leaf("==", 1, **{"for": "5m"}),
@@ -410,12 +410,16 @@ def test_what_is_remembered_is_forgotten_when_the_condition_becomes_another() ->
     assert len({watch_of(config).key for config in [FOR, *others]}) == len(others) + 1
 
 
+def test_a_dead_band_under_its_older_name_is_the_same_condition() -> None:
+    assert watch_of(leaf(off=6.2)).key == watch_of(BAND).key
+
+
 def test_an_upgrade_forgets_nothing_because_the_key_of_a_memory_stays() -> None:
     assert watch_of(FOR).key == "586725097e183496"
 
 
 @pytest.mark.parametrize(
-    ("config", "days"), [(FOR, 7), (TIMES, 0), (BAND, 7), (RATE, 1)], ids=["for", "times", "off", "per"]
+    ("config", "days"), [(FOR, 7), (TIMES, 0), (BAND, 7), (RATE, 1)], ids=["for", "times", "releaseAt", "per"]
 )
 def test_a_watch_asks_for_enough_readings_to_be_made_anew(config: dict[str, object], days: int) -> None:
     watch = watch_of(config)
@@ -438,24 +442,29 @@ REFUSED: list[tuple[dict[str, object], dict[str, str]]] = [
     (leaf(times=101, within="5m"), {"times": NO_COUNT}),
     (leaf(times=2.0, within="5m"), {"times": NO_COUNT}),
     (leaf(times=True, within="5"), {"times": NO_COUNT, "within": NO_DURATION}),
-    (leaf(off="6"), {"off": "must be a number"}),
+    (leaf(releaseAt="6"), {"releaseAt": "must be a number"}),
+    (leaf(releaseAt=6.5), {"releaseAt": "must be below value, 6.5, for >"}),
+    (leaf(">=", releaseAt=7), {"releaseAt": "must be below value, 6.5, for >="}),
     (leaf(off=6.5), {"off": "must be below value, 6.5, for >"}),
-    (leaf(">=", off=7), {"off": "must be below value, 6.5, for >="}),
-    (leaf("<", off=6.5), {"off": "must be above value, 6.5, for <"}),
-    (leaf("<=", off=6), {"off": "must be above value, 6.5, for <="}),
-    (leaf("==", off=6), {"off": "goes with >, >=, <, <= only, not with =="}),
-    (leaf("between", [1, 2], off=1), {"off": "goes with >, >=, <, <= only, not with between"}),
+    (
+        leaf(off=6.2, releaseAt=6.2),
+        {"off": "releaseAt, off cannot be combined; only for and releaseAt, and times and within, go together"},
+    ),
+    (leaf("<", releaseAt=6.5), {"releaseAt": "must be above value, 6.5, for <"}),
+    (leaf("<=", releaseAt=6), {"releaseAt": "must be above value, 6.5, for <="}),
+    (leaf("==", releaseAt=6), {"releaseAt": "goes with >, >=, <, <= only, not with =="}),
+    (leaf("between", [1, 2], releaseAt=1), {"releaseAt": "goes with >, >=, <, <= only, not with between"}),
     (leaf("!=", per="1m"), {"per": "goes with >, >=, <, <=, between only, not with !="}),
     (
         leaf(per="1m", **{"for": "5m"}),
-        {"per": "for, per cannot be combined; only for and off, and times and within, go together"},
+        {"per": "for, per cannot be combined; only for and releaseAt, and times and within, go together"},
     ),
     (
-        leaf(times=3, within="1m", off=6),
-        {"off": "times, within, off cannot be combined; only for and off, and times and within, go together"},
+        leaf(times=3, within="1m", releaseAt=6),
+        {"releaseAt": "times, within, releaseAt cannot be combined; only for and releaseAt, and times and within, go together"},
     ),
     (leaf(sourceType="device", per="1m"), {"per": NO_READINGS}),
-    (leaf(sourceType="device", off=6), {"off": NO_READINGS}),
+    (leaf(sourceType="device", releaseAt=6), {"releaseAt": NO_READINGS}),
     (
         leaf(sourceType="device", times=2, within="1m"),
         dict.fromkeys(("times", "within"), NO_READINGS),

@@ -129,7 +129,7 @@ def test_a_comparison_of_the_wrong_kind_is_told(farm: Farm) -> None:
     assert all("this is never true" in text for _, text in told)
 
 
-def test_two_chains_that_may_drive_one_state_to_different_values_are_told_of_each_other(farm: Farm) -> None:
+def test_two_chains_that_may_set_one_state_differently_are_named_to_each_other(farm: Farm) -> None:
     first = farm.switching(farm.leaf(">", 6.5), "on", "Dose")
     second = farm.switching(farm.leaf("<", 7), "off", "Stop")
     told = (
@@ -149,7 +149,7 @@ def test_who_looks_at_all_chains_reads_the_others_once_and_finds_the_same(
         farm.switching(farm.leaf("<", 6), "on", "Low"),
     ]
     farm.switching(farm.leaf("<", 9), "off", "Off", enabled=False)
-    everyone = lint.Everyone(farm.organization.pk)
+    everyone = lint.OrganizationWriters(farm.organization.pk)
     for chain in found:
         nodes = list(chain.nodes.all())
         alone = lint.warnings_of(chain, nodes)

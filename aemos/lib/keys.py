@@ -1,4 +1,4 @@
-"""Every Redis key name: what is stored in, the key out. Keys of one partition share the hash tag {partition}."""
+"""The name of every Redis key. Keys of one partition share the hash tag {partition}."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def ledger(lane: str, partition: int) -> str:
     return f"aemos:ledger:{lane}:{{{partition}}}"
 
 
-def backlog(lane: str, partition: int) -> str:
-    """Hash: organization id -> events of its that the slot holds."""
-    return f"aemos:backlog:{lane}:{{{partition}}}"
+def depth_by_organization(lane: str, partition: int) -> str:
+    """Hash: organization id -> how many of its events the slot holds."""
+    return f"aemos:depth-by-organization:{lane}:{{{partition}}}"
 
 
 def delayed(lane: str, partition: int) -> str:
@@ -33,14 +33,14 @@ def lease(lane: str, partition: int) -> str:
     return f"aemos:lease:{lane}:{{{partition}}}"
 
 
-def suspect(lane: str, partition: int) -> str:
+def checkpoint(lane: str, partition: int) -> str:
     """Id of the event that is being decided while a worker takes over what another one died on."""
-    return f"aemos:suspect:{lane}:{{{partition}}}"
+    return f"aemos:checkpoint:{lane}:{{{partition}}}"
 
 
-def remembered(partition: int, watch: str) -> str:
-    """JSON that expires: what a condition over time remembers of a source of this partition."""
-    return f"aemos:remembered:{{{partition}}}:{watch}"
+def condition_state(partition: int, condition: str) -> str:
+    """JSON that expires: the state of a condition over time about a source of this partition."""
+    return f"aemos:condition-state:{{{partition}}}:{condition}"
 
 
 def stalled(lane: str, partition: int) -> str:
@@ -53,9 +53,9 @@ def latest(source_type: str, uuid: str) -> str:
     return f"aemos:latest:{source_type}:{uuid}"
 
 
-def told(device_uuid: str) -> str:
-    """Hash that expires: state -> number of the newest change of it that the stream got. On the server of the stream."""
-    return f"aemos:told:{{{NOTIFICATIONS}}}:{device_uuid}"
+def last_published(device_uuid: str) -> str:
+    """Hash that expires: state -> number of its newest change on the stream of notifications, on whose server it is."""
+    return f"aemos:last-published:{{{NOTIFICATIONS}}}:{device_uuid}"
 
 
 NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
@@ -63,9 +63,9 @@ NOTIFICATIONS_MQTT_GROUP = "mqtt"
 TIMERS = (
     "aemos:timers"  # sorted set: chain and source -> when its outcome may change by itself, in ms; inf for not at all
 )
-TIMERS_LOOKED_FOR = "aemos:timers-looked-for"  # flag that expires: chains that need a timer were looked for
-TIMERS_STIRRED = (
-    "aemos:timers-stirred"  # set: device|uuid of those with a state that changed, until the scheduler looks at chains
+TIMERS_SCAN_LOCK = "aemos:timers-scan-lock"  # flag that expires: chains that need a timer were looked for a moment ago
+TIMERS_DIRTY = (
+    "aemos:timers-dirty"  # set: device|uuid of devices whose state changed since the scheduler looked at chains
 )
 SCHEDULER_LEADER = "aemos:scheduler:leader"
 MQTT_TELEMETRY_LEADER = "aemos:mqtt-telemetry:leader"
@@ -90,9 +90,11 @@ def replay_pace(uuid: str) -> str:
     return f"aemos:replay-pace:{uuid}"
 
 
-OVERDUE_SEEN = "aemos:notifications:overdue-seen"  # flag that expires: overdue deliveries were looked for
-TELEMETRY = "aemos:telemetry"  # channel: readings that somebody watches, from workers to gateways
-TELEMETRY_WANTED = "aemos:telemetry:wanted"  # sorted set: variable id -> until when (s) a gateway wants its readings
-RETENTION_DONE = "aemos:retention-done"  # flag that expires: what is too old was deleted within the last hour
-NOTIFICATION_RETENTION_DONE = "aemos:notifications:retention-done"  # the same for notifications
+UPKEEP_LOCK = "aemos:notifications:upkeep-lock"  # flag that expires: overdue deliveries were looked for a moment ago
+LIVE_READINGS = "aemos:live-readings"  # channel: readings that somebody watches, from workers to gateways
+LIVE_READINGS_WATCHED = (
+    "aemos:live-readings:watched"  # sorted set: variable id -> until when (s) a gateway wants its readings
+)
+RETENTION_LOCK = "aemos:retention-lock"  # flag that expires: what is too old was deleted within the last hour
+NOTIFICATION_RETENTION_LOCK = "aemos:notifications:retention-lock"  # the same for notifications
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal: how much of how many is done in, one line that is drawn over and over out."""
+"""A progress bar: one line on a terminal that says how much of how many is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Redis clients of this process: a purpose in, a connected client with password, TLS and bounded waiting out."""
+"""Redis clients of this process, one for each purpose, with password, TLS and bounded waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deleting what is too old: rows in, in chunks so small that nobody waits; nothing of them out."""
+"""Delete old rows in chunks so small that no other transaction waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts from outside in, as a column of the database can hold them out."""
+"""Make texts from outside fit for a column of the database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The admin's page on which a chain is tried: a chain in, a form with what its sensors reported last, and the report out."""
+"""The admin page on which a person tries a chain with values of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from devices import catalogue, latest
 from devices.catalogue import Field
 from devices.values import Datatype
 from rules.authoring import describe, trial
-from rules.authoring.trial import Given, Known
+from rules.authoring.trial import KnownValue, TrialInput
 from rules.engine import chains
 from rules.engine.exceptions import InvalidChain
 from rules.engine.values import Reference, Value
@@ -68,7 +68,7 @@ class TrialForm(forms.Form):
             self.places[f"value{number}"] = place
             self.fields[f"value{number}"] = _field(field, place)
 
-    def given(self) -> Given:
+    def given(self) -> TrialInput:
         """What is reported, and of the others what was changed on the page."""
         originator = self.cleaned_data["originator"]
         own, others = {}, []
@@ -77,8 +77,8 @@ class TrialForm(forms.Form):
                 if value is not None:
                     own[reference.key] = value
             elif value != known:
-                others.append(Known(reference=reference, value=value))
-        return Given(values=own, originator=originator, latest=others)
+                others.append(KnownValue(reference=reference, value=value))
+        return TrialInput(values=own, originator=originator, latest=others)
 
     def report(self) -> dict[str, Any] | None:
         """None, and the form says why, when it cannot be tried so."""

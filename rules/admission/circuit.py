@@ -1,4 +1,4 @@
-"""The circuit breaker of the queue: state, depth and priority in, a verdict or the next state out. Pure.
+"""The circuit breaker of the queue: which priorities it admits, and when its state changes. Pure.
 
 CLOSED accepts; OPEN accepts urgent events only; HALF_OPEN is the way back. Urgent events (priority 1 and 2) are accepted in
 every state up to a hard cap. The thresholds are the predecessor's, in events over all lanes.
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 URGENT = 2  # priorities 1 and 2
 NORMAL = 5  # priorities 3 to 5; what is above is low
-# Shares of a threshold.
+# ConcurrencyLimit of a threshold.
 SHED_SHARE = 0.8  # of critical: low priority is shed before anything else
 CLOSE_SHARE = 0.6  # of recovery: then a HALF_OPEN circuit closes
 HARD_SHARE = 1.2  # of critical: the cap that holds for urgent events, too

@@ -1,4 +1,4 @@
-"""Filters of rejected events and dead letters, one set for the API, the admin and the command: names in, look-ups out."""
+"""Filters of rejected events and dead letters, one set for the API, the admin and the command."""
 
 from __future__ import annotations
 

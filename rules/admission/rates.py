@@ -1,4 +1,4 @@
-"""How fast the queue drains and how late that makes it: counts over time in, events per second and seconds out. Pure.
+"""How fast the queue drains, in events per second, and how late an event is therefore, in seconds. Pure.
 
 Waiting in the strict order of lanes: delay of a lane = backlog of it and of the lanes before it / (drain rate - arrivals of the
 lanes before it). Little's law turns a budget of seconds into a limit of events.

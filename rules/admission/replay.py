@@ -326,7 +326,10 @@ def _append_limited(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
     """Makes events durable that are for one chain only; gives the slots that need a drain ticket. Raises RedisError."""
     needing = []
     for slot, batch in batches.items():
-        names = [named(slot.lane, slot.partition) for named in (keys.delayed, keys.ledger, keys.ticket, keys.backlog)]
+        names = [
+            named(slot.lane, slot.partition)
+            for named in (keys.delayed, keys.ledger, keys.ticket, keys.depth_by_organization)
+        ]
         pairs: Iterable[Any] = chain.from_iterable(
             (event.organization_id, events.encode_retry(event)) for event in batch
         )

@@ -1,4 +1,4 @@
-"""The REST API of alarms: requests in, alarms and what people decide about them out."""
+"""The REST API of alarms and of what people decide about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The REST API of rejected events, dead letters and their replays: requests in, JSON out."""
+"""The REST API of rejected events, dead letters and their replays."""
 
 from __future__ import annotations
 

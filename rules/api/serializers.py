@@ -49,10 +49,10 @@ class ChainRefused(APIException):
         super().__init__()
         self.problems = tuple(problems)
         self.fields = fields or {}
-        self.detail = {**self.fields, "validationErrors": told(self.problems)}
+        self.detail = {**self.fields, "validationErrors": serialize_problems(self.problems)}
 
 
-def told(problems: Iterable[Problem]) -> list[Any]:
+def serialize_problems(problems: Iterable[Problem]) -> list[Any]:
     """Problems as the API tells them."""
     return [ProblemSerializer(problem).data for problem in problems]
 
@@ -163,7 +163,7 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
         return StatisticsSerializer(getattr(chain, "statistics", None) or ChainStatistics()).data
 
     def to_internal_value(self, data: Any) -> Any:
-        """Like every serializer's, but what is wrong inside `nodes` is told as `validationErrors`, in paths."""
+        """Like every serializer's, but what is wrong inside `nodes` is reported as `validationErrors`, in paths."""
         if self.instance is not None and isinstance(data, Mapping):
             data = {name: value for name, value in data.items() if name not in self.volatile}
         try:
@@ -176,7 +176,7 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
             raise ChainRefused(problems, fields=detail) from error
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
-        """What is wrong with the chain's own fields is told together with what is wrong with its nodes."""
+        """What is wrong with the chain's own fields is reported together with what is wrong with its nodes."""
         try:
             return super().validate(attrs)
         except ValidationError as error:
@@ -229,7 +229,7 @@ class RuleChainDetailSerializer(RuleChainSerializer):
 
     @extend_schema_field(ProblemSerializer(many=True))
     def get_validation_warnings(self, chain: RuleChain) -> Any:
-        return told(lint.warnings_of(chain, list(chain.nodes.all())))
+        return serialize_problems(lint.warnings_of(chain, list(chain.nodes.all())))
 
 
 class ValidationSerializer(serializers.Serializer[Any]):

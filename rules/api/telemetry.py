@@ -1,4 +1,4 @@
-"""POST /api/v1/telemetry: an HTTP request in, 202 once the journal has the events or an honest refusal out.
+"""POST /api/v1/telemetry: answer 202 once the journal has the events, or say why not.
 
 A plain view without DRF: this is the one URL that thousands of requests a second come to.
 """

@@ -11,7 +11,7 @@ from rest_framework import serializers
 from devices.serializers import StrictMixin, ValueField
 from rules.api.serializers import NodeSerializer
 from rules.authoring import trial
-from rules.authoring.trial import Given, Known
+from rules.authoring.trial import KnownValue, TrialInput
 from rules.engine.conditions import SOURCE_TYPES
 
 # What a trial reckons with may lie a year after the time that is given, and is told as a date.
@@ -49,9 +49,9 @@ class TrialSerializer(StrictMixin):
         help_text="What is taken as known, in place of what is. Several entries of one variable are its history.",
     )
 
-    def given(self) -> Given:
+    def given(self) -> TrialInput:
         data = self.validated_data
-        return Given(
+        return TrialInput(
             values=data.get("values", {}),
             source_type=data.get("sourceType", ""),
             originator=str(data.get("originator", "")),
@@ -60,9 +60,9 @@ class TrialSerializer(StrictMixin):
         )
 
 
-def _known(data: dict[str, Any]) -> Known:
+def _known(data: dict[str, Any]) -> KnownValue:
     reference = trial.reference_of(data["sourceType"], str(data["UUID"]), data["key"])
-    return Known(reference=reference, value=data["value"], timestamp=data.get("timestamp"))
+    return KnownValue(reference=reference, value=data["value"], timestamp=data.get("timestamp"))
 
 
 class UnsavedTrialSerializer(TrialSerializer):

@@ -1,4 +1,4 @@
-"""The REST API of rule chains, their nodes and switching by hand: requests in, JSON out."""
+"""The REST API of rule chains, their nodes, and commands that people give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from devices.exceptions import Overloaded
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, by_uuid
 from devices.models import Device, DeviceState, Organization
 from devices.serializers import in_camel_case
-from devices.viewsets import Conflict, EditViewSet, ReadViewSet, ScopedViewSet
+from devices.viewsets import Conflict, EditViewSet, ReadViewSet, ScopedViewSet, Unavailable
 from rules.api import telemetry
 from rules.api.serializers import (
     ChainRefused,
@@ -38,7 +38,7 @@ from rules.api.serializers import (
     StateInstanceSerializer,
     ValidationErrorsSerializer,
     ValidationSerializer,
-    told,
+    serialize_problems,
 )
 from rules.api.trial_serializers import (
     CopySerializer,
@@ -50,7 +50,7 @@ from rules.api.trial_serializers import (
     UnsavedTrialSerializer,
 )
 from rules.authoring import editing, import_export, lint, trial, validation
-from rules.authoring.trial import Given
+from rules.authoring.trial import TrialInput
 from rules.effects import states
 from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
@@ -79,15 +79,6 @@ class QueueRefuses(APIException):
         self.wait = refusal.retry_after  # REST framework sends it as Retry-After
 
 
-class ValuesUnknown(APIException):
-    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
-    default_detail = (
-        "The latest values are not known now, Redis cannot be reached; try again, or give them as `latest`."
-    )
-    default_code = "redis-unavailable"
-    wait = 5  # seconds
-
-
 _DETAIL = {200: RuleChainDetailSerializer, 400: REFUSED}
 _REPORT = {200: TrialReportSerializer, 400: REFUSED}
 
@@ -111,7 +102,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     filterset_class = RuleChainFilter
 
     def get_serializer_class(self) -> type[RuleChainSerializer]:
-        """Of one chain more is told than in a list."""
+        """One chain is shown with more fields than a list of them."""
         return RuleChainSerializer if self.action == "list" else RuleChainDetailSerializer
 
     def get_object(self) -> RuleChain:
@@ -167,7 +158,10 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         chain = self.get_object()
         nodes = list(chain.nodes.all())
         problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
-        answer = {"validationErrors": told(problems), "validationWarnings": told(lint.warnings_of(chain, nodes))}
+        answer = {
+            "validationErrors": serialize_problems(problems),
+            "validationWarnings": serialize_problems(lint.warnings_of(chain, nodes)),
+        }
         return Response(answer)
 
     @extend_schema(responses=DocumentSerializer)
@@ -249,7 +243,7 @@ def _valid(serializer: Serializer[Any]) -> dict[str, Any]:
     return dict(serializer.validated_data)
 
 
-def _tried(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> Response:
+def _tried(chain: RuleChain, nodes: Sequence[RuleNode], given: TrialInput) -> Response:
     try:
         return Response(trial.run(chain, nodes, given))
     except InvalidChain as error:
@@ -257,7 +251,8 @@ def _tried(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> Respons
     except DjangoValidationError as error:
         raise ValidationError(in_camel_case(error)) from error
     except RedisError as error:
-        raise ValuesUnknown from error
+        detail = "The latest values are not known now, Redis cannot be reached; try again, or give them as `latest`."
+        raise Unavailable(detail, code="redis-unavailable") from error
 
 
 def _locked(chain: RuleChain) -> RuleChain:

@@ -1,4 +1,4 @@
-"""Rule chains for people: a chain and its nodes in, the names of what they mention, its sentence and its graph out."""
+"""A rule chain for people: the names of what it mentions, its sentence and its graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from aemos.lib.batched import batched
 from devices.models import Device, Sensor
 from rules.authoring import graph, validation
-from rules.authoring.sentences import Names, Teller
+from rules.authoring.sentences import ChainDescriber, Names
 from rules.models import RuleChain, RuleNode
 from rules.processing import loading
 
@@ -24,14 +24,14 @@ def names_of(organization_id: int, nodes: Iterable[RuleNode]) -> Names:
 def sentence_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
     """The chain in words, with its schedule."""
     nodes = list(nodes)
-    text = Teller(names_of(chain.organization_id, nodes)).chain(loading.spec_of(chain, nodes).nodes)
+    text = ChainDescriber(names_of(chain.organization_id, nodes)).chain(loading.spec_of(chain, nodes).nodes)
     return f"{_when(chain)} {text[:1].lower()}{text[1:]}" if chain.cron and text else text
 
 
 def graph_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
     """The chain drawn, as an SVG element for a page."""
     nodes = list(nodes)
-    teller = Teller(names_of(chain.organization_id, nodes))
+    teller = ChainDescriber(names_of(chain.organization_id, nodes))
     specs = loading.spec_of(chain, nodes).nodes
     return graph.svg(specs, {spec.name: teller.node(spec) for spec in specs}, title=f"Graph of {chain.name}")
 

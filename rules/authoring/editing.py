@@ -51,7 +51,7 @@ def save(chain: RuleChain, nodes: Sequence[RuleNode] | None = None, *, by: str =
     if nodes is not None:
         _replace_nodes(chain, nodes)
     if stored and stored.suspended_at and not chain.suspended_at:
-        suspension.lift(chain, by)
+        suspension.resume(chain, by)
     catalogue.mark_changed(chain.organization_id)
 
 

@@ -1,4 +1,4 @@
-"""The graph of a rule chain: its nodes and a text for each in, one SVG element for a page out. Pure.
+"""Draw a rule chain as one SVG element. Pure.
 
 Drawn from top to bottom: every node stands below all that lead to it. Colours are the page's own, so that it reads in light
 and in dark; kinds of nodes and links differ in words and strokes, not in colour alone.
@@ -106,18 +106,18 @@ def _rows(nodes: Mapping[str, NodeSpec]) -> tuple[list[list[Item]], list[_Route]
     """What stands in each row, and the links between. A node's row follows from the longest way that leads to it; where a
     link passes a row it takes a place in it, so that it runs behind no node. A link that closes a cycle counts for nothing.
     """
-    order = _order(nodes)
-    position = {name: index for index, name in enumerate(order)}
-    depth = dict.fromkeys(order, 0)
-    for name in order:
+    names = order(nodes)
+    position = {name: index for index, name in enumerate(names)}
+    depth = dict.fromkeys(names, 0)
+    for name in names:
         for target in _targets(nodes[name], nodes):
             if position[target] > position[name]:
                 depth[target] = max(depth[target], depth[name] + 1)
     rows: list[list[Item]] = [[] for _ in range(max(depth.values()) + 1)]
-    for name in order:
+    for name in names:
         rows[depth[name]].append(name)
     routes = []
-    for name in order:
+    for name in names:
         for kind, (label, target) in zip(_kinds(nodes[name]), _labelled(nodes[name]), strict=True):
             if target in nodes:
                 passed: list[Item] = [(name, kind, row) for row in range(depth[name] + 1, depth[target])]
@@ -156,7 +156,7 @@ def _width(item: Item) -> float:
     return WIDTH if isinstance(item, str) else 0
 
 
-def _order(nodes: Mapping[str, NodeSpec]) -> list[str]:
+def order(nodes: Mapping[str, NodeSpec]) -> list[str]:
     """Every node after those that lead to it, and true branches before false ones; a walk without recursion."""
     pointed_to = {target for name in nodes for target in _targets(nodes[name], nodes)}
     done: dict[str, None] = {}
@@ -177,7 +177,7 @@ def _order(nodes: Mapping[str, NodeSpec]) -> list[str]:
 
 
 def _targets(node: NodeSpec, nodes: Mapping[str, NodeSpec]) -> list[str]:
-    return [target for _, target in _labelled(node) if target in nodes]
+    return [target for target in node.targets if target in nodes]
 
 
 def _lines(text: str) -> list[str]:

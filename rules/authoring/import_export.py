@@ -1,4 +1,4 @@
-"""Rule chains as documents: a chain in, JSON that another organization can take out; a document in, an unsaved chain out.
+"""Rule chains as JSON documents that another organization can import.
 
 A document holds the names of the sensors and devices it mentions, so that whoever imports it knows what to put in their place.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from rules.authoring import describe
 from rules.engine.exceptions import InvalidChain, Problem
-from rules.engine.fields import not_a_uuid
+from rules.engine.fields import check_uuid
 from rules.models import RuleChain, RuleNode
 
 FORMAT = "aemos-rule-chain"
@@ -102,7 +102,7 @@ def _envelope_problems(document: object) -> Iterator[Problem]:
 def _mapping_problems(mapping: Mapping[str, str]) -> Iterator[Problem]:
     for theirs, ours in mapping.items():
         for uuid in (theirs, ours):
-            if complaint := not_a_uuid(uuid):
+            if complaint := check_uuid(uuid):
                 yield Problem(f"mapping.{theirs}", uuid, complaint)
 
 

@@ -1,4 +1,4 @@
-"""What looks wrong with a rule chain that may be saved: a chain and its nodes in, warnings with their places out.
+"""Warn of what looks wrong with a rule chain that may be saved all the same.
 
 A warning refuses nothing. Contradictions follow from the conditions alone
 (rules.authoring.satisfiability); the rest is asked of the database.
@@ -17,12 +17,13 @@ from django.db.models import Exists, OuterRef, Q
 from aemos.lib.batched import batched
 from devices.models import DeviceState, Reading, Variable
 from devices.values import Datatype
-from rules.authoring import satisfiability, validation
+from rules.authoring import graph, satisfiability, validation
 from rules.authoring.satisfiability import Region
 from rules.engine import chains
 from rules.engine.chains import NodeSpec
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.engine.fields import is_number
+from rules.engine.operators import OPERATORS
 from rules.engine.values import Reference
 from rules.models import RuleChain, RuleNode
 from rules.processing import loading
@@ -32,10 +33,9 @@ MAXIMUM_OTHERS = 100
 
 SHOWN_OPPONENTS = 5
 CHUNK = 200
-_NUMERIC = (">", ">=", "<", "<=", "between")
 
 
-def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: Rivals | None = None) -> list[Problem]:
+def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: OtherWriters | None = None) -> list[Problem]:
     """Everything that looks wrong; nothing of a chain that cannot be compiled, whose problems come first.
 
     `rivals` gives what other chains do to the same states, so that whoever looks at all chains need not ask for each.
@@ -49,13 +49,13 @@ def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: Rivals | No
     return [
         *(found for place, node in enumerate(spec.nodes) if node.type == "filter" for found in _clashes(node, place)),
         *flow.never_reached(),
-        *_unheard(chain, nodes),
+        *_never_reported(chain, nodes),
         *_undone_on_the_way(flow),
-        *_opposed(chain, flow, rivals or partial(_rivals_of, chain)),
+        *_conflicting_writers(chain, flow, rivals or partial(_rivals_of, chain)),
     ]
 
 
-class Drive(NamedTuple):
+class StateWrite(NamedTuple):
     """An action that sets a state to a fixed value: where it stands and under which conditions it is reached."""
 
     chain: str
@@ -66,27 +66,27 @@ class Drive(NamedTuple):
     value: object
     region: Region
 
-    def opposes(self, other: Drive) -> bool:
+    def opposes(self, other: StateWrite) -> bool:
         same = (self.device_uuid, self.state_name) == (other.device_uuid, other.state_name)
         return same and self.value != other.value and bool(satisfiability.meet(self.region, other.region))
 
 
-Rivals = Callable[[Sequence[Drive]], Iterable[Drive]]
+OtherWriters = Callable[[Sequence[StateWrite]], Iterable[StateWrite]]
 """What other running chains of the organization do to the states that are driven here."""
 
 
-class Everyone:
+class OrganizationWriters:
     """What all running chains of an organization do to states, read at once."""
 
     def __init__(self, organization_id: int) -> None:
-        self._drives: defaultdict[tuple[str, str], list[Drive]] = defaultdict(list)
+        self._drives: defaultdict[tuple[str, str], list[StateWrite]] = defaultdict(list)
         rows = RuleChain.objects.running().filter(organization_id=organization_id).prefetch_related("nodes")
         for chain in rows.iterator(chunk_size=CHUNK):
             for drive in _drives_of(chain):
                 self._drives[drive.device_uuid, drive.state_name].append(drive)
 
-    def __call__(self, drives: Sequence[Drive]) -> Iterable[Drive]:
-        found: list[Drive] = []
+    def __call__(self, drives: Sequence[StateWrite]) -> Iterable[StateWrite]:
+        found: list[StateWrite] = []
         for state in {(drive.device_uuid, drive.state_name) for drive in drives}:
             found += [other for other in self._drives[state] if other.chain != drives[0].chain][:MAXIMUM_OTHERS]
         return found
@@ -100,7 +100,7 @@ class _Flow:
         self._places = {node.name: place for place, node in enumerate(nodes)}
         self.regions: dict[str, Region] = {}
         self._arriving: dict[str, list[Region]] = {}
-        for name in self._order():
+        for name in graph.order({node.name: node for node in nodes}):
             self.regions[name] = (
                 satisfiability.join(self._arriving[name]) if name in self._arriving else satisfiability.EVERYTHING
             )
@@ -110,17 +110,19 @@ class _Flow:
     def never_reached(self) -> Iterator[Problem]:
         """The first node on each way that contradictions close."""
         for place, node in enumerate(self.nodes):
-            before = [each for each in self.nodes if node.name in _targets(each) and self.regions[each.name]]
+            before = [each for each in self.nodes if node.name in each.targets and self.regions[each.name]]
             if not self.regions[node.name] and any(not self._is_impossible(each) for each in before):
                 yield Problem(f"nodes[{place}]", node.name, "is never reached: the filters before it contradict it")
 
-    def drives(self, chain: str = "") -> list[Drive]:
+    def drives(self, chain: str = "") -> list[StateWrite]:
         found = []
         for place, node in enumerate(self.nodes):
             config = node.config
             if node.type == "action" and config.get("type") == "device_command" and "value" in config:
                 device, state = str(config.get("deviceUuid")).lower(), str(config.get("stateName"))
-                found.append(Drive(chain, node.name, place, device, state, config["value"], self.regions[node.name]))
+                found.append(
+                    StateWrite(chain, node.name, place, device, state, config["value"], self.regions[node.name])
+                )
         return found
 
     def follows(self, name: str) -> set[str]:
@@ -128,14 +130,14 @@ class _Flow:
         found: set[str] = set()
         stack = [name]
         while stack:
-            for target in _targets(self.nodes[self._places[stack.pop()]]):
+            for target in self.nodes[self._places[stack.pop()]].targets:
                 if target not in found:
                     found.add(target)
                     stack.append(target)
         return found
 
     def _is_impossible(self, node: NodeSpec) -> bool:
-        """A filter that is never true has been told about already."""
+        """A filter that is never true has a warning of its own."""
         return node.type == "filter" and not satisfiability.where_true(node.config)
 
     def _leaving(self, node: NodeSpec) -> Iterator[tuple[str, Region]]:
@@ -154,24 +156,6 @@ class _Flow:
             yield node.on_false, satisfiability.meet(here, satisfiability.where_false(node.config))
         if node.on_failure:
             yield node.on_failure, here
-
-    def _order(self) -> list[str]:
-        """Every node after those that lead to it."""
-        waiting = {node.name: 0 for node in self.nodes}
-        for node in self.nodes:
-            for target in set(_targets(node)):
-                waiting[target] += 1
-        ready = [name for name, number in waiting.items() if not number]
-        for name in ready:
-            for target in set(_targets(self.nodes[self._places[name]])):
-                waiting[target] -= 1
-                if not waiting[target]:
-                    ready.append(target)
-        return ready
-
-
-def _targets(node: NodeSpec) -> list[str]:
-    return [name for name in (node.next, node.on_false, node.on_failure) if name]
 
 
 def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
@@ -195,7 +179,7 @@ def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
                 break
 
 
-def _unheard(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
+def _never_reported(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
     """Comparisons with what was never reported, and with what is of another kind."""
     derived = {node.config.get("target") for node in nodes if node.type == RuleNode.Type.TRANSFORM}
     leaves = [
@@ -252,8 +236,8 @@ def _batches(leaves: _Leaves, source_type: str) -> Iterator[Sequence[str]]:
 
 
 def _kind_complaint(leaf: Mapping[str, object], datatype: str) -> str:
-    operator, value = leaf.get("operator"), leaf.get("value")
-    if operator in _NUMERIC and datatype != Datatype.NUMBER:
+    operator, value = str(leaf.get("operator")), leaf.get("value")
+    if operator in OPERATORS and OPERATORS[operator].is_numeric and datatype != Datatype.NUMBER:
         return f"is a number, and what is compared is a {datatype}: this is never true"
     if operator == "==" and _datatype_of(value) != datatype:
         return f"is of another kind than what is compared, a {datatype}: this is never true"
@@ -274,7 +258,7 @@ def _undone_on_the_way(flow: _Flow) -> Iterator[Problem]:
                 yield Problem(f"nodes[{first.place}].config.value", first.value, text)
 
 
-def _opposed(chain: RuleChain, flow: _Flow, rivals: Rivals) -> Iterator[Problem]:
+def _conflicting_writers(chain: RuleChain, flow: _Flow, rivals: OtherWriters) -> Iterator[Problem]:
     """Enabled chains that may drive the same state to another value at the same time."""
     mine = [drive for drive in flow.drives(chain.name) if drive.region] if chain.enabled else []
     others = list(rivals(mine)) if mine else []
@@ -288,7 +272,7 @@ def _opposed(chain: RuleChain, flow: _Flow, rivals: Rivals) -> Iterator[Problem]
         yield Problem(f"nodes[{drive.place}].config.value", drive.value, text)
 
 
-def _rivals_of(chain: RuleChain, drives: Sequence[Drive]) -> Iterator[Drive]:
+def _rivals_of(chain: RuleChain, drives: Sequence[StateWrite]) -> Iterator[StateWrite]:
     """Asked of the database for one chain."""
     devices = sorted({drive.device_uuid for drive in drives})
     # People may write a uuid in upper case.
@@ -300,7 +284,7 @@ def _rivals_of(chain: RuleChain, drives: Sequence[Drive]) -> Iterator[Drive]:
         yield from _drives_of(other)
 
 
-def _drives_of(chain: RuleChain) -> list[Drive]:
+def _drives_of(chain: RuleChain) -> list[StateWrite]:
     spec = loading.spec_of(chain, chain.nodes.all())
     try:
         chains.compile(spec)

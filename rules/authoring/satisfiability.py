@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from rules.engine.conditions import MAX_DEPTH
 from rules.engine.fields import is_number
+from rules.engine.temporal import RELEASE_KEYS
 from rules.engine.values import Reference
 
 MAXIMUM_ALTERNATIVES = 64
@@ -145,25 +146,24 @@ _OVER_TIME = {"times", "within", "per"}
 def _span(leaf: Mapping[str, object], wanted: bool) -> Span | None:
     """The span of one comparison; None when nothing can be said."""
     keys = leaf.keys()
-    if keys & _OVER_TIME or (not wanted and keys & {"for", "off"}):
+    if keys & _OVER_TIME or (not wanted and keys & {"for", *RELEASE_KEYS}):
         return None
     make = (_TRUE if wanted else _FALSE).get(str(leaf.get("operator")))
     value = leaf.get("value")
     if make is None:
         return None
     span = make(value)
-    if "off" not in leaf or span is None:
-        return span
-    return _widened(span, leaf["off"])
+    release_key = next((key for key in RELEASE_KEYS if key in leaf), None)
+    return _widened(span, leaf[release_key]) if release_key and span else span
 
 
-def _widened(span: Span, off: object) -> Span | None:
-    """Until `off` is passed, a dead band stays true."""
-    if not is_number(off):
+def _widened(span: Span, release_at: object) -> Span | None:
+    """A dead band stays true until the value is beyond `release_at`."""
+    if not is_number(release_at):
         return None
     if span.low > -math.inf:
-        return replace(span, low=min(span.low, off), low_open=False)
-    return replace(span, high=max(span.high, off), high_open=False)
+        return replace(span, low=min(span.low, release_at), low_open=False)
+    return replace(span, high=max(span.high, release_at), high_open=False)
 
 
 def _above(*, open: bool) -> Callable[[object], Span | None]:

@@ -1,59 +1,26 @@
-"""From the nodes of a rule chain to words: the names of sensors and devices in, a sentence that a grower can read out. Pure.
+"""Describe a rule chain in a sentence that a grower can read. Pure.
 
 Chains that cannot be compiled are described as far as they can be read, because those are the ones people look at.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from rules.engine.chains import NodeSpec
 from rules.engine.conditions import MAX_DEPTH
+from rules.engine.durations import check_duration
+from rules.engine.operators import OPERATORS
+from rules.engine.temporal import RELEASE_KEYS
 
 Names = Mapping[tuple[str, str], str]
 """(source type, lower-case uuid) -> name."""
 
 MAXIMUM_CHARACTERS = 5_000
 MAXIMUM_NODES = 100
-"""Of a longer chain the beginning is told."""
-_DURATION = re.compile(r"(\d+)([smhd])")
+"""Of a longer chain only the beginning is described."""
 _SHOWN_UUID = 8
 _SHOWN_ITEMS = 5
-
-PREDICATES: Mapping[str, str] = {
-    ">": "is above {value}",
-    ">=": "is at least {value}",
-    "<": "is below {value}",
-    "<=": "is at most {value}",
-    "==": "is {value}",
-    "!=": "is not {value}",
-    "between": "is between {value}",
-    "contains": "contains {value}",
-    "notContains": "does not contain {value}",
-    "startsWith": "starts with {value}",
-    "endsWith": "ends with {value}",
-    "matches": "matches {value}",
-    "in": "is one of {value}",
-    "notIn": "is none of {value}",
-    "hasAll": "has all of {value}",
-    "hasAny": "has any of {value}",
-    "hasNone": "has none of {value}",
-    "isNull": "has no value",
-    "isNotNull": "has a value",
-    "isEmpty": "is empty",
-    "isNotEmpty": "is not empty",
-    "isNumber": "is a number",
-    "isString": "is text",
-    "isBoolean": "is true or false",
-    "isArray": "is a list",
-    "olderThan": "was not reported for {duration}",
-    "newerThan": "was reported less than {duration} ago",
-    "inLast": "was reported in the last {duration}",
-    "valueOlderThan": "is {value}, reported {duration} ago or longer",
-    "valueNewerThan": "is {value}, reported less than {duration} ago",
-    "valueInLast": "is {value}, reported in the last {duration}",
-}
 
 TRANSFORMS: Mapping[str, str] = {
     "add": "take {key} plus {value}{target}",
@@ -66,7 +33,7 @@ TRANSFORMS: Mapping[str, str] = {
 }
 
 
-class Teller:
+class ChainDescriber:
     """Says what the nodes of one chain do; `names` gives the names of what they mention."""
 
     def __init__(self, names: Names) -> None:
@@ -75,7 +42,7 @@ class Teller:
     def chain(self, nodes: Sequence[NodeSpec]) -> str:
         """The whole chain, from the node that no other points to; empty for a chain without nodes."""
         by_name = {node.name: node for node in reversed(nodes)}
-        pointed_to = {name for node in nodes for name in (node.next, node.on_false, node.on_failure)}
+        pointed_to = {name for node in nodes for name in node.targets}
         start = next((node for node in nodes if node.name not in pointed_to), nodes[0] if nodes else None)
         if start is None:
             return ""
@@ -116,12 +83,15 @@ class Teller:
 
     def _leaf(self, leaf: Mapping[str, object]) -> str:
         operator, value = _value(leaf.get("operator")), _value(leaf.get("value"))
-        predicate = PREDICATES.get(operator)
-        told = {"value": _range(leaf) if operator == "between" else value, "duration": _duration(leaf.get("duration"))}
+        operand = {
+            "value": _range(leaf) if operator == "between" else value,
+            "duration": _duration(leaf.get("duration")),
+        }
         text = f"{self.source(leaf.get('sourceType'), leaf.get('UUID'))} {_value(leaf.get('key'))} "
         if "per" in leaf:
             text = f"the change of {text}in {_duration(leaf['per'])} "
-        text += predicate.format(**told) if predicate else f"{operator} {value}"
+        known = OPERATORS.get(operator)
+        text += known.predicate.format(**operand) if known else f"{operator} {value}"
         return text + "".join(phrase.format(_duration(leaf[key])) for key, phrase in _OVER_TIME.items() if key in leaf)
 
     def _from(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], told: set[str]) -> str:
@@ -183,15 +153,15 @@ class Teller:
         return f"clear the alarm “{_value(config.get('alarm'))}”"
 
 
-ACTIONS: Mapping[str, Callable[[Teller, Mapping[str, object]], str]] = {
-    "device_command": Teller._command,
-    "notify": Teller._notify,
-    "raise_alarm": Teller._raise_alarm,
-    "clear_alarm": Teller._clear_alarm,
+ACTIONS: Mapping[str, Callable[[ChainDescriber, Mapping[str, object]], str]] = {
+    "device_command": ChainDescriber._command,
+    "notify": ChainDescriber._notify,
+    "raise_alarm": ChainDescriber._raise_alarm,
+    "clear_alarm": ChainDescriber._clear_alarm,
 }
 
 _OVER_TIME: Mapping[str, str] = {
-    "off": " (until it is beyond {})",
+    **dict.fromkeys(RELEASE_KEYS, " (until it is beyond {})"),
     "for": " for {}",
     "times": " at least {} times",
     "within": " within {}",
@@ -233,5 +203,6 @@ def _value(value: object) -> str:
 
 def _duration(value: object) -> str:
     """5 m of 5m; anything else, such as how many times, as it is."""
-    found = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    return f"{found[1]} {found[2]}" if found else _value(value)
+    if isinstance(value, str) and check_duration(value) is None:
+        return f"{value[:-1]} {value[-1]}"
+    return _value(value)

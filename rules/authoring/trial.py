@@ -1,4 +1,4 @@
-"""A rule chain tried out: a chain and given values in, what each node saw and what would be done out. Nothing is done.
+"""Try a rule chain with given values: report what each node saw and what would be done, and do nothing.
 
 A trial compiles and runs the chain as a worker does. Values of other sensors and devices, and what conditions over time
 remember, are what is known now, unless they are given.
@@ -24,7 +24,7 @@ from devices.models import DeviceState
 from devices.serializers import camel
 from rules import events
 from rules.authoring import describe, validation
-from rules.authoring.sentences import Names, Teller
+from rules.authoring.sentences import ChainDescriber, Names
 from rules.effects import perform
 from rules.engine import chains
 from rules.engine.chains import Chain, NodeSpec, Outcome
@@ -32,7 +32,7 @@ from rules.engine.conditions import SOURCE_TYPES, compile_condition
 from rules.engine.context import Run, Scope, Trigger
 from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed
-from rules.engine.values import Reference, Sample, Value, Watch
+from rules.engine.values import Reference, Sample, TemporalCondition, Value
 from rules.events import CHAIN
 from rules.models import ActionCooldown, RuleChain, RuleNode
 from rules.processing import condition_memory, loading
@@ -41,7 +41,7 @@ EVENT_ID = "trial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class KnownValue:
     """A value that a sensor or device is taken to have had."""
 
     reference: Reference
@@ -50,7 +50,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class TrialInput:
     """What a trial is run with. Without `values` it is a run by schedule.
 
     The originator may be left out where only one source can be meant. `latest` takes the place of what is known of the
@@ -61,10 +61,10 @@ class Given:
     source_type: str = ""
     originator: str = ""
     timestamp: datetime | None = None
-    latest: Sequence[Known] = ()
+    latest: Sequence[KnownValue] = ()
 
 
-def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, Any]:
+def run(chain: RuleChain, nodes: Sequence[RuleNode], given: TrialInput) -> dict[str, Any]:
     """The report of the trial, as the REST API answers it.
 
     Raises InvalidChain, ValidationError by field of `given`, and RedisError where latest values are asked for.
@@ -87,10 +87,10 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: Given) -> dict[str, 
         originator=names.get(source, chain.name),
         deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1000,
     )
-    return _Report(spec.nodes, names, _Held(chain, compiled, source[1])).of(compiled, trigger)
+    return _Report(spec.nodes, names, _NoOpReason(chain, compiled, source[1])).of(compiled, trigger)
 
 
-def _source(chain: RuleChain, compiled: Chain, given: Given) -> tuple[str, str]:
+def _source(chain: RuleChain, compiled: Chain, given: TrialInput) -> tuple[str, str]:
     """Who reports the values: (source type, uuid). Raises ValidationError."""
     if not given.values and not given.originator:
         return CHAIN, str(chain.uuid)
@@ -126,7 +126,7 @@ def _check_values(source: tuple[str, str], values: Mapping[str, Value]) -> None:
 class _Facts:
     """What is known besides the event: the latest sample of each reference, and what conditions over time remember."""
 
-    def __init__(self, compiled: Chain, given: Given, *, when: datetime, source: tuple[str, str]) -> None:
+    def __init__(self, compiled: Chain, given: TrialInput, *, when: datetime, source: tuple[str, str]) -> None:
         self._when_us = events.microseconds(when)
         self._given = self._histories(given.latest)
         self._own = {Reference(*source, key): Sample(value, self._when_us) for key, value in given.values.items()}
@@ -138,14 +138,14 @@ class _Facts:
         found = {Reference(*key): Sample(*value) for key, value in known.items()}
         return found | {reference: history[-1] for reference, history in self._given.items()}
 
-    def _histories(self, known: Sequence[Known]) -> dict[Reference, list[Sample]]:
+    def _histories(self, known: Sequence[KnownValue]) -> dict[Reference, list[Sample]]:
         found: dict[Reference, list[Sample]] = {}
         for each in known:
             at_us = events.microseconds(each.timestamp) if each.timestamp else self._when_us
             found.setdefault(each.reference, []).append(Sample(each.value, at_us))
         return {reference: sorted(history, key=lambda each: each.timestamp_us) for reference, history in found.items()}
 
-    def _memory(self, watches: Sequence[Watch]) -> dict[str, Any]:
+    def _memory(self, watches: Sequence[TemporalCondition]) -> dict[str, Any]:
         """Each may read ten thousand stored readings, while others wait for this process: so it has its time, no more."""
         deadline = time.monotonic() + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000
         found = {}
@@ -159,7 +159,7 @@ class _Facts:
             found[watch.key] = self._remembered(watch)
         return found
 
-    def _remembered(self, watch: Watch) -> Any:
+    def _remembered(self, watch: TemporalCondition) -> Any:
         """Of what is given, else of what is stored, and of the event itself."""
         history = self._given.get(watch.reference)
         if history is None:
@@ -169,7 +169,7 @@ class _Facts:
         return reduce(watch.observe, [*history, own] if own else history, None)
 
 
-class _Held:
+class _NoOpReason:
     """Why an effect would change nothing now, as far as that is known: its state, and the cooldowns of this originator."""
 
     def __init__(self, chain: RuleChain, compiled: Chain, originator: str) -> None:
@@ -192,11 +192,11 @@ class _Held:
 class _Report:
     """Listens to a run, step by step, and puts it into words."""
 
-    def __init__(self, nodes: Sequence[NodeSpec], names: Names, held: _Held) -> None:
+    def __init__(self, nodes: Sequence[NodeSpec], names: Names, held: _NoOpReason) -> None:
         self._held = held
         self._nodes = {node.name: (place, node) for place, node in enumerate(nodes)}
         self._names = names
-        self._teller = Teller(names)
+        self._teller = ChainDescriber(names)
         self._steps: list[dict[str, Any]] = []
         self._effects: list[dict[str, Any]] = []
         self._run: Run | None = None

@@ -1,4 +1,4 @@
-"""Whether a rule chain may be saved: a chain and its nodes in, every problem of them out.
+"""Find every reason why a rule chain may not be saved.
 
 `chains.compile` judges the graph and the configurations. What it cannot know is asked here of the database: whether the
 sensors, devices and states that the nodes name exist in the chain's organization, and allow the values they are given.
@@ -15,7 +15,7 @@ from devices.models import Device, DeviceState, Sensor
 from rules.engine import chains
 from rules.engine.conditions import MAX_DEPTH, SOURCE_TYPES
 from rules.engine.exceptions import InvalidChain, Problem
-from rules.engine.fields import not_a_uuid
+from rules.engine.fields import check_uuid
 from rules.models import RuleChain, RuleNode
 from rules.processing.loading import spec_of
 
@@ -95,7 +95,7 @@ def mentions(node: RuleNode, path: str) -> Iterator[Mention]:
 
 def _mention(path: str, uuid_key: str, source_type: object, config: Mapping[str, object]) -> Iterator[Mention]:
     uuid = config.get(uuid_key)
-    if isinstance(uuid, str) and not_a_uuid(uuid) is None and source_type in SOURCE_TYPES:
+    if isinstance(uuid, str) and check_uuid(uuid) is None and source_type in SOURCE_TYPES:
         yield Mention(path, uuid_key, str(source_type), uuid.lower(), config)
 
 

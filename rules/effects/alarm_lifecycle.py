@@ -1,4 +1,4 @@
-"""What becomes of one alarm: its rows and requests to raise and clear it in; changed rows, new rows and news out.
+"""The life of one alarm: decide what requests to raise and clear it change in its rows.
 
 No queries here. Times are those of the events, so a request that comes twice, or late, is known by its time: what is not
 newer than what the rows have seen changes nothing. Of a raise and a clear at the same time the raise wins, in any order.
@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from rules import events
-from rules.effects.cooldowns import Permits, Rest, permits_all
+from rules.effects.cooldowns import Cooldown, CooldownGate, no_cooldown
 from rules.models import Alarm, Severity
 
 # A sender's clock may be ahead by hours. An alarm "raised tomorrow" would turn down all that follows once it is set right.
@@ -35,8 +35,8 @@ class Change(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A wish about one alarm; `originator_uuid` is in lower case, `actor` the chain and node that wish it."""
+class AlarmRequest:
+    """What is asked of one alarm; `originator_uuid` is in lower case, `actor` the chain and node that wish it."""
 
     effect_key: str
     organization_id: int
@@ -45,7 +45,7 @@ class Request:
     type: str
     timestamp_us: int
     actor: str
-    rest: Rest | None = None
+    cooldown: Cooldown | None = None
 
     @property
     def key(self) -> Key:
@@ -53,7 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Raise(Request):
+class Raise(AlarmRequest):
     severity: str
     message: str
     chain_id: int | None = None
@@ -61,12 +61,12 @@ class Raise(Request):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clear(Request):
+class Clear(AlarmRequest):
     pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class News:
+class AlarmEvent:
     """Something to tell of an alarm, as it was at that moment."""
 
     effect_key: str
@@ -77,36 +77,36 @@ class News:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class FlappingPolicy:
     """What holds for all alarms: one is flapping that is raised after it was cleared `times` times within `window`."""
 
     times: int
     window: timedelta
     now: datetime
-    permits: Permits = permits_all
+    permits: CooldownGate = no_cooldown
 
-    def moment(self, request: Request) -> datetime:
+    def moment(self, request: AlarmRequest) -> datetime:
         return min(events.moment(request.timestamp_us), self.now + CLOCK_TOLERANCE)
 
 
 @dataclass(slots=True, kw_only=True)
 class Written:
-    """Rows to write: `moved` were only seen again, `changed` are different, `new` are to be inserted."""
+    """Rows to write: `touched` were only seen again, `changed` are different, `new` are to be inserted."""
 
-    moved: dict[UUID, Alarm] = field(default_factory=dict)
+    touched: dict[UUID, Alarm] = field(default_factory=dict)
     changed: dict[UUID, Alarm] = field(default_factory=dict)
     new: list[Alarm] = field(default_factory=list)
 
 
-class Case:
+class AlarmLifecycle:
     """One alarm. `rows` are the open one and those cleared not long ago, locked; requests are worked off in order."""
 
-    def __init__(self, rows: Iterable[Alarm], terms: Terms) -> None:
+    def __init__(self, rows: Iterable[Alarm], policy: FlappingPolicy) -> None:
         self.written = Written()
-        self.news: list[News] = []
+        self.alarm_events: list[AlarmEvent] = []
         self.open: Alarm | None = None
         self._cleared: list[Alarm] = []
-        self._terms = terms
+        self._policy = policy
         for row in rows:
             if row.state == Alarm.State.CLEARED:
                 self._cleared.append(row)
@@ -120,9 +120,9 @@ class Case:
         is_new = self.open is not None and self.open._state.adding
         return self.open if is_new and not self._was_open else None
 
-    def work_off(self, requests: Iterable[Raise | Clear]) -> None:
+    def apply(self, requests: Iterable[Raise | Clear]) -> None:
         for request in requests:
-            moment = self._terms.moment(request)
+            moment = self._policy.moment(request)
             if isinstance(request, Clear):
                 self._clear(request, moment)
             elif self.open is not None:
@@ -135,18 +135,18 @@ class Case:
         a time by our clock, and the sender's may be behind."""
         return any(moment <= row.last_raised_at or moment < row.last_event_at for row in self._cleared)
 
-    def _may(self, request: Request) -> bool:
-        return self._terms.permits(request.rest, request.effect_key)
+    def _may(self, request: AlarmRequest) -> bool:
+        return self._policy.permits(request.cooldown, request.effect_key)
 
     def _raise(self, request: Raise, moment: datetime) -> None:
-        since = moment - self._terms.window
+        since = moment - self._policy.window
         recent = [row for row in self._cleared if row.cleared_at and row.cleared_at > since]
         flapping = next((row for row in recent if row.is_flapping), None)
         if flapping is not None:
             self._reopen(flapping, request, moment)
             return
         row = self.open = _new(request, moment)
-        row.is_flapping = len(recent) >= self._terms.times
+        row.is_flapping = len(recent) >= self._policy.times
         self.written.new.append(row)
         self._tell(Change.FLAPPING if row.is_flapping else Change.RAISED, row, request, moment)
 
@@ -170,7 +170,7 @@ class Case:
             row.last_raised_at = row.last_event_at = moment
             row.times_raised += 1
             if not row._state.adding:
-                self.written.moved[row.uuid] = row
+                self.written.touched[row.uuid] = row
         if RANK[request.severity] > RANK[row.severity] and self._may(request):
             self._escalate(request, row, moment)
 
@@ -197,8 +197,8 @@ class Case:
         if not row._state.adding:
             self.written.changed[row.uuid] = row
 
-    def _tell(self, change: Change, row: Alarm, request: Request, moment: datetime) -> None:
-        self.news.append(news_of(change, row, effect_key=request.effect_key, by=request.actor, at=moment))
+    def _tell(self, change: Change, row: Alarm, request: AlarmRequest, moment: datetime) -> None:
+        self.alarm_events.append(alarm_event(change, row, effect_key=request.effect_key, by=request.actor, at=moment))
 
 
 def _new(request: Raise, moment: datetime) -> Alarm:
@@ -217,10 +217,10 @@ def _new(request: Raise, moment: datetime) -> Alarm:
     )
 
 
-def news_of(change: Change, row: Alarm, *, effect_key: str, by: str, at: datetime) -> News:
+def alarm_event(change: Change, row: Alarm, *, effect_key: str, by: str, at: datetime) -> AlarmEvent:
     """The row as it is now, in the words of the API."""
     originator = str(row.originator_uuid)
-    return News(
+    return AlarmEvent(
         effect_key=effect_key,
         key=(row.organization_id, row.source_type, originator, row.type),
         severity=str(row.severity),

@@ -1,4 +1,4 @@
-"""Alarms: requests of rules, people and the system in; rows in the caller's transaction and messages for after it out.
+"""Alarms: raise, clear, acknowledge and comment on them, in the caller's transaction.
 
 Of one type at one originator at most one alarm is open, which the database enforces: an insert that meets another worker's
 does nothing, and the request then raises that one again. Every message has the key of the effect that caused it.
@@ -24,38 +24,46 @@ from devices.models import Organization
 from notifications import messages, outbox
 from notifications.messages import Message
 from rules import events
-from rules.effects.alarm_lifecycle import Case, Change, Clear, Key, News, Raise, Terms, news_of
-from rules.effects.cooldowns import Permits, permits_all
+from rules.effects.alarm_lifecycle import (
+    AlarmEvent,
+    AlarmLifecycle,
+    Change,
+    Clear,
+    FlappingPolicy,
+    Key,
+    Raise,
+    alarm_event,
+)
+from rules.effects.cooldowns import CooldownGate, no_cooldown
 from rules.models import Alarm, RuleChain, Severity
 
 log = logging.getLogger(__name__)
-CHAIN = "chain"
 SUSPENDED = "rule chain suspended"
 SYSTEM = "aemos"
 # How often another transaction may come before with the same alarm and be gone again; then something else is wrong.
 ATTEMPTS = 5
 # Rows that people or the scheduler change in one transaction.
 CHUNK_ROWS = 500
-_MOVED = ["last_raised_at", "last_event_at", "times_raised"]
+_TOUCHED = ["last_raised_at", "last_event_at", "times_raised"]
 _CHANGED = [
-    *_MOVED, "severity", "state", "message", "raised_at", "is_flapping", "acknowledged_at", "acknowledged_by", "cleared_at",
+    *_TOUCHED, "severity", "state", "message", "raised_at", "is_flapping", "acknowledged_at", "acknowledged_by", "cleared_at",
     "cleared_by",
 ]  # fmt: skip
 Requests = Mapping[Key, Sequence[Raise | Clear]]
 
 
-def apply(requests: Sequence[Raise | Clear], permits: Permits = permits_all) -> list[Message]:
+def apply(requests: Sequence[Raise | Clear], permits: CooldownGate = no_cooldown) -> list[Message]:
     """Raises and clears alarms in the current transaction, each alarm's in order; gives what to `publish` after it."""
     waiting: defaultdict[Key, list[Raise | Clear]] = defaultdict(list)
     for request in requests:
         waiting[request.key].append(request)
-    terms = _terms(permits)
-    news: list[News] = []
+    policy = _policy(permits)
+    alarm_events: list[AlarmEvent] = []
     for _ in range(ATTEMPTS):
         if not waiting:
-            return _write(news)
-        told, lost = _work_off(waiting, terms)
-        news += told
+            return _write(alarm_events)
+        told, lost = _apply(waiting, policy)
+        alarm_events += told
         waiting = defaultdict(list, {key: waiting[key] for key in lost})
     raise RuntimeError(f"alarms cannot be stored: {', '.join(f'{key[3]!r} of {key[2]}' for key in waiting)}")
 
@@ -92,7 +100,7 @@ def raise_for_chain(chain: RuleChain, message: str) -> Alarm | None:
     request = Raise(
         effect_key=f"chain:{uuid4()}",
         organization_id=chain.organization_id,
-        source_type=CHAIN,
+        source_type=events.CHAIN,
         originator_uuid=str(chain.uuid),
         type=SUSPENDED,
         timestamp_us=events.microseconds(timezone.now()),
@@ -111,12 +119,12 @@ def clear_for_chain(chain: RuleChain, *, by: str) -> bool:
     return clear(_of_chain(chain), by=by) > 0
 
 
-def calm_down() -> int:
+def end_flapping() -> int:
     """Alarms that were flapping and have been quiet since: told as they are now. A periodic task; gives how many.
 
     Raises django.db.Error.
     """
-    since = timezone.now() - _terms().window
+    since = timezone.now() - _policy().window
     quiet = Q(state=Alarm.State.CLEARED, cleared_at__lte=since) | (
         ~Q(state=Alarm.State.CLEARED) & Q(raised_at__lte=since)
     )
@@ -139,33 +147,33 @@ def name_originators(alarms: Sequence[Alarm]) -> None:
         alarm.originator_name = names.get((alarm.source_type, str(alarm.originator_uuid)), "")
 
 
-def _calmed(row: Alarm) -> News:
+def _calmed(row: Alarm) -> AlarmEvent:
     change = Change.CLEARED if row.state == Alarm.State.CLEARED else Change.RAISED
     by = row.cleared_by or SYSTEM
-    return news_of(change, row, effect_key=f"calm:{row.uuid}:{row.times_raised}", by=by, at=timezone.now())
+    return alarm_event(change, row, effect_key=f"calm:{row.uuid}:{row.times_raised}", by=by, at=timezone.now())
 
 
-def _terms(permits: Permits = permits_all) -> Terms:
+def _policy(permits: CooldownGate = no_cooldown) -> FlappingPolicy:
     window = timedelta(seconds=settings.ALARM_FLAPPING_SECONDS)
-    return Terms(times=settings.ALARM_FLAPPING_TIMES, window=window, now=timezone.now(), permits=permits)
+    return FlappingPolicy(times=settings.ALARM_FLAPPING_TIMES, window=window, now=timezone.now(), permits=permits)
 
 
-def _work_off(requests: Requests, terms: Terms) -> tuple[list[News], set[Key]]:
-    """Writes what the requests come to; gives the news, and the alarms that another transaction has raised meanwhile.
+def _apply(requests: Requests, policy: FlappingPolicy) -> tuple[list[AlarmEvent], set[Key]]:
+    """Writes what the requests come to; gives the events, and the alarms that another transaction has raised meanwhile.
 
     Of those nothing was written: with that transaction's row they come to something else.
     """
-    rows = _rows_of(requests, terms)
-    cases = {key: Case(rows[key], terms) for key in requests}
-    for key, case in cases.items():
-        case.work_off(requests[key])
-    contested = {key: row for key, case in cases.items() if (row := case.contested)}
+    rows = _rows_of(requests, policy)
+    lifecycles = {key: AlarmLifecycle(rows[key], policy) for key in requests}
+    for key, lifecycle in lifecycles.items():
+        lifecycle.apply(requests[key])
+    contested = {key: row for key, lifecycle in lifecycles.items() if (row := lifecycle.contested)}
     # In one order everywhere, so that two workers that insert the same alarms wait for one another in one direction.
     Alarm.objects.bulk_create([contested[key] for key in sorted(contested)], ignore_conflicts=True)
     lost = _lost(contested)
-    kept = [case for key, case in cases.items() if key not in lost]
+    kept = [lifecycle for key, lifecycle in lifecycles.items() if key not in lost]
     _save(kept, but={row.uuid for row in contested.values()})
-    return [news for case in kept for news in case.news], lost
+    return [event for lifecycle in kept for event in lifecycle.alarm_events], lost
 
 
 def _lost(contested: Mapping[Key, Alarm]) -> set[Key]:
@@ -178,19 +186,23 @@ def _lost(contested: Mapping[Key, Alarm]) -> set[Key]:
     return {key for key, row in contested.items() if row.uuid not in inserted}
 
 
-def _save(cases: Sequence[Case], *, but: set[object]) -> None:
+def _save(lifecycles: Sequence[AlarmLifecycle], *, but: set[object]) -> None:
     """Changed rows before new ones: a new one may take the place of one that is cleared by that."""
-    changed = {uuid: row for case in cases for uuid, row in case.written.changed.items()}
-    moved = {uuid: row for case in cases for uuid, row in case.written.moved.items() if uuid not in changed}
-    Alarm.objects.bulk_update(moved.values(), _MOVED)
+    changed = {uuid: row for lifecycle in lifecycles for uuid, row in lifecycle.written.changed.items()}
+    touched = {
+        uuid: row for lifecycle in lifecycles for uuid, row in lifecycle.written.touched.items() if uuid not in changed
+    }
+    Alarm.objects.bulk_update(touched.values(), _TOUCHED)
     Alarm.objects.bulk_update(changed.values(), _CHANGED)
-    Alarm.objects.bulk_create(row for case in cases for row in case.written.new if row.uuid not in but)
+    Alarm.objects.bulk_create(row for lifecycle in lifecycles for row in lifecycle.written.new if row.uuid not in but)
 
 
-def _rows_of(requests: Requests, terms: Terms) -> defaultdict[Key, list[Alarm]]:
+def _rows_of(requests: Requests, policy: FlappingPolicy) -> defaultdict[Key, list[Alarm]]:
     """The open rows, and those cleared so lately that they matter, locked."""
-    earliest = min(terms.moment(request) for group in requests.values() for request in group)
-    matters = ~Q(state=Alarm.State.CLEARED) | Q(cleared_at__gt=earliest - terms.window) | Q(last_event_at__gte=earliest)
+    earliest = min(policy.moment(request) for group in requests.values() for request in group)
+    matters = (
+        ~Q(state=Alarm.State.CLEARED) | Q(cleared_at__gt=earliest - policy.window) | Q(last_event_at__gte=earliest)
+    )
     organizations, _, originators, types = (set(parts) for parts in zip(*requests, strict=True))
     found = Alarm.objects.filter(
         matters, organization_id__in=organizations, originator_uuid__in=originators, type__in=types
@@ -206,15 +218,17 @@ def _locked(rows: QuerySet[Alarm]) -> QuerySet[Alarm]:
     return rows.select_for_update(of=("self",)).order_by("pk")
 
 
-def _write(news: Sequence[News]) -> list[Message]:
-    """The news as messages in the outbox; those that were told before are left out."""
-    if not news:
+def _write(alarm_events: Sequence[AlarmEvent]) -> list[Message]:
+    """Writes the events as messages into the outbox, without those that were notified of before."""
+    if not alarm_events:
         return []
-    sources = {(each.key[1], each.key[2]) for each in news}
+    sources = {(each.key[1], each.key[2]) for each in alarm_events}
     known, names = catalogue.shared().originators(sources), _names(sources)
-    organizations = dict(Organization.objects.filter(pk__in={each.key[0] for each in news}).values_list("pk", "uuid"))
+    organizations = dict(
+        Organization.objects.filter(pk__in={each.key[0] for each in alarm_events}).values_list("pk", "uuid")
+    )
     outgoing: dict[str, tuple[Message, int, int | None]] = {}
-    for each in news:
+    for each in alarm_events:
         organization_id, source_type, uuid, _ = each.key
         device = known.get((source_type, uuid)) if source_type == "device" else None
         message = Message(
@@ -233,10 +247,10 @@ def _write(news: Sequence[News]) -> list[Message]:
 
 def _names(sources: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
     names = {key: found.name for key, found in catalogue.shared().originators(sources).items()}
-    chains = [uuid for source_type, uuid in sources if source_type == CHAIN]
+    chains = [uuid for source_type, uuid in sources if source_type == events.CHAIN]
     if chains:
         rows = RuleChain.objects.filter(uuid__in=chains).values_list("uuid", "name")
-        names |= {(CHAIN, str(uuid)): name for uuid, name in rows}
+        names |= {(events.CHAIN, str(uuid)): name for uuid, name in rows}
     return names
 
 
@@ -255,8 +269,8 @@ def _decide_some(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None
     for row in locked:
         change(row, now)
     Alarm.objects.bulk_update(locked, _CHANGED)
-    news = [news_of(told, row, effect_key=f"person:{uuid4()}", by=by, at=now) for row in locked]
-    _publish_on_commit(_write(news))
+    alarm_events = [alarm_event(told, row, effect_key=f"person:{uuid4()}", by=by, at=now) for row in locked]
+    _publish_on_commit(_write(alarm_events))
     return len(locked)
 
 
@@ -270,5 +284,5 @@ def _open(rows: QuerySet[Alarm]) -> QuerySet[Alarm]:
 
 def _of_chain(chain: RuleChain) -> QuerySet[Alarm]:
     return Alarm.objects.filter(
-        organization_id=chain.organization_id, source_type=CHAIN, originator_uuid=chain.uuid, type=SUSPENDED
+        organization_id=chain.organization_id, source_type=events.CHAIN, originator_uuid=chain.uuid, type=SUSPENDED
     )

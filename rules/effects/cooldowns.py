@@ -1,4 +1,4 @@
-"""Cooldowns: effects that are about to be done in; whether their action rests, by a row that commits with the effect, out.
+"""Cooldowns: suppress an action that was done a short while ago, by a row that commits with its effect.
 
 What counts is when an action was done by the clock of the server, not the time of its event: a sensor that was without a
 network for hours reports everything at once, and a pump must not start once for each of those reports.
@@ -19,8 +19,8 @@ from rules.models import ActionCooldown
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
-class Rest(NamedTuple):
-    """That an action rests once it was done: which one, for whom, and how long in microseconds."""
+class Cooldown(NamedTuple):
+    """How long an action is suppressed after it was done, in microseconds, for one originator."""
 
     chain_id: int
     node: str
@@ -28,14 +28,14 @@ class Rest(NamedTuple):
     duration_us: int
 
 
-class Permits(Protocol):
-    """Says of an effect that would change or tell something whether it may; one that may begins its action's rest."""
+class CooldownGate(Protocol):
+    """Whether an effect may be done now; one that may begins the cooldown of its action."""
 
-    def __call__(self, rest: Rest | None, effect_key: str) -> bool: ...
+    def __call__(self, cooldown: Cooldown | None, effect_key: str) -> bool: ...
 
 
-def permits_all(rest: Rest | None, effect_key: str) -> bool:
-    """For effects of people and devices, which never rest."""
+def no_cooldown(cooldown: Cooldown | None, effect_key: str) -> bool:
+    """For effects of people and devices, which have none."""
     return True
 
 
@@ -49,25 +49,25 @@ class Cooldowns:
     order in which a batch with reports of devices locks them, too.
     """
 
-    def __init__(self, rests: Iterable[Rest | None], *, now: datetime | None = None) -> None:
-        self._wanted = {_key(rest) for rest in rests if rest}
+    def __init__(self, cooldowns: Iterable[Cooldown | None], *, now: datetime | None = None) -> None:
+        self._wanted = {_key(cooldown) for cooldown in cooldowns if cooldown}
         self.suppressed = 0
         self._now = now or timezone.now()
         self._rows: dict[_Key, ActionCooldown] = {}
         self._begun_by: dict[_Key, str] = {}
         self._changed: dict[int, ActionCooldown] = {}
 
-    def permits(self, rest: Rest | None, effect_key: str) -> bool:
-        """See Permits; the effect that began a rest may ask again."""
-        if rest is None:
+    def permits(self, cooldown: Cooldown | None, effect_key: str) -> bool:
+        """See CooldownGate; the effect that began a cooldown may ask again."""
+        if cooldown is None:
             return True
-        key = _key(rest)
+        key = _key(cooldown)
         if self._begun_by.get(key) == effect_key:
             return True
         self._rows = self._rows or _locked(self._wanted)
         row = self._rows[key]
         self._changed[row.pk] = row
-        if self._rests(row, rest):
+        if self._is_cooling_down(row, cooldown):
             row.suppressed += 1
             self.suppressed += 1
             return False
@@ -80,15 +80,15 @@ class Cooldowns:
         if self._changed:
             ActionCooldown.objects.bulk_update(self._changed.values(), ["done_at", "suppressed"])
 
-    def _rests(self, row: ActionCooldown, rest: Rest) -> bool:
+    def _is_cooling_down(self, row: ActionCooldown, cooldown: Cooldown) -> bool:
         if row.done_at is None:
             return False
         elapsed = self._now - row.done_at
-        return -CLOCK_TOLERANCE <= elapsed < timedelta(microseconds=rest.duration_us)
+        return -CLOCK_TOLERANCE <= elapsed < timedelta(microseconds=cooldown.duration_us)
 
 
-def _key(rest: Rest) -> _Key:
-    return rest.chain_id, rest.node, UUID(rest.originator_uuid)
+def _key(cooldown: Cooldown) -> _Key:
+    return cooldown.chain_id, cooldown.node, UUID(cooldown.originator_uuid)
 
 
 def _locked(wanted: set[_Key]) -> dict[_Key, ActionCooldown]:

@@ -20,8 +20,8 @@ from notifications.models import Notification
 from rules import events
 from rules.effects import alarms, states
 from rules.effects.alarm_lifecycle import Clear, Raise
-from rules.effects.cooldowns import Cooldowns, Rest
-from rules.engine.bound import BoundChain
+from rules.effects.cooldowns import Cooldown, Cooldowns
+from rules.engine.bound import DeployedChain
 from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed
 from rules.engine.values import Value
@@ -29,7 +29,7 @@ from rules.events import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class NotificationDraft:
     """Something to be told: to a device, or without one to its organization."""
 
     effect_key: str
@@ -39,24 +39,24 @@ class Note:
     severity: str
     timestamp_us: int
     payload: Mapping[str, Any]
-    rest: Rest | None = None
+    cooldown: Cooldown | None = None
 
 
-Told = Note | Raise | Clear
-Wish = states.Request | Told
+OtherEffect = NotificationDraft | Raise | Clear
+ResolvedEffect = states.StateChangeRequest | OtherEffect
 """An effect with everything looked up that it needs to be done."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Performed:
-    """What was done, for `tell`."""
+class Applied:
+    """What was done, for `publish`."""
 
     changes: list[states.Change] = field(default_factory=list)
     notes: list[Message] = field(default_factory=list)
     alarms: list[Message] = field(default_factory=list)
     suppressed: int = 0
 
-    def __iadd__(self, other: Performed) -> Performed:
+    def __iadd__(self, other: Applied) -> Applied:
         self.changes += other.changes
         self.notes += other.notes
         self.alarms += other.alarms
@@ -75,43 +75,47 @@ def refuses(device_uuid: str, state_name: str, value: Value) -> str:
     return f"{device.name} cannot be set: {state_name} {problem}" if problem else ""
 
 
-def wish(effect: Effect, bound: BoundChain, event: Event) -> Wish:
+def resolve(effect: Effect, bound: DeployedChain, event: Event) -> ResolvedEffect:
     """Raises ChainFailed when what the effect needs does not exist any more."""
-    return _WISHES[type(effect)](effect, bound, event)
+    return RESOLVERS[type(effect)](effect, bound, event)
 
 
-def perform(wishes: Sequence[Wish]) -> Performed:
-    """Does what the wishes ask for, in the current transaction, except for what was done before and actions that rest."""
-    cooldowns = Cooldowns(each.rest for each in wishes)
-    commands = [each for each in wishes if isinstance(each, states.Request)]
-    others = _untold([each for each in wishes if not isinstance(each, states.Request)])
+def apply(effects: Sequence[ResolvedEffect]) -> Applied:
+    """Applies the effects in the current transaction, but for those applied before and actions that are cooling down."""
+    cooldowns = Cooldowns(each.cooldown for each in effects)
+    commands = [each for each in effects if isinstance(each, states.StateChangeRequest)]
+    others = _not_applied_before([each for each in effects if not isinstance(each, states.StateChangeRequest)])
     changes = states.apply(commands, cooldowns.permits)
-    notes = [each for each in others if isinstance(each, Note) and cooldowns.permits(each.rest, each.effect_key)]
-    performed = Performed(
+    notes = [
+        each
+        for each in others
+        if isinstance(each, NotificationDraft) and cooldowns.permits(each.cooldown, each.effect_key)
+    ]
+    applied = Applied(
         changes=changes,
         notes=_write(notes),
-        alarms=alarms.apply([each for each in others if not isinstance(each, Note)], cooldowns.permits),
+        alarms=alarms.apply([each for each in others if not isinstance(each, NotificationDraft)], cooldowns.permits),
     )
     cooldowns.save()
-    performed.suppressed = cooldowns.suppressed
-    return performed
+    applied.suppressed = cooldowns.suppressed
+    return applied
 
 
-def tell(performed: Performed) -> None:
-    """After the commit. What fails here, the sweep makes good."""
-    states.tell(performed.changes)
-    outbox.publish(performed.notes)
-    alarms.publish(performed.alarms)
-    if performed.suppressed:
-        metrics.ACTIONS_SUPPRESSED.inc(performed.suppressed)
+def publish(applied: Applied) -> None:
+    """After the commit. What fails here, the sweep publishes."""
+    states.publish(applied.changes)
+    outbox.publish(applied.notes)
+    alarms.publish(applied.alarms)
+    if applied.suppressed:
+        metrics.ACTIONS_SUPPRESSED.inc(applied.suppressed)
 
 
-def _command(effect: DeviceCommand, bound: BoundChain, event: Event) -> states.Request:
+def _command(effect: DeviceCommand, bound: DeployedChain, event: Event) -> states.StateChangeRequest:
     state_id = bound.states.get((effect.device_uuid, effect.state_name))
     if state_id is None:
         cause = f"device {effect.device_uuid} has no state {effect.state_name!r} any more"
         raise ChainFailed(effect.chain_uuid, effect.node, cause)
-    return states.Request(
+    return states.StateChangeRequest(
         effect_key=effect.effect_key,
         state_id=state_id,
         value=effect.value,
@@ -120,11 +124,11 @@ def _command(effect: DeviceCommand, bound: BoundChain, event: Event) -> states.R
         timestamp_us=effect.timestamp_us,
         priority=event.priority,
         always=effect.force,
-        rest=_rest(effect, bound, event),
+        cooldown=_cooldown(effect, bound, event),
     )
 
 
-def _notify(effect: Notify, bound: BoundChain, event: Event) -> Note:
+def _notify(effect: Notify, bound: DeployedChain, event: Event) -> NotificationDraft:
     payload = {
         "title": effect.title,
         "message": effect.message,
@@ -136,7 +140,7 @@ def _notify(effect: Notify, bound: BoundChain, event: Event) -> Note:
         "ruleChainName": bound.name,
         "node": effect.node,
     }
-    return Note(
+    return NotificationDraft(
         effect_key=effect.effect_key,
         organization_id=bound.organization_id,
         device_id=_device_id(effect, bound),
@@ -144,11 +148,11 @@ def _notify(effect: Notify, bound: BoundChain, event: Event) -> Note:
         severity=effect.severity,
         timestamp_us=effect.timestamp_us,
         payload=payload | ({"roles": list(effect.roles)} if effect.roles else {}),
-        rest=_rest(effect, bound, event),
+        cooldown=_cooldown(effect, bound, event),
     )
 
 
-def _device_id(effect: Notify, bound: BoundChain) -> int | None:
+def _device_id(effect: Notify, bound: DeployedChain) -> int | None:
     if effect.device_uuid is None:
         return None
     key = ("device", effect.device_uuid)
@@ -158,16 +162,16 @@ def _device_id(effect: Notify, bound: BoundChain) -> int | None:
     return device.id
 
 
-def _raise(effect: RaiseAlarm, bound: BoundChain, event: Event) -> Raise:
+def _raise(effect: RaiseAlarm, bound: DeployedChain, event: Event) -> Raise:
     about = _about(effect, bound, event)
     return Raise(**about, severity=effect.severity, message=effect.message, chain_id=bound.id, node=effect.node)
 
 
-def _clear(effect: ClearAlarm, bound: BoundChain, event: Event) -> Clear:
+def _clear(effect: ClearAlarm, bound: DeployedChain, event: Event) -> Clear:
     return Clear(**_about(effect, bound, event))
 
 
-def _about(effect: RaiseAlarm | ClearAlarm, bound: BoundChain, event: Event) -> dict[str, Any]:
+def _about(effect: RaiseAlarm | ClearAlarm, bound: DeployedChain, event: Event) -> dict[str, Any]:
     return {
         "effect_key": effect.effect_key,
         "organization_id": bound.organization_id,
@@ -176,11 +180,11 @@ def _about(effect: RaiseAlarm | ClearAlarm, bound: BoundChain, event: Event) -> 
         "type": effect.alarm,
         "timestamp_us": effect.timestamp_us,
         "actor": _actor(effect, bound),
-        "rest": _rest(effect, bound, event),
+        "cooldown": _cooldown(effect, bound, event),
     }
 
 
-_WISHES: Mapping[type[Effect], Callable[[Any, BoundChain, Event], Wish]] = {
+RESOLVERS: Mapping[type[Effect], Callable[[Any, DeployedChain, Event], ResolvedEffect]] = {
     DeviceCommand: _command,
     Notify: _notify,
     RaiseAlarm: _raise,
@@ -188,30 +192,30 @@ _WISHES: Mapping[type[Effect], Callable[[Any, BoundChain, Event], Wish]] = {
 }
 
 
-def _actor(effect: Effect, bound: BoundChain) -> str:
+def _actor(effect: Effect, bound: DeployedChain) -> str:
     return f"{bound.name} / {effect.node}"
 
 
-def _rest(effect: Effect, bound: BoundChain, event: Event) -> Rest | None:
+def _cooldown(effect: Effect, bound: DeployedChain, event: Event) -> Cooldown | None:
     if not effect.cooldown_us:
         return None
-    return Rest(bound.id, effect.node, event.originator_uuid, effect.cooldown_us)
+    return Cooldown(bound.id, effect.node, event.originator_uuid, effect.cooldown_us)
 
 
-def _untold(wishes: Sequence[Told]) -> list[Told]:
+def _not_applied_before(effects: Sequence[OtherEffect]) -> list[OtherEffect]:
     """Without those that were told of before: a sender that missed the answer sends its event again, with its id."""
-    if not wishes:
+    if not effects:
         return []
-    keys = [each.effect_key for each in wishes]
+    keys = [each.effect_key for each in effects]
     known = set(Notification.objects.filter(effect_key__in=keys).values_list("effect_key", flat=True))
-    fresh: dict[str, Told] = {}
-    for each in wishes:
+    fresh: dict[str, OtherEffect] = {}
+    for each in effects:
         if each.effect_key not in known:
             fresh.setdefault(each.effect_key, each)
     return list(fresh.values())
 
 
-def _write(notes: Sequence[Note]) -> list[Message]:
+def _write(notes: Sequence[NotificationDraft]) -> list[Message]:
     if not notes:
         return []
     wanted = {note.organization_id for note in notes}
@@ -227,7 +231,7 @@ def _write(notes: Sequence[Note]) -> list[Message]:
     return outbox.write(list(outgoing.values()))
 
 
-def _message(note: Note, organization_uuid: str) -> Message:
+def _message(note: NotificationDraft, organization_uuid: str) -> Message:
     return Message(
         id=uuid4(),
         effect_key=note.effect_key,

@@ -1,4 +1,4 @@
-"""Device states: what rules, people and devices want a state to be in; the change, its record and its message out.
+"""Change device states: what rules and people command, and what devices report.
 
 A change, its StateChange and its Notification are written in one transaction, and the effect key makes each happen once.
 """
@@ -6,8 +6,8 @@ A change, its StateChange and its Notification are written in one transaction, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -28,16 +28,16 @@ from notifications.messages import Message
 from notifications.models import Notification
 from notifications.state_messages import message_of
 from rules import events
-from rules.effects.cooldowns import Permits, Rest, permits_all
+from rules.effects.cooldowns import Cooldown, CooldownGate, no_cooldown
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A wish to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
+class StateChangeRequest:
+    """A request to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
 
-    `rest`: how long another wish of the same action is not granted after this one.
+    `cooldown`: how long the same action is suppressed after this one.
     """
 
     effect_key: str
@@ -49,7 +49,7 @@ class Request:
     priority: int = 5
     always: bool = False
     newer_only: bool = False
-    rest: Rest | None = None
+    cooldown: Cooldown | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,41 +61,60 @@ class Change:
 
 
 def apply(
-    requests: Sequence[Request], permits: Permits = permits_all, *, to_come: Collection[int] = ()
+    requests: Sequence[StateChangeRequest], permits: CooldownGate = no_cooldown, *, also_lock: Collection[int] = ()
 ) -> list[Change]:
-    """Makes the changes in the current transaction, in order; gives those that changed something. See `tell`.
+    """Makes the changes in the current transaction, in order; gives those that changed something. See `publish`.
 
-    `to_come`: ids of states that the same transaction may change later. They are locked at once, in the one order.
+    `also_lock`: ids of states that the same transaction may change later. They are locked at once, in the one order.
     """
     if not requests:
         return []
-    states = _locked({request.state_id for request in requests}.union(to_come))
-    done = _effect_keys_done(requests)
-    changes: list[Change] = []
-    heard: dict[int, DeviceState] = {}
-    obeyed: list[UUID] = []
+    states = _locked({request.state_id for request in requests}.union(also_lock))
+    decided = _decide(requests, states, permits, done=_effect_keys_done(requests))
+    _write(decided)
+    return decided.changes
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """`reporting`: states whose device reported, by id. `fulfilled`: commands that devices have carried out by now."""
+
+    changes: list[Change] = field(default_factory=list)
+    reporting: dict[int, DeviceState] = field(default_factory=dict)
+    fulfilled: list[UUID] = field(default_factory=list)
+
+
+def _decide(
+    requests: Sequence[StateChangeRequest], states: Mapping[int, DeviceState], permits: CooldownGate, *, done: set[str]
+) -> _Decided:
+    """Sets the values of the rows without writing them; of requests with one effect key the first counts, of `done` ones none."""
+    decided = _Decided()
     for request in requests:
         state = states.get(request.state_id)
         if state is None or request.effect_key in done:
             continue
         previous, is_wanted = state.newest, _is_wanted(request, state)
         if request.source == StateChange.Source.DEVICE:
-            heard[state.pk] = state
-            obeyed += _hear(request, state)
-        if is_wanted and permits(request.rest, request.effect_key):
+            decided.reporting[state.pk] = state
+            decided.fulfilled.extend(_apply_report(request, state))
+        if is_wanted and permits(request.cooldown, request.effect_key):
             done.add(request.effect_key)
-            changes.append(_change(request, state, previous))
+            decided.changes.append(_change(request, state, previous))
+    return decided
+
+
+def _write(decided: _Decided) -> None:
+    changes = decided.changes
     StateChange.objects.bulk_create([change.row for change in changes])
-    changed = heard | {change.row.state.pk: change.row.state for change in changes}
+    changed = decided.reporting | {change.row.state.pk: change.row.state for change in changes}
     DeviceState.objects.bulk_update(changed.values(), DeviceState.VALUE_FIELDS)
-    commands.note_applied(obeyed)
+    commands.note_applied(decided.fulfilled)
     outbox.write([(c.message, c.row.state.device.organization_id, c.row.state.device_id) for c in changes])
-    return changes
 
 
-def tell(changes: Sequence[Change]) -> None:
-    """After the commit: refreshes what rules see and publishes the messages. What fails here, or is cut off, `sweep` makes
-    good; it knows by the messages, so these come last.
+def publish(changes: Sequence[Change]) -> None:
+    """After the commit: refreshes what rules see, then publishes the messages. What fails here, or is cut off, `sweep` does
+    again; it finds the changes by messages that are not published, so these come last.
     """
     for change in changes:
         row = change.row
@@ -112,14 +131,14 @@ def tell(changes: Sequence[Change]) -> None:
 
 
 def sweep(now: datetime | None = None) -> int:
-    """Tells what a crash or an absent Redis left untold, of states and of all else in the outbox; returns how many.
+    """Publishes what a crash or an absent Redis left in the outbox, changes of states and all else; returns how many.
 
-    Called by the scheduler. Raises RedisError or django.db.Error; what was not told then waits for the next time.
+    Called by the scheduler. Raises RedisError or django.db.Error; what was not published then waits for the next time.
     """
-    return outbox.sweep(now, first=_remember_untold)
+    return outbox.sweep(now, first=_remember_unpublished)
 
 
-def _remember_untold(rows: Sequence[Notification]) -> None:
+def _remember_unpublished(rows: Sequence[Notification]) -> None:
     """The message of a change bears its uuid."""
     uuids = [row.uuid for row in rows if row.event == messages.DEVICE_STATE_CHANGE]
     if uuids:
@@ -142,7 +161,7 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) 
     problem = state.problem_with(value)
     if problem:
         raise ValidationError({"value": f"{state.name} {problem}"})
-    request = Request(
+    request = StateChangeRequest(
         effect_key=f"person:{uuid4()}",
         state_id=state.pk,
         value=value,
@@ -156,7 +175,7 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) 
         changes = apply([request])
     if not changes:
         raise ValidationError({"stateName": f"{state.name} was deleted"})
-    tell(changes)
+    publish(changes)
     return changes[0].row
 
 
@@ -166,26 +185,26 @@ def _locked(ids: set[int]) -> dict[int, DeviceState]:
     return {row.pk: row for row in rows.select_related("device__organization")}
 
 
-def _effect_keys_done(requests: Sequence[Request]) -> set[str]:
+def _effect_keys_done(requests: Sequence[StateChangeRequest]) -> set[str]:
     wanted = [request.effect_key for request in requests]
     return set(StateChange.objects.filter(effect_key__in=wanted).values_list("effect_key", flat=True))
 
 
-def _is_wanted(request: Request, state: DeviceState) -> bool:
+def _is_wanted(request: StateChangeRequest, state: DeviceState) -> bool:
     value, said_at = state.newest
     if request.newer_only and said_at and events.microseconds(said_at) > request.timestamp_us:
         return False
     return request.always or value != request.value
 
 
-def _hear(request: Request, state: DeviceState) -> list[UUID]:
-    """Notes what the device says; gives the command that it has obeyed by now, when it had not said so before."""
+def _apply_report(request: StateChangeRequest, state: DeviceState) -> list[UUID]:
+    """Notes what the device says; gives the command that it has fulfilled by now, when it had not said so before."""
     agreed = state.differs is False
     state.report(request.value, at=_not_ahead(request))
     return [state.command_uuid] if state.command_uuid and not agreed and state.differs is False else []
 
 
-def _not_ahead(request: Request) -> datetime:
+def _not_ahead(request: StateChangeRequest) -> datetime:
     """A sender's clock may be ahead by hours; a state "changed tomorrow" would turn down every report until then."""
     return min(events.moment(request.timestamp_us), timezone.now())
 
@@ -196,7 +215,7 @@ def _not_before(previous_at: datetime | None, at: datetime) -> datetime:
     return max(previous_at, at) if previous_at else at
 
 
-def _change(request: Request, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
+def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
     previous_value, previous_at = previous
     row = StateChange(
         effect_key=request.effect_key,
@@ -208,7 +227,7 @@ def _change(request: Request, state: DeviceState, previous: tuple[Any, datetime 
         timestamp=events.moment(request.timestamp_us),
     )
     if request.source != StateChange.Source.DEVICE:
-        state.wish(request.value, at=_not_before(previous_at, _not_ahead(request)), command_uuid=row.uuid)
+        state.set_desired(request.value, at=_not_before(previous_at, _not_ahead(request)), command_uuid=row.uuid)
         commands.queue(row)
     return Change(row=row, message=message_of(row, priority=request.priority))
 

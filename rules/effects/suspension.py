@@ -1,4 +1,4 @@
-"""Chains that fail again and again: a chain and the reason in, out of every worker's index and an alarm for people out."""
+"""Suspend chains that fail again and again: they leave every worker's index, and an alarm tells people."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def suspend(chain_id: int, reason: str) -> bool:
     return True
 
 
-def lift(chain: RuleChain, by: str) -> None:
+def resume(chain: RuleChain, by: str) -> None:
     """Lets a chain run again and count its failures from none, clears its alarm. Changes nothing of one that runs."""
     with transaction.atomic():
         lifted = RuleChain.objects.filter(pk=chain.pk).exclude(suspended_at=None).update(suspended_at=None)

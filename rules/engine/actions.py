@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from notifications.messages import PRIORITY_BY_SEVERITY
 from rules.engine.context import Run
-from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.durations import check_duration, microseconds_of
 from rules.engine.effect_types import ClearAlarm, DeviceCommand, Effect, Notify, RaiseAlarm
 from rules.engine.exceptions import ChainFailed, InvalidChain, Problem
-from rules.engine.fields import Check, Fields, not_a_name, not_a_scalar, not_a_uuid, one_of
-from rules.engine.templating import Template, compile_template, not_a_template
+from rules.engine.fields import Check, Fields, check_name, check_scalar, check_uuid, one_of
+from rules.engine.templating import Template, check_template, compile_template
 from rules.engine.values import Value
 
 SEVERITIES = tuple(PRIORITY_BY_SEVERITY)
@@ -74,7 +74,7 @@ def compile_action(config: object, *, chain_uuid: str, node: str, path: str) -> 
         raise InvalidChain(problems)
     keys, compile_kind = ACTIONS[kind]
     fields.only(("type", *keys, "cooldown"))
-    cooldown = _optional(fields, "cooldown", not_a_duration, None)
+    cooldown = _optional(fields, "cooldown", check_duration, None)
     cooldown_us = microseconds_of(cooldown) if cooldown else 0
     action = compile_kind(fields, _Place(chain_uuid, node, path, cooldown_us))
     if problems:
@@ -84,11 +84,11 @@ def compile_action(config: object, *, chain_uuid: str, node: str, path: str) -> 
 
 def _device_command(fields: Fields, place: _Place) -> Action:
     """With either a fixed `value` or a key of the event, `valueFrom`."""
-    device_uuid = str(fields.get("deviceUuid", not_a_uuid)).lower()
-    state_name = fields.get("stateName", not_a_name)
+    device_uuid = str(fields.get("deviceUuid", check_uuid)).lower()
+    state_name = fields.get("stateName", check_name)
     if "value" in fields and "valueFrom" in fields:
         fields.refuse("valueFrom", "excludes value: give one of the two")
-    source = _optional(fields, "valueFrom", not_a_name, None)
+    source = _optional(fields, "valueFrom", check_name, None)
     value = None if "valueFrom" in fields else fields.get("value", _not_a_state)
     force = _optional(fields, "force", _not_a_flag, False)
 
@@ -109,7 +109,7 @@ def _notify(fields: Fields, place: _Place) -> Action:
     title, message = _template(fields, "title", _not_a_title), _template(fields, "message")
     severity = _optional(fields, "severity", one_of(SEVERITIES), "info")
     roles = tuple(_optional(fields, "audience", _not_an_audience, ()) or ())
-    device_uuid = _optional(fields, "deviceUuid", not_a_uuid, None)
+    device_uuid = _optional(fields, "deviceUuid", check_uuid, None)
     device_uuid = device_uuid and device_uuid.lower()
 
     def act(run: Run) -> Notify:
@@ -129,7 +129,7 @@ def _notify(fields: Fields, place: _Place) -> Action:
 def _raise_alarm(fields: Fields, place: _Place) -> Action:
     alarm = fields.get("alarm", _not_an_alarm)
     severity = _optional(fields, "severity", one_of(SEVERITIES), "warning")
-    message = compile_template(_optional(fields, "message", not_a_template, "") or "")
+    message = compile_template(_optional(fields, "message", check_template, "") or "")
 
     def act(run: Run) -> RaiseAlarm:
         text = message.fill(run.values, run.trigger.originator)
@@ -147,19 +147,19 @@ def _optional(fields: Fields, key: str, check: Check, default: object) -> Any:
     return fields.get(key, check) if key in fields else default
 
 
-def _template(fields: Fields, key: str, check: Check = not_a_template) -> Template:
+def _template(fields: Fields, key: str, check: Check = check_template) -> Template:
     return compile_template(fields.get(key, check) or "")
 
 
 def _not_a_title(value: object) -> str | None:
-    return not_a_template(value) or ("must be one line" if "\n" in str(value) else None)
+    return check_template(value) or ("must be one line" if "\n" in str(value) else None)
 
 
 def _not_a_state(value: object) -> str | None:
     """Refuse what no state can hold; text must print, because databases refuse some characters that do not."""
     if isinstance(value, str) and not value.isprintable():
         return "must be printable text"
-    return not_a_scalar(value)
+    return check_scalar(value)
 
 
 def _not_a_flag(value: object) -> str | None:
@@ -174,7 +174,7 @@ def _not_an_audience(value: object) -> str | None:
 
 def _not_an_alarm(value: object) -> str | None:
     """Refuse what cannot be the type of an alarm, a few words such as "pH too high"."""
-    if complaint := not_a_name(value):
+    if complaint := check_name(value):
         return complaint
     return None if len(str(value)) <= MAXIMUM_ALARM else f"must not be longer than {MAXIMUM_ALARM} characters"
 

@@ -10,7 +10,7 @@ from rules.engine.values import Timer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoundChain:
+class DeployedChain:
     """A compiled chain with what its row says. `states`: (device uuid, state name) -> id, of its own organization only.
 
     `states` is shared by the organization's chains and follows renames: a state that went after the save is missing there.
@@ -24,7 +24,7 @@ class BoundChain:
     max_retries: int
     compiled: Chain
     states: Mapping[tuple[str, str], int]
-    hears_events: bool = True
+    event_triggered: bool = True
 
     @property
     def uuid(self) -> str:
@@ -33,7 +33,7 @@ class BoundChain:
     @property
     def timers(self) -> Sequence[Timer]:
         """What time alone can make true, and so run the chain."""
-        return self.compiled.timers if self.hears_events else ()
+        return self.compiled.timers if self.event_triggered else ()
 
     @property
     def commanded(self) -> set[int]:
@@ -42,6 +42,6 @@ class BoundChain:
         return {self.states[name] for name in named if name in self.states}
 
     @property
-    def turn(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         """What sorts the chains of one event: the most urgent first, then the oldest."""
         return self.priority, self.id

@@ -14,9 +14,9 @@ from rules.engine.conditions import compile_condition
 from rules.engine.context import Run, Trigger
 from rules.engine.effect_types import Effect
 from rules.engine.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
-from rules.engine.fields import not_a_name
+from rules.engine.fields import check_name
 from rules.engine.transforms import compile_transform
-from rules.engine.values import Reference, Source, Timer, Watch
+from rules.engine.values import Reference, Source, TemporalCondition, Timer
 
 MAX_STEPS = 1_000
 """Nodes in one chain, and so steps in one run, because no run meets a node twice."""
@@ -45,6 +45,11 @@ class NodeSpec:
     next: str | None = None
     on_false: str | None = None
     on_failure: str | None = None
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of the nodes that may follow: true before false before failed."""
+        return [name for name in (self.next, self.on_false, self.on_failure) if name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +93,7 @@ class _Node:
         self.on_failure: _Node | None = None
 
 
-class Note(Protocol):
+class StepListener(Protocol):
     """Told of each step of a run after it: whether the node was true, or how it failed."""
 
     def __call__(self, node: str, run: Run, *, passed: bool, error: ChainFailed | None) -> None: ...
@@ -106,7 +111,7 @@ class Chain:
 
     spec: ChainSpec
     references: frozenset[Reference]
-    watches: tuple[Watch, ...]
+    watches: tuple[TemporalCondition, ...]
     timers: tuple[Timer, ...]
     commands: tuple[Command, ...]
     _start: _Node = field(repr=False)
@@ -116,7 +121,7 @@ class Chain:
         """The same as long as what time alone can change is the same."""
         return ",".join(sorted({timer.key for timer in self.timers}))
 
-    def run(self, trigger: Trigger, note: Note | None = None) -> Outcome:
+    def run(self, trigger: Trigger, on_step: StepListener | None = None) -> Outcome:
         """Run the chain for one event; raises ChainFailed if a node cannot do its work and names none for that case."""
         run = Run(trigger)
         steps = filters_true = filters_false = 0
@@ -132,8 +137,8 @@ class Chain:
                 if node.on_failure is None:
                     raise
                 passed, error = False, failure
-            if note:
-                note(node.name, run, passed=passed, error=error)
+            if on_step:
+                on_step(node.name, run, passed=passed, error=error)
             if passed:
                 filters_true += node.is_filter
                 node = node.on_true
@@ -200,7 +205,7 @@ def _name_problems(nodes: tuple[NodeSpec, ...]) -> list[Problem]:
     problems = []
     seen: set[str] = set()
     for position, node in enumerate(nodes):
-        if (complaint := not_a_name(node.name)) is not None:
+        if (complaint := check_name(node.name)) is not None:
             problems.append(Problem(f"nodes[{position}].name", node.name, complaint))
         elif node.name in seen:
             problems.append(Problem(f"nodes[{position}].name", node.name, "is the name of an earlier node"))
@@ -280,7 +285,7 @@ class _Part(NamedTuple):
 
     execute: Callable[[Run], bool]
     references: frozenset[Reference] = frozenset()
-    watches: tuple[Watch, ...] = ()
+    watches: tuple[TemporalCondition, ...] = ()
     timers: tuple[Timer, ...] = ()
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
@@ -360,7 +365,7 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part], problems: list
     return frozenset(references)
 
 
-def _made_by_transform(position: int, watch: Watch) -> Problem:
+def _made_by_transform(position: int, watch: TemporalCondition) -> Problem:
     """Conditions over time are told of every reading, whether or not a run comes by the transform."""
     message = "is made by a transform before it, which a condition over time does not see: ask for the original value"
     return Problem(f"nodes[{position}].config", watch.reference.key, message)

@@ -13,12 +13,12 @@ A filter is a leaf or a group `{"type": "AND" | "OR", "expressions": [leaf or gr
 
 and, where the operator compares values (Operator.compares), keys of conditions over time, see rules.engine.temporal:
 
-    for              a duration: true for so long without interruption
-    times, within    a whole number and a duration: true so often in so long; sensors only
-    off              a number, with > >= < <=: a dead band, true until the value is beyond it; sensors only
-    per              a duration, with > >= < <= between: compares the change per so long; sensors only
+    for              a duration: true for that long without interruption
+    times, within    a whole number and a duration: true that often within that time; sensors only
+    releaseAt        a number, with > >= < <=: a dead band, true until the value is beyond it; sensors only
+    per              a duration, with > >= < <= between: compares the change per that time; sensors only
 
-`for` and `off` go together; the others stand alone. Every other key is refused, and so is a time key on a group.
+`for` and `releaseAt` go together; the others stand alone. Every other key is refused, and so is a time key on a group.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from typing import Any
 
 from rules.engine.comparisons import Evaluate
 from rules.engine.context import Scope
-from rules.engine.durations import microseconds_of, not_a_duration
+from rules.engine.durations import check_duration, microseconds_of
 from rules.engine.exceptions import InvalidChain, Problem
-from rules.engine.fields import Fields, not_a_name, not_a_uuid, one_of
+from rules.engine.fields import Fields, check_name, check_uuid, one_of
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal import TIME_KEYS, Leaf, compile_timed, fingerprint, read_timing
-from rules.engine.values import Reference, Timer, Watch
+from rules.engine.values import Reference, TemporalCondition, Timer
 
 MAX_DEPTH = 20
 """Groups that may stand inside one another, so that neither compiling nor evaluating can exhaust the stack."""
@@ -59,7 +59,7 @@ class Condition:
 
     references: frozenset[Reference]
     evaluate: Evaluate
-    watches: tuple[Watch, ...] = ()
+    watches: tuple[TemporalCondition, ...] = ()
     timers: tuple[Timer, ...] = ()
 
 
@@ -115,7 +115,7 @@ class _Tree:
 
     def __init__(self) -> None:
         self.references: set[Reference] = set()
-        self.watches: dict[str, Watch] = {}
+        self.watches: dict[str, TemporalCondition] = {}
         self.timers: dict[Timer, None] = {}
         self.problems: list[Problem] = []
         self._leaves = 0
@@ -152,8 +152,8 @@ class _Tree:
         fields = Fields(config, path=path, problems=self.problems)
         fields.only(LEAF_KEYS)
         source_type = fields.get("sourceType", one_of(SOURCE_TYPES))
-        uuid = fields.get("UUID", not_a_uuid)
-        key = fields.get("key", not_a_name)
+        uuid = fields.get("UUID", check_uuid)
+        key = fields.get("key", check_name)
         symbol = fields.get("operator", one_of(OPERATORS))
         if symbol is None:
             return _never
@@ -170,7 +170,7 @@ class _Tree:
                 self.timers[Timer(fingerprint(leaf), reference[:2])] = None
             return evaluate
         evaluate, kept = compile_timed(leaf, timing)
-        if isinstance(kept, Watch):
+        if isinstance(kept, TemporalCondition):
             self.watches[kept.key] = kept
         else:
             self.timers[kept] = None
@@ -191,7 +191,7 @@ def _operand(fields: Fields, symbol: str) -> Any:
 
 def _duration_us(fields: Fields, symbol: str) -> int:
     if OPERATORS[symbol].takes_duration:
-        text = fields.get("duration", not_a_duration)
+        text = fields.get("duration", check_duration)
         return microseconds_of(text) if text else 0
     if "duration" in fields:
         fields.refuse("duration", f"{symbol} takes none; for how long it must be true is said with for")

@@ -1,4 +1,4 @@
-"""Times of a schedule: a cron expression, a time zone and a moment in, the next or the latest time in UTC out. Pure."""
+"""The times of a schedule: the next and the latest one, in UTC, for a cron expression and a time zone. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durations as people write them, such as "10s", "5m", "2h" or "1d": text in, microseconds out."""
+"""Durations as people write them, such as "10s", "5m", "2h" or "1d", as microseconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_US = MAX_DAYS * _SECONDS["d"] * SECOND_US
 _FORM = re.compile(r"([1-9][0-9]{0,8})([smhd])")
 
 
-def not_a_duration(value: object) -> str | None:
+def check_duration(value: object) -> str | None:
     """Refuse what is not a whole positive number with its unit, at most 366 days."""
     if not isinstance(value, str) or not _FORM.fullmatch(value):
         return "must be a duration such as 10s, 5m, 2h or 1d"
@@ -21,7 +21,7 @@ def not_a_duration(value: object) -> str | None:
 
 
 def microseconds_of(text: str) -> int:
-    """The length in microseconds; raises ValueError for a text that `not_a_duration` refuses for its form."""
+    """The length in microseconds; raises ValueError for a text that `check_duration` refuses for its form."""
     if not (form := _FORM.fullmatch(text)):
         raise ValueError(f"{text!r} is no duration")
     number, unit = form.groups()

@@ -29,35 +29,35 @@ def is_number(value: object) -> TypeGuard[float]:
     return type(value) is int or type(value) is float
 
 
-def not_a_number(value: object) -> str | None:
+def check_number(value: object) -> str | None:
     """Refuse what is not a number that a double can hold: NaN, the infinities and integers beyond 1.8e308 too."""
     if not is_number(value):
         return "must be a number"
     return None if -LARGEST <= value <= LARGEST else "must be a finite number"
 
 
-def not_a_scalar(value: object) -> str | None:
+def check_scalar(value: object) -> str | None:
     """Refuse what is neither text nor a bool nor a finite number."""
     if isinstance(value, str | bool):
         return None
-    return None if not_a_number(value) is None else "must be a finite number, text, true or false"
+    return None if check_number(value) is None else "must be a finite number, text, true or false"
 
 
 def not_comparable(value: object) -> str | None:
     """Refuse what no value can equal: what is no scalar, and text that is longer than values can be."""
     if isinstance(value, str):
         return None if len(value) <= MAX_TEXT else f"must not be longer than {MAX_TEXT} characters"
-    return not_a_scalar(value)
+    return check_scalar(value)
 
 
-def not_a_text(value: object) -> str | None:
+def check_text(value: object) -> str | None:
     """Refuse what is not text of 1 to MAX_TEXT characters."""
     if not isinstance(value, str) or not value:
         return "must be non-empty text"
     return not_comparable(value)
 
 
-def not_a_list(check: Check) -> Check:
+def check_list(check: Check) -> Check:
     """Make a check for a list of 1 to MAX_LIST entries that `check` accepts; it names the first entry that is refused."""
 
     def complaint(value: object) -> str | None:
@@ -73,27 +73,27 @@ def not_a_list(check: Check) -> Check:
 
 def not_an_item(value: object) -> str | None:
     """Refuse what can be no item of a comma-separated list: what is no text, is empty, has blanks around it or a comma in it."""
-    if (problem := not_a_text(value)) is not None:
+    if (problem := check_text(value)) is not None:
         return problem
     text = str(value)
     return None if text == text.strip() and "," not in text else "must have neither a comma nor blanks around it"
 
 
-def not_a_range(value: object) -> str | None:
+def check_range(value: object) -> str | None:
     """Refuse what is not `[low, high]`, two finite numbers in ascending order."""
-    if not isinstance(value, list) or len(value) != 2 or any(not_a_number(end) for end in value):
+    if not isinstance(value, list) or len(value) != 2 or any(check_number(end) for end in value):
         return "must be [low, high], two finite numbers"
     return None if value[0] <= value[1] else "must be [low, high] with low not above high"
 
 
-def not_a_name(value: object) -> str | None:
+def check_name(value: object) -> str | None:
     """Refuse text that nobody can see is wrong: empty, with blanks around it, with characters that do not print."""
     if not isinstance(value, str) or not value:
         return "must be non-empty text"
     return None if value == value.strip() and value.isprintable() else "must be printable text without blanks around it"
 
 
-def not_a_uuid(value: object) -> str | None:
+def check_uuid(value: object) -> str | None:
     """Refuse what is not a version 4 UUID in its hyphenated form; upper case passes."""
     return None if isinstance(value, str) and _UUID4.fullmatch(value.lower()) else "must be a version 4 UUID"
 

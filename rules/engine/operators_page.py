@@ -45,7 +45,7 @@ _TIME = """
 ## Conditions over time
 
 These keys are added to a comparison whose operator needs a `value` and no `duration`. A group cannot have them: put them on
-each comparison in it. `for` and `off` go together, and so do `times` and `within`; nothing else is combined.
+each comparison in it. `for` and `releaseAt` go together, and so do `times` and `within`; nothing else is combined.
 
 They judge by the times of the readings, not by when these arrive, and see every reading of their variable, whatever else the
 chain looks at. They look at what the sensor sent, not at what a transform made of it. What they remember survives a restart,
@@ -55,14 +55,14 @@ and an edit of the chain that leaves the comparison as it was.
 
 _AFTER = """
 **Late readings** can make a condition true later than it would have been, never sooner, and do not undo what a newer reading
-has decided. A late reading that contradicts `for` makes it count anew from the newest reading; `per` passes late readings
-over. A reading that arrives twice counts once.
+has decided. A late reading that contradicts `for` makes it count anew from the newest reading; `per` skips late
+readings. A reading that arrives twice counts once.
 
 **Text, null and other values that are no numbers** make > >= < <= and between false, as they do without time: they end `for`,
-do not count for `times`, and switch a dead band off; `per` starts again with the next number.
+do not count for `times`, and end a dead band; `per` starts again with the next number.
 
 **When a sensor falls silent,** nobody knows what is true after its last reading. So `for` needs a reading at the end of the
-time too, and does not turn true in silence; to be told of silence, use `olderThan`. A sensor that reports only what changes
+time too, and does not turn true in silence; to act on silence, use `olderThan`. A sensor that reports only what changes
 should repeat itself now and then.
 
 **Devices** have `for` only. Their states stand until they are changed, so `for` counts from the last change and turns true by

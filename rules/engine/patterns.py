@@ -1,4 +1,4 @@
-"""Regular expressions of rules, on RE2, whose time grows with the text and never beyond: a pattern in, a test of texts out."""
+"""Regular expressions of rules, on RE2: the time of a match grows with the length of the text and no faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import re2
 
-from rules.engine.fields import MAX_TEXT, not_a_text
+from rules.engine.fields import MAX_TEXT, check_text
 
 MAX_PATTERN = 200
 """Characters of a pattern."""
@@ -15,9 +15,9 @@ MAX_MEMORY = 256 * 1024
 """Bytes that one compiled pattern may take; RE2 refuses what needs more."""
 
 
-def not_a_pattern(value: object) -> str | None:
+def check_pattern(value: object) -> str | None:
     """Refuse what RE2 cannot compile within the memory that it gets, and say why; also an empty or overlong pattern."""
-    if (complaint := not_a_text(value)) is not None:
+    if (complaint := check_text(value)) is not None:
         return complaint
     pattern = str(value)
     if len(pattern) > MAX_PATTERN:

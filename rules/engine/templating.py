@@ -1,4 +1,4 @@
-"""Texts with places for values, `pH is {ph} at {originator}`: a template in, checked; values in, the text out. Pure.
+"""Texts with placeholders for values, such as `pH is {ph} at {originator}`. Pure.
 
 A place names a value and nothing else: no attributes, no indices, no formats, because people write templates for systems
 that are not theirs. `{{` and `}}` stand for braces.
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from rules.engine.fields import LARGEST, not_a_name
+from rules.engine.fields import LARGEST, check_name
 from rules.engine.values import Value
 
 ORIGINATOR = "originator"
@@ -36,7 +36,7 @@ class Template(NamedTuple):
         return "".join(parts)[:maximum]
 
 
-def not_a_template(value: object) -> str | None:
+def check_template(value: object) -> str | None:
     """Refuse text that is empty, too long, or in which a brace or a name is out of place."""
     if not isinstance(value, str) or not value.strip():
         return "must be non-empty text"
@@ -51,12 +51,12 @@ def _complaints(text: str) -> Iterator[str]:
     for token in _TOKEN.finditer(text):
         if token[0] in ("{", "}"):
             yield f"has a single {token[0]}: write {token[0] * 2} for a brace, and {{name}} for a value"
-        elif token[1] is not None and not_a_name(token[1]):
+        elif token[1] is not None and check_name(token[1]):
             yield f"has a place without a name, {token[0]}: write {{name}} for a value"
 
 
 def compile_template(text: str) -> Template:
-    """Of a text that `not_a_template` has nothing against."""
+    """Of a text that `check_template` has nothing against."""
     literals, names, end = [""], [], 0
     for token in _TOKEN.finditer(text):
         literals[-1] += text[end : token.start()]

@@ -1,9 +1,9 @@
-"""Conditions over time: the time keys of a leaf in, the leaf that asks about time and what it has to remember out.
+"""Conditions over time: compile `for`, `within` and the other time keys of a leaf.
 
-"for": "5m"                     true without interruption for so long
-"times": 3, "within": "10m"     true so often in so long
-"off": 6.2                      a dead band: once true, it stays so until the value is beyond this
-"per": "1m"                     the change per so long is compared, not the value
+"for": "5m"                     true without interruption for that long
+"times": 3, "within": "10m"     true that often within that time
+"releaseAt": 6.2                a dead band: once true, it stays true until the value is beyond this
+"per": "1m"                     the change per minute is compared, not the value
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from rules.engine import temporal_state
 from rules.engine.ages import reached
 from rules.engine.comparisons import Evaluate
 from rules.engine.context import Scope
-from rules.engine.durations import microseconds_of, not_a_duration
-from rules.engine.fields import Fields, is_number, not_a_number
+from rules.engine.durations import check_duration, microseconds_of
+from rules.engine.fields import Fields, check_number, is_number
 from rules.engine.operators import OPERATORS
 from rules.engine.temporal_state import Decide, Observe
-from rules.engine.values import Reference, Sample, Timer, Watch
+from rules.engine.values import Reference, Sample, TemporalCondition, Timer
 
-TIME_KEYS = ("for", "times", "within", "off", "per")
+RELEASE_KEYS = ("releaseAt", "off")
+"""Of a dead band: the name, and the one that it had first, which stored chains may have."""
+
+TIME_KEYS = ("for", "times", "within", *RELEASE_KEYS, "per")
 
 MAX_TIMES = 100
 """Hits that one condition remembers."""
@@ -32,9 +35,9 @@ DAY_US = microseconds_of("1d")
 REBUILD_READINGS = 10_000
 """Stored readings from which a condition is rebuilt at most."""
 
-_TOGETHER = ({"for"}, {"off"}, {"for", "off"}, {"times", "within"}, {"per"})
+_TOGETHER = ({"for"}, {"releaseAt"}, {"for", "releaseAt"}, {"off"}, {"for", "off"}, {"times", "within"}, {"per"})
 _BACK = {">": "<", ">=": "<", "<": ">", "<=": ">"}
-"""Beyond `off` is on the other side of it."""
+"""Beyond `releaseAt` is on the other side of it."""
 
 _ON_RATES = (*_BACK, "between")
 
@@ -42,31 +45,31 @@ _ON_RATES = (*_BACK, "between")
 EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "`for`",
-        "the comparison was true for every reading from one to the newest, and these are at least so far apart",
+        "the comparison was true for every reading from one to the newest, and the time between the two is at least this long",
         {"operator": ">", "value": 6.5, "for": "5m"},
     ),
     (
         "`times`, `within`",
-        f"the comparison was true for so many readings (1 to {MAX_TIMES}) within so long, up to the newest reading or the event; "
-        "it stays true while there are so many, also at a reading that is none of them",
+        f"the comparison was true for this number of readings (1 to {MAX_TIMES}) within this time, counted back from the newest "
+        "reading or the event; it stays true while there are that many, also at a reading for which the comparison is false",
         {"operator": "<", "value": 20, "times": 3, "within": "10m"},
     ),
     (
-        "`off`",
-        "dead band: the comparison was true, and no value since then was beyond `off` (below it with > and >=, above it with < "
-        "and <=); in between it stays what it was",
-        {"operator": ">", "value": 6.5, "off": 6.2},
+        "`releaseAt`",
+        "dead band: the comparison was true, and no value since then was beyond `releaseAt` (below it with > and >=, above it "
+        "with < and <=); in between it stays what it was. Chains of before may call it `off`",
+        {"operator": ">", "value": 6.5, "releaseAt": 6.2},
     ),
     (
-        "`off`, `for`",
-        "the dead band was true for so long without interruption",
-        {"operator": ">", "value": 6.5, "off": 6.2, "for": "5m"},
+        "`releaseAt`, `for`",
+        "the dead band was true for that long without interruption",
+        {"operator": ">", "value": 6.5, "releaseAt": 6.2, "for": "5m"},
     ),
     (
         "`per`",
-        "the change from the last reading but one to the newest, divided by the time between them and brought to so long, "
-        "compares so with `value`; it is below zero when values fall. With > >= < <= and between. A reading less than a second "
-        "after the one before is passed over",
+        "the comparison is true of the rate of change: the difference of the newest two readings, divided by the time between "
+        "them, per this time; it is below zero when values fall. With > >= < <= and between. A reading less than a second after "
+        "the one before it is skipped",
         {"operator": "<", "value": -0.5, "per": "1m"},
     ),
 ]
@@ -90,11 +93,11 @@ class Timing:
     for_us: int = 0
     times: int = 0
     within_us: int = 0
-    off: float | None = None
+    release_at: float | None = None
     per_us: int = 0
 
 
-def not_a_count(value: object) -> str | None:
+def check_count(value: object) -> str | None:
     """Refuse what is not a whole number from 1 to MAX_TIMES."""
     return None if type(value) is int and 1 <= value <= MAX_TIMES else f"must be a whole number from 1 to {MAX_TIMES}"
 
@@ -105,30 +108,31 @@ def read_timing(fields: Fields, *, source_type: str, symbol: str, operand: Any) 
     if not given:
         return None
     _refuse_where_out_of_place(fields, given, source_type=source_type, symbol=symbol)
+    release_key = "off" if "off" in fields else "releaseAt"
     counted = "times" in fields or "within" in fields
     timing = Timing(
         for_us=_duration(fields, "for"),
-        times=fields.get("times", not_a_count) if counted else 0,
+        times=fields.get("times", check_count) if counted else 0,
         within_us=_duration(fields, "within", required=counted),
-        off=fields.get("off", not_a_number) if "off" in fields else None,
+        release_at=fields.get(release_key, check_number) if release_key in fields else None,
         per_us=_duration(fields, "per"),
     )
-    if timing.off is not None and symbol in _BACK and is_number(operand):
-        _refuse_wrong_side(fields, timing.off, symbol=symbol, operand=operand)
+    if timing.release_at is not None and symbol in _BACK and is_number(operand):
+        _refuse_wrong_side(fields, release_key, timing.release_at, symbol=symbol, operand=operand)
     return timing
 
 
 def _duration(fields: Fields, key: str, *, required: bool = False) -> int:
     if not required and key not in fields:
         return 0
-    text = fields.get(key, not_a_duration)
+    text = fields.get(key, check_duration)
     return microseconds_of(text) if text else 0
 
 
 def _refuse_where_out_of_place(fields: Fields, given: list[str], *, source_type: str, symbol: str) -> None:
     """Each key with operators for which it means something, on sources that have readings, and beside keys it goes with."""
     for key in given:
-        allowed = _BACK if key == "off" else _ON_RATES if key == "per" else None
+        allowed = _BACK if key in RELEASE_KEYS else _ON_RATES if key == "per" else None
         if allowed and symbol not in allowed:
             fields.refuse(key, f"goes with {', '.join(allowed)} only, not with {symbol}")
         elif not OPERATORS[symbol].compares:
@@ -137,23 +141,24 @@ def _refuse_where_out_of_place(fields: Fields, given: list[str], *, source_type:
             fields.refuse(key, "is for sensors: the state of a device stands until it is changed, and has no readings")
     if not any(set(given) <= together for together in _TOGETHER):
         fields.refuse(
-            given[-1], f"{', '.join(given)} cannot be combined; only for and off, and times and within, go together"
+            given[-1],
+            f"{', '.join(given)} cannot be combined; only for and releaseAt, and times and within, go together",
         )
 
 
-def _refuse_wrong_side(fields: Fields, off: float, *, symbol: str, operand: float) -> None:
+def _refuse_wrong_side(fields: Fields, key: str, release_at: float, *, symbol: str, operand: float) -> None:
     above = symbol in (">", ">=")
-    if not (off < operand if above else off > operand):
-        fields.refuse("off", f"must be {'below' if above else 'above'} value, {operand}, for {symbol}")
+    if not (release_at < operand if above else release_at > operand):
+        fields.refuse(key, f"must be {'below' if above else 'above'} value, {operand}, for {symbol}")
 
 
-def compile_timed(leaf: Leaf, timing: Timing) -> tuple[Evaluate, Watch | Timer]:
+def compile_timed(leaf: Leaf, timing: Timing) -> tuple[Evaluate, TemporalCondition | Timer]:
     """Make the closure of a leaf with time keys, and what it has to remember; the state of a device needs a timer instead."""
     key = fingerprint(leaf, timing)
     if leaf.reference.source_type == "device":
         return _standing(leaf, timing.for_us), Timer(key, leaf.reference[:2])
     observe, decide, window_us, maximum = _kind(leaf, timing)
-    watch = Watch(key=key, reference=leaf.reference, window_us=window_us, maximum=maximum, observe=observe)
+    watch = TemporalCondition(key=key, reference=leaf.reference, window_us=window_us, maximum=maximum, observe=observe)
     return temporal_state.deciding(key, leaf.reference, decide), watch
 
 
@@ -185,15 +190,15 @@ def _kind(leaf: Leaf, timing: Timing) -> tuple[Observe, Decide, int, int]:
     if timing.times:
         observe = temporal_state.observing_hits(on, timing.times)
         return observe, temporal_state.counting(timing.times, timing.within_us), timing.within_us, REBUILD_READINGS
-    observe = temporal_state.observing_hold(on, _off(leaf, timing.off))
+    observe = temporal_state.observing_hold(on, _released(leaf, timing.release_at))
     return observe, temporal_state.holding(timing.for_us), timing.for_us + 7 * DAY_US, REBUILD_READINGS
 
 
-def _off(leaf: Leaf, off: float | None) -> temporal_state.Test:
-    """Which readings end what a leaf began: beyond `off` or no number at all; without a dead band, all that are not on."""
-    if off is None:
+def _released(leaf: Leaf, release_at: float | None) -> temporal_state.Test:
+    """Which readings end what a leaf began: beyond `release_at` or no number; without a dead band, all for which it is false."""
+    if release_at is None:
         return lambda _sample: True
-    beyond = temporal_state.alone(OPERATORS[_BACK[leaf.symbol]].make(leaf.reference, off, 0))
+    beyond = temporal_state.alone(OPERATORS[_BACK[leaf.symbol]].make(leaf.reference, release_at, 0))
 
     def ends(sample: Sample) -> bool:
         return not is_number(sample.value) or beyond(sample)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rules.engine.exceptions import ChainFailed, InvalidChain, Problem
-from rules.engine.fields import LARGEST, Check, Fields, is_number, not_a_name, not_a_number, not_a_scalar, one_of
+from rules.engine.fields import LARGEST, Check, Fields, check_name, check_number, check_scalar, is_number, one_of
 from rules.engine.values import Value
 
 Number = float | int
@@ -54,7 +54,7 @@ def compile_transform(config: object, *, chain_uuid: str, node: str, path: str) 
 
 
 def _not_a_divisor(value: object) -> str | None:
-    return not_a_number(value) or (None if value else "must not be zero")
+    return check_number(value) or (None if value else "must not be zero")
 
 
 _ARITHMETIC: dict[str, Callable[[Number, Number], Number]] = {
@@ -68,8 +68,8 @@ _ARITHMETIC: dict[str, Callable[[Number, Number], Number]] = {
 def _arithmetic(fields: Fields, name: str, failing: Failing) -> Transform:
     """`{"operation", "key", "value", "target"?}`. Integers stay exact, except that divide always gives a float."""
     fields.only(("operation", "key", "value", "target"))
-    key = fields.get("key", not_a_name)
-    check: Check = _not_a_divisor if name == "divide" else not_a_number
+    key = fields.get("key", check_name)
+    check: Check = _not_a_divisor if name == "divide" else check_number
     operand = fields.get("value", check)
     compute = _ARITHMETIC[name]
     return _computing(lambda value: compute(value, operand), key, _target(fields, key), name, failing)
@@ -78,16 +78,16 @@ def _arithmetic(fields: Fields, name: str, failing: Failing) -> Transform:
 def _scale(fields: Fields, name: str, failing: Failing) -> Transform:
     """`{"operation", "key", "factor", "offset"?, "target"?}`: key * factor + offset."""
     fields.only(("operation", "key", "factor", "offset", "target"))
-    key = fields.get("key", not_a_name)
-    factor = fields.get("factor", not_a_number)
-    offset = fields.get("offset", not_a_number) if "offset" in fields else 0
+    key = fields.get("key", check_name)
+    factor = fields.get("factor", check_number)
+    offset = fields.get("offset", check_number) if "offset" in fields else 0
     return _computing(lambda value: value * factor + offset, key, _target(fields, key), name, failing)
 
 
 def _rename(fields: Fields, name: str, failing: Failing) -> Transform:
     """`{"operation", "key", "target"}`: the value of key, of any kind, is called target from there on."""
     fields.only(("operation", "key", "target"))
-    key, target = fields.get("key", not_a_name), fields.get("target", not_a_name)
+    key, target = fields.get("key", check_name), fields.get("target", check_name)
     if key is not None and key == target:
         fields.refuse("target", "is the name that it has already")
 
@@ -102,7 +102,7 @@ def _rename(fields: Fields, name: str, failing: Failing) -> Transform:
 def _set(fields: Fields, name: str, failing: Failing) -> Transform:
     """`{"operation", "target", "value"}`: target has this value from there on, whatever the event says."""
     fields.only(("operation", "target", "value"))
-    target, value = fields.get("target", not_a_name), fields.get("value", not_a_scalar)
+    target, value = fields.get("target", check_name), fields.get("value", check_scalar)
 
     def apply(values: dict[str, Value]) -> None:
         values[target] = value
@@ -112,7 +112,7 @@ def _set(fields: Fields, name: str, failing: Failing) -> Transform:
 
 def _target(fields: Fields, key: str) -> str:
     """Without a target the key itself is overwritten."""
-    target: str = fields.get("target", not_a_name) if "target" in fields else key
+    target: str = fields.get("target", check_name) if "target" in fields else key
     return target
 
 

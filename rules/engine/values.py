@@ -35,7 +35,7 @@ class Timer(NamedTuple):
     source: Source
 
 
-class Watch(NamedTuple):
+class TemporalCondition(NamedTuple):
     """What a condition over time remembers of the source that it names, from reading to reading.
 
     `key` is the same as long as the condition is, so that an edit elsewhere in the chain forgets nothing. What is remembered

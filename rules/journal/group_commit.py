@@ -1,4 +1,4 @@
-"""Group commit: events of many concurrent requests in, one round trip to the journal and an answer to each request out."""
+"""Group commit: write the events of concurrent requests to the journal in one round trip, and answer each request."""
 
 from __future__ import annotations
 

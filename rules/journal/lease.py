@@ -139,8 +139,8 @@ class Lease:
         self._lease = keys.lease(slot.lane, slot.partition)
         self._ledger = keys.ledger(slot.lane, slot.partition)
         self._ticket = keys.ticket(slot.lane, slot.partition)
-        self._backlog = keys.backlog(slot.lane, slot.partition)
-        self._suspect = keys.suspect(slot.lane, slot.partition)
+        self._backlog = keys.depth_by_organization(slot.lane, slot.partition)
+        self._suspect = keys.checkpoint(slot.lane, slot.partition)
 
     def acquire(self) -> bool:
         """False when another worker drains the slot: its `release` will see what this ticket was for."""

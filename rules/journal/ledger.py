@@ -89,7 +89,7 @@ def counts() -> Counts:
         with client.pipeline(transaction=False) as pipeline:
             for slot in mine:
                 pipeline.hgetall(keys.ledger(slot.lane, slot.partition))
-                pipeline.hgetall(keys.backlog(slot.lane, slot.partition))
+                pipeline.hgetall(keys.depth_by_organization(slot.lane, slot.partition))
             pipeline.info("memory")
             *answers, memory = pipeline.execute()
         memory_full = memory_full or _is_full(memory)

@@ -1,4 +1,4 @@
-"""What the journal holds and who works on it: nothing in, exact numbers per lane and the living workers out.
+"""Exact numbers of what the journal holds per lane, and which workers are alive.
 
 Measured on demand, in one step of Redis per slot and one round trip per server; nothing on the path of an event waits for it.
 """

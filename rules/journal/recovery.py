@@ -1,4 +1,4 @@
-"""Recovery of lost drain tickets: slots that hold events nobody is coming for in, new tickets out."""
+"""Queue lost drain tickets again: a slot that holds events must have a ticket or a worker."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from django.db import transaction
 from devices.latest import Key, Latest
 from notifications.live_channel import Reading
 from rules.effects import perform
-from rules.effects.perform import Performed
+from rules.effects.perform import Applied
 from rules.events import Event
 from rules.processing import schedules, statistics
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.failures import Failure
 from rules.processing.stages.collect import collect
 from rules.processing.stages.decide import Decided, OnEventStart, decide
@@ -30,7 +30,7 @@ class BatchResult:
     processed: int = 0
     duplicate: int = 0
     failures: list[Failure] = field(default_factory=list)
-    applied: Performed = field(default_factory=Performed)
+    applied: Applied = field(default_factory=Applied)
     latest: dict[Key, Latest] = field(default_factory=dict)
     next_timers: dict[Waiting, int] = field(default_factory=dict)
     live_readings: list[Reading] = field(default_factory=list)
@@ -49,7 +49,7 @@ def process(
     batch: Sequence[Event],
     record_failures: RecordFailures,
     *,
-    memory: Memory,
+    memory: ConditionStateStore,
     on_event_start: OnEventStart | None = None,
     redelivered: bool = False,
 ) -> BatchResult:
@@ -66,7 +66,7 @@ def process(
     their readings are there. Raises what the database raises, and RedisError when latest values cannot be read.
     """
     inputs = collect(batch, memory)
-    with memory.provisionally(), transaction.atomic():
+    with memory.savepoint(), transaction.atomic():
         stored = store(inputs)
         decided = decide(stored, inputs, on_event_start=on_event_start, redelivered=redelivered)
         if on_event_start:
@@ -77,15 +77,15 @@ def process(
     return _result(stored, decided, applied)
 
 
-def apply(decided: Decided) -> Performed:
+def apply(decided: Decided) -> Applied:
     """Applies the effects in the current transaction, and notes which scheduled runs are done."""
-    applied = perform.perform(decided.effects)
+    applied = perform.apply(decided.effects)
     schedules.note_runs(decided.completed)
     return applied
 
 
-def _result(stored: Stored, decided: Decided, applied: Performed) -> BatchResult:
-    reported = Performed(changes=list(stored.changes))
+def _result(stored: Stored, decided: Decided, applied: Applied) -> BatchResult:
+    reported = Applied(changes=list(stored.changes))
     reported += decided.applied
     reported += applied
     return BatchResult(

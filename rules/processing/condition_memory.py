@@ -1,4 +1,4 @@
-"""What conditions over time remember: watches and samples in, the memory that they see and what is to be kept of it out.
+"""The state of conditions over time: read it before a batch, update it with each event, keep it with the acknowledgement.
 
 It is kept in Redis, in the same step that acknowledges the events it comes from. So after a crash the events are observed
 again on what was remembered before them, exactly once. What Redis has lost is observed again from the stored readings, and
@@ -19,7 +19,7 @@ from aemos.lib import keys, redis
 from devices import catalogue
 from devices.latest import Key, Latest
 from rules.effects import states
-from rules.engine.values import Sample, Watch
+from rules.engine.values import Sample, TemporalCondition
 from rules.journal import slots
 from rules.journal.lease import ConditionStateUpdate
 from rules.processing import readings
@@ -37,26 +37,26 @@ return 1
 """
 
 
-class Kept(msgspec.Struct, array_like=True):
+class ConditionState(msgspec.Struct, array_like=True):
     """As Redis holds it. `seen_us` is the time of the newest reading that was observed, 0 for none."""
 
     seen_us: int
     value: Any
 
-    def observe(self, watch: Watch, sample: Sample) -> Kept:
-        return Kept(max(self.seen_us, sample.timestamp_us), watch.observe(self.value, sample))
+    def observe(self, watch: TemporalCondition, sample: Sample) -> ConditionState:
+        return ConditionState(max(self.seen_us, sample.timestamp_us), watch.observe(self.value, sample))
 
 
-class Memory:
+class ConditionStateStore:
     """Of the batch that a worker is at. `values`: by the key of a watch, what is remembered, as conditions see it."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self._was: dict[str, bytes] = {}
         self._seen_us: dict[str, int] = {}
-        self._observed: dict[str, tuple[Watch, list[Sample]]] = {}
+        self._observed: dict[str, tuple[TemporalCondition, list[Sample]]] = {}
 
-    def collect(self, watches: Iterable[Watch], *, since_us: int, latest: Mapping[Key, Latest]) -> None:
+    def collect(self, watches: Iterable[TemporalCondition], *, since_us: int, latest: Mapping[Key, Latest]) -> None:
         """Reads what is not known yet; `since_us` is the time of the earliest event, `latest` what is known before the batch.
 
         Raises RedisError, django.db.Error.
@@ -69,19 +69,19 @@ class Memory:
                 found = _up_to_date(watch, raw, since_us=since_us, seen_us=newest.timestamp_us if newest else 0)
                 self._take(watch, found, _decoded(found))
 
-    def _take(self, watch: Watch, raw: bytes, kept: Kept) -> None:
+    def _take(self, watch: TemporalCondition, raw: bytes, kept: ConditionState) -> None:
         self._was[watch.key] = raw
         self._seen_us[watch.key], self.values[watch.key] = kept.seen_us, kept.value
 
-    def observe(self, watch: Watch, sample: Sample) -> None:
+    def observe(self, watch: TemporalCondition, sample: Sample) -> None:
         """Tells the watch of a sample of its own source."""
         _, samples = self._observed.setdefault(watch.key, (watch, []))
         samples.append(sample)
-        kept = Kept(self._seen_us[watch.key], self.values[watch.key]).observe(watch, sample)
+        kept = ConditionState(self._seen_us[watch.key], self.values[watch.key]).observe(watch, sample)
         self._seen_us[watch.key], self.values[watch.key] = kept.seen_us, kept.value
 
     @contextmanager
-    def provisionally(self) -> Iterator[None]:
+    def savepoint(self) -> Iterator[None]:
         """Forgets what was observed inside when that raises, as the database does."""
         values, seen_us = dict(self.values), dict(self._seen_us)
         counts = {key: len(samples) for key, (_, samples) in self._observed.items()}
@@ -101,9 +101,9 @@ class Memory:
         ]
 
     def _encoded(self, key: str) -> bytes:
-        return msgspec.json.encode(Kept(self._seen_us[key], self.values[key]))
+        return msgspec.json.encode(ConditionState(self._seen_us[key], self.values[key]))
 
-    def catch_up(self) -> None:
+    def reapply(self) -> None:
         """Observes the same samples on what is remembered by now. Raises RedisError, django.db.Error."""
         for watch, samples in self._observed.values():
             if not samples:
@@ -114,33 +114,33 @@ class Memory:
             self._take(watch, raw, reduce(lambda kept, sample: kept.observe(watch, sample), samples, _decoded(raw)))
 
 
-def _decoded(raw: bytes) -> Kept:
-    return msgspec.json.decode(raw, type=Kept)
+def _decoded(raw: bytes) -> ConditionState:
+    return msgspec.json.decode(raw, type=ConditionState)
 
 
-def _by_partition(watches: Iterable[Watch]) -> Mapping[int, list[Watch]]:
-    found: defaultdict[int, list[Watch]] = defaultdict(list)
+def _by_partition(watches: Iterable[TemporalCondition]) -> Mapping[int, list[TemporalCondition]]:
+    found: defaultdict[int, list[TemporalCondition]] = defaultdict(list)
     for watch in watches:
         found[slots.partition_of(watch.reference.uuid)].append(watch)
     return found
 
 
-def _key(watch: Watch) -> str:
-    return keys.remembered(slots.partition_of(watch.reference.uuid), watch.key)
+def _key(watch: TemporalCondition) -> str:
+    return keys.condition_state(slots.partition_of(watch.reference.uuid), watch.key)
 
 
-def _lifetime_ms(watch: Watch) -> int:
+def _lifetime_ms(watch: TemporalCondition) -> int:
     return min(max(2 * watch.window_us // 1_000, SHORTEST_LIFETIME_MS), LONGEST_LIFETIME_MS)
 
 
-def _up_to_date(watch: Watch, raw: bytes | None, *, since_us: int, seen_us: int) -> bytes:
+def _up_to_date(watch: TemporalCondition, raw: bytes | None, *, since_us: int, seen_us: int) -> bytes:
     """What is remembered, if it has seen the newest reading that is known of; else what is stored leads to."""
     if raw is not None and _decoded(raw).seen_us >= seen_us:
         return raw
     return _remember_anew(watch, raw or b"", since_us=since_us, seen_us=seen_us)
 
 
-def _remember_anew(watch: Watch, was: bytes, *, since_us: int, seen_us: int = 0) -> bytes:
+def _remember_anew(watch: TemporalCondition, was: bytes, *, since_us: int, seen_us: int = 0) -> bytes:
     """What is stored of the source leads to; kept at once, so that a source that is silent is not looked up by every batch.
 
     `seen_us` is the newest reading that is known of: it may be older than what is looked at, and is not missed then.
@@ -148,7 +148,7 @@ def _remember_anew(watch: Watch, was: bytes, *, since_us: int, seen_us: int = 0)
     kept = reduce(
         lambda kept, sample: kept.observe(watch, sample),
         stored(watch, since_us=since_us - watch.window_us),
-        Kept(seen_us, None),
+        ConditionState(seen_us, None),
     )
     raw = msgspec.json.encode(kept)
     client, key = redis.journal_client(slots.partition_of(watch.reference.uuid)), _key(watch)
@@ -158,7 +158,7 @@ def _remember_anew(watch: Watch, was: bytes, *, since_us: int, seen_us: int = 0)
     return faster
 
 
-def stored(watch: Watch, *, since_us: int) -> list[Sample]:
+def stored(watch: TemporalCondition, *, since_us: int) -> list[Sample]:
     """Readings of a sensor or changes of a device, the newest in ascending order; none of what does not exist any more."""
     source_type, uuid, name = watch.reference
     source = catalogue.shared().originators([(source_type, uuid)]).get((source_type, uuid))

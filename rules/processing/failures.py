@@ -13,7 +13,7 @@ import msgspec
 
 from aemos.lib.text import storable
 from rules import events
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.events import Event
 from rules.journal.lease import Entry
 from rules.models import DeadLetter, RuleChain
@@ -29,7 +29,7 @@ class Failure:
 
     event: Event
     error: str
-    chain: BoundChain | RuleChain | None = None
+    chain: DeployedChain | RuleChain | None = None
     node: str = ""
     permanent: bool = False
     traceback: str = ""

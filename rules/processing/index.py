@@ -16,7 +16,7 @@ from operator import attrgetter
 
 from devices import catalogue
 from devices.models import CatalogueVersion, DeviceState
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.engine.chains import Chain
 from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain
@@ -29,7 +29,7 @@ Source = tuple[str, str]  # source type, uuid
 States = dict[tuple[str, str], int]
 
 
-ByName = dict[str, tuple[BoundChain, ...]]
+ByName = dict[str, tuple[DeployedChain, ...]]
 
 
 class RuleIndex:
@@ -39,13 +39,15 @@ class RuleIndex:
         self._clock = clock
         self._checked_at = float("-inf")
         self._catalogue: dict[int, int] = {}  # organization -> version of its catalogue
-        self._standing: dict[int, dict[int, int]] = {}  # organization -> chain -> version, also of those not valid
+        self._running_versions: dict[
+            int, dict[int, int]
+        ] = {}  # organization -> chain -> version, also of those not valid
         self._states: defaultdict[int, States] = defaultdict(dict)
-        self._by_id: dict[int, BoundChain] = {}
-        self._by_uuid: dict[str, BoundChain] = {}
+        self._by_id: dict[int, DeployedChain] = {}
+        self._by_uuid: dict[str, DeployedChain] = {}
         self._by_source: dict[tuple[int, str, str], ByName] = {}
 
-    def triggered(self, source: Source, names: Iterable[str], *, organization_id: int) -> Sequence[BoundChain]:
+    def triggered(self, source: Source, names: Iterable[str], *, organization_id: int) -> Sequence[DeployedChain]:
         """The organization's chains that wait for one of these values, the most urgent first; one look-up when none does."""
         # Saving refuses a chain that names another organization's sensor; should one exist, it must not hear of it.
         by_name = self._by_source.get((organization_id, *source))
@@ -54,17 +56,17 @@ class RuleIndex:
         found = [waiting for name in names if (waiting := by_name.get(name))]
         if len(found) == 1:
             return found[0]
-        return sorted({bound.id: bound for waiting in found for bound in waiting}.values(), key=attrgetter("turn"))
+        return sorted({bound.id: bound for waiting in found for bound in waiting}.values(), key=attrgetter("sort_key"))
 
-    def by_uuid(self, uuid: str) -> BoundChain | None:
+    def by_uuid(self, uuid: str) -> DeployedChain | None:
         return self._by_uuid.get(uuid)
 
-    def look_for(self, uuids: Iterable[str]) -> None:
+    def refresh_if_missing(self, uuids: Iterable[str]) -> None:
         """Refreshes at once when one of these chains does not run: it may have been switched on a moment ago."""
         if any(uuid not in self._by_uuid for uuid in uuids):
             self.refresh(at_once=True)
 
-    def named(self, uuids: Iterable[str], *, organization_id: int) -> list[BoundChain]:
+    def named(self, uuids: Iterable[str], *, organization_id: int) -> list[DeployedChain]:
         """Those of these chains that run."""
         found = (self._by_uuid.get(uuid) for uuid in uuids)
         return [bound for bound in found if bound and bound.organization_id == organization_id]
@@ -87,15 +89,15 @@ class RuleIndex:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def __iter__(self) -> Iterator[BoundChain]:
+    def __iter__(self) -> Iterator[DeployedChain]:
         return iter(self._by_id.values())
 
     def _update(self, versions: Mapping[int, int], organizations: set[int]) -> None:
-        standing = _standing(organizations)
+        running = _running_versions(organizations)
         moved: list[int] = []
         gone: list[int] = []
-        for key, now in standing.items():
-            before = self._standing.get(key, {})
+        for key, now in running.items():
+            before = self._running_versions.get(key, {})
             keeps = catalogue.is_same_build(self._catalogue.get(key), versions.get(key))
             moved += [pk for pk, version in now.items() if not keeps or before.get(pk) != version]
             gone += before.keys() - now.keys()
@@ -106,47 +108,47 @@ class RuleIndex:
             self._states[key].clear()
             self._states[key].update(states[key])
         self._replace({pk for pk in (*moved, *gone) if self._is_of(pk, organizations)}, loaded)
-        self._standing |= standing
+        self._running_versions |= running
 
     def _is_of(self, pk: int, organizations: set[int]) -> bool:
         bound = self._by_id.get(pk)
         return bound is not None and bound.organization_id in organizations
 
-    def _replace(self, old: set[int], new: Iterable[BoundChain]) -> None:
-        touched: defaultdict[tuple[int, str, str], defaultdict[str, list[BoundChain]]] = defaultdict(
+    def _replace(self, old: set[int], new: Iterable[DeployedChain]) -> None:
+        touched: defaultdict[tuple[int, str, str], defaultdict[str, list[DeployedChain]]] = defaultdict(
             lambda: defaultdict(list)
         )
         for pk in old:
             bound = self._by_id.pop(pk)
             del self._by_uuid[bound.uuid]
-            for source, name in _heard(bound):
+            for source, name in _index_keys(bound):
                 touched[source][name] = touched[source][name]
         for bound in new:
             self._by_id[bound.id] = self._by_uuid[bound.uuid] = bound
-            for source, name in _heard(bound):
+            for source, name in _index_keys(bound):
                 touched[source][name].append(bound)
         for source, additions in touched.items():
             self._put(source, additions, without=old)
 
     def _put(
-        self, source: tuple[int, str, str], additions: Mapping[str, list[BoundChain]], *, without: Collection[int]
+        self, source: tuple[int, str, str], additions: Mapping[str, list[DeployedChain]], *, without: Collection[int]
     ) -> None:
         by_name = self._by_source.setdefault(source, {})
         for name, added in additions.items():
             waiting = [bound for bound in by_name.pop(name, ()) if bound.id not in without] + added
             if waiting:
-                by_name[name] = tuple(sorted(waiting, key=attrgetter("turn")))
+                by_name[name] = tuple(sorted(waiting, key=attrgetter("sort_key")))
         if not by_name:
             del self._by_source[source]
 
 
-def _heard(bound: BoundChain) -> Iterator[tuple[tuple[int, str, str], str]]:
+def _index_keys(bound: DeployedChain) -> Iterator[tuple[tuple[int, str, str], str]]:
     """The places where a chain waits."""
-    for source_type, uuid, name in bound.compiled.references if bound.hears_events else ():
+    for source_type, uuid, name in bound.compiled.references if bound.event_triggered else ():
         yield (bound.organization_id, source_type, uuid), name
 
 
-def _standing(organizations: Collection[int]) -> dict[int, dict[int, int]]:
+def _running_versions(organizations: Collection[int]) -> dict[int, dict[int, int]]:
     """Organization -> chain -> version, of the chains that may run."""
     found: dict[int, dict[int, int]] = {organization: {} for organization in organizations}
     for rows in batches(organizations, RuleChain.objects.running(), "organization_id"):
@@ -172,8 +174,8 @@ def _valid(ids: Collection[int]) -> Iterator[tuple[RuleChain, Chain]]:
             yield row, result
 
 
-def _bound(row: RuleChain, chain: Chain, states: States) -> BoundChain:
-    return BoundChain(
+def _bound(row: RuleChain, chain: Chain, states: States) -> DeployedChain:
+    return DeployedChain(
         id=row.pk,
         name=row.name,
         organization_id=row.organization_id,
@@ -181,7 +183,7 @@ def _bound(row: RuleChain, chain: Chain, states: States) -> BoundChain:
         max_retries=row.max_retries,
         compiled=chain,
         states=states,
-        hears_events=row.execution_type != RuleChain.ExecutionType.SCHEDULE_ONLY,
+        event_triggered=row.execution_type != RuleChain.ExecutionType.SCHEDULE_ONLY,
     )
 
 

@@ -1,4 +1,4 @@
-"""Readings in bulk: rows in, stored unless there already, and which of them were new out. No ORM object per row."""
+"""Store readings in bulk, without an ORM object per row; a reading that is there already is not stored again."""
 
 from __future__ import annotations
 

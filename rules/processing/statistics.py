@@ -1,4 +1,4 @@
-"""How chains fare: the runs of each batch in, counters for Prometheus and one row per chain in the database out.
+"""Statistics of chains: count the runs of each batch for Prometheus and in one row per chain.
 
 A worker adds up in memory and writes every two seconds, whatever the number of events. A worker that is killed takes the counts
 of its last seconds with it.
@@ -24,7 +24,7 @@ from aemos.lib import metrics
 from aemos.lib.batched import batched
 from aemos.lib.text import storable
 from rules.effects import suspension
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.engine.chains import Outcome
 from rules.engine.exceptions import ChainFailed, ErrorCode
 
@@ -67,14 +67,14 @@ class Runs:
         self._actions = self._filters_true = self._filters_false = 0
         self._timeouts: Counter[str] = Counter()
 
-    def completed(self, bound: BoundChain, outcome: Outcome, *, seconds: float) -> None:
+    def completed(self, bound: DeployedChain, outcome: Outcome, *, seconds: float) -> None:
         count = self._count(bound, seconds)
         count.failures_in_a_row = 0
         self._actions += len(outcome.effects)
         self._filters_true += outcome.filters_true
         self._filters_false += outcome.filters_false
 
-    def failed(self, bound: BoundChain, error: ChainFailed, *, seconds: float, is_retry: bool) -> None:
+    def failed(self, bound: DeployedChain, error: ChainFailed, *, seconds: float, is_retry: bool) -> None:
         count = self._count(bound, seconds)
         count.failures += 1
         # When Redis is slow, every chain fails: switching them all off would turn a bad minute into a dry greenhouse.
@@ -83,7 +83,7 @@ class Runs:
         if error.code:
             self._timeouts[error.code] += 1
 
-    def _count(self, bound: BoundChain, seconds: float) -> Count:
+    def _count(self, bound: DeployedChain, seconds: float) -> Count:
         count = self.by_chain.get(bound.id)
         if count is None:
             count = self.by_chain[bound.id] = Count()

@@ -1,4 +1,4 @@
-"""Runs that no sender asks for: events of the scheduler, of timers and of people in, urgent entries of the journal out."""
+"""Put events that no sender asks for into the journal: those of the scheduler, of timers and of people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timers: conditions that time alone makes true in, one event per chain and due time in the journal out.
+"""Timers: put an event into the journal when a condition may become true by the passing of time alone.
 
 A run says when its outcome may change although a source stays silent; that time stands in a sorted set of Redis until the
 scheduler puts an event of the source, without values, into the journal for this one chain. The event's id follows from chain,
@@ -18,7 +18,7 @@ from django.utils import timezone
 
 from aemos.lib import keys, redis
 from rules import events
-from rules.engine.bound import BoundChain
+from rules.engine.bound import DeployedChain
 from rules.engine.chains import Chain
 from rules.engine.values import Source
 from rules.events import Event, EventType, Lane
@@ -116,7 +116,7 @@ def _due(now_ms: int, *, after: int) -> dict[Waiting, int]:
 
 def look_for_new() -> None:
     """Sets a timer for chains that have none: new ones, changed ones, and all when Redis was emptied."""
-    if not redis.client().set(keys.TIMERS_LOOKED_FOR, "1", nx=True, ex=LOOK_EVERY_SECONDS):
+    if not redis.client().set(keys.TIMERS_SCAN_LOCK, "1", nx=True, ex=LOOK_EVERY_SECONDS):
         return
     index.shared().refresh()
     now_ms = int(time.time() * 1_000)
@@ -127,7 +127,7 @@ def look_for_new() -> None:
 
 def _look_at_stirred() -> None:
     """Has chains looked at that wait for time to pass over devices whose state changed: see devices.latest."""
-    members = redis.client().smembers(keys.TIMERS_STIRRED)
+    members = redis.client().smembers(keys.TIMERS_DIRTY)
     if not members:
         return
     stirred = {tuple(member.decode().split("|")) for member in members}
@@ -142,10 +142,10 @@ def _look_at_stirred() -> None:
     if wanted:
         redis.client().zadd(keys.TIMERS, wanted)
     # What is stirred in between is told by then, too: the runs come later than this.
-    redis.client().srem(keys.TIMERS_STIRRED, *members)
+    redis.client().srem(keys.TIMERS_DIRTY, *members)
 
 
-def _chain(waiting: Waiting) -> BoundChain | None:
+def _chain(waiting: Waiting) -> DeployedChain | None:
     """The chain, if it is still there, switched on, and waits for the same."""
     bound = index.shared().by_uuid(waiting.chain_uuid)
     return bound if bound and bound.timers and bound.compiled.timers_key == waiting.conditions else None

@@ -11,7 +11,7 @@ from rules import events
 from rules.events import Event
 from rules.journal.lease import Entry
 from rules.processing import failures
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 
 log = logging.getLogger(__name__)
 # Large enough to share a transaction among many, small enough to end well within a lease.
@@ -23,7 +23,7 @@ class Work:
     """What is processed and acknowledged together: whole entries, and events whose next attempt is due."""
 
     lane: str
-    memory: Memory = field(default_factory=Memory)
+    memory: ConditionStateStore = field(default_factory=ConditionStateStore)
     redelivered: bool = False
     events: list[Event] = field(default_factory=list)
     entries: list[bytes] = field(default_factory=list)

@@ -16,7 +16,6 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices import commands
-from notifications import retention as history
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
@@ -32,12 +31,12 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     recovery.reissue_lost_tickets,
     states.sweep,
     commands.expire_overdue,
-    upkeep.settle,
+    upkeep.expire_and_republish,
     control.advance_circuit,
     replay.queue_steps,
-    alarms.calm_down,
+    alarms.end_flapping,
     retention.delete_expired,
-    history.delete_expired,
+    upkeep.delete_old,
 )
 
 

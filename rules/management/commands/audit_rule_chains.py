@@ -63,7 +63,7 @@ def _findings(chains: QuerySet[RuleChain], *, done: Callable[[int], None]) -> It
     """Of the chains with a problem or a warning; `done` is called with the number of chains that were judged."""
     numbers = count(1)
     for organization_id, own in groupby(chains.iterator(chunk_size=CHUNK), key=attrgetter("organization_id")):
-        everyone = lint.Everyone(organization_id)
+        everyone = lint.OrganizationWriters(organization_id)
         for chain in own:
             nodes = list(chain.nodes.all())
             problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -18,13 +17,12 @@ from aemos.lib.progress import ProgressBar
 from devices.models import Organization
 from rules.admission import filtersets, replay
 from rules.admission.replay import CannotReplay, ReplayRequest
+from rules.engine.durations import check_duration, microseconds_of
 from rules.models import Replay
 
 LOOK_SECONDS = 0.5
 # A replay that has not moved for so long may have nobody who works on it.
 IDLE_SECONDS = 15.0
-_DURATION = re.compile(r"(\d+)([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 class Command(BaseCommand):
@@ -133,8 +131,8 @@ def _replay_request(options: dict[str, Any]) -> ReplayRequest:
 
 def _moment(text: str, name: str) -> str:
     """A time as the filters take it; durations are counted back from now."""
-    if found := _DURATION.fullmatch(text):
-        return (timezone.now() - timedelta(**{_UNITS[found[2]]: int(found[1])})).isoformat()
+    if check_duration(text) is None:
+        return (timezone.now() - timedelta(microseconds=microseconds_of(text))).isoformat()
     if text[:1].isdecimal() and "-" in text:
         return text
     raise CommandError(f"--{name} {text!r} is neither a duration such as 2h nor a time such as 2026-05-01T06:00Z.")

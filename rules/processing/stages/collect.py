@@ -17,11 +17,11 @@ from devices.catalogue import Originator
 from devices.latest import Key, Latest
 from notifications import live_channel
 from rules import events
-from rules.engine.bound import BoundChain
-from rules.engine.values import Watch
+from rules.engine.bound import DeployedChain
+from rules.engine.values import TemporalCondition
 from rules.events import Event
 from rules.processing import index
-from rules.processing.condition_memory import Memory
+from rules.processing.condition_memory import ConditionStateStore
 
 # Values asked of Redis in one round trip; between two of them the time is looked at.
 RECALL_AT_ONCE = 1_000
@@ -40,7 +40,7 @@ class Inputs:
     originators: Mapping[tuple[str, str], Originator]
     latest: Mapping[Key, Latest]
     unread: frozenset[Key]
-    memory: Memory
+    memory: ConditionStateStore
     commanded: frozenset[int]
     watched: frozenset[int]
     now_us: int
@@ -49,13 +49,15 @@ class Inputs:
         return self.originators.get((event.source_type, event.originator_uuid))
 
 
-def collect(batch: Sequence[Event], memory: Memory) -> Inputs:
+def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     """Raises RedisError when latest values cannot be read, and what the database raises."""
     began = time.monotonic()
-    index.shared().look_for(uuid for event in batch for uuid in events.named(event) or ())
+    index.shared().refresh_if_missing(uuid for event in batch for uuid in events.named(event) or ())
     chains = {bound.id: bound for event in batch for bound in chains_of(event, event.values)}
     latest, unread = _read_latest(chains.values(), deadline=began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000)
-    watches: dict[str, Watch] = {watch.key: watch for bound in chains.values() for watch in bound.compiled.watches}
+    watches: dict[str, TemporalCondition] = {
+        watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
+    }
     if watches:
         memory.collect(watches.values(), since_us=min(event.timestamp_us for event in batch), latest=latest)
     inputs = Inputs(
@@ -72,7 +74,7 @@ def collect(batch: Sequence[Event], memory: Memory) -> Inputs:
     return inputs
 
 
-def chains_of(event: Event, names: Iterable[str]) -> Sequence[BoundChain]:
+def chains_of(event: Event, names: Iterable[str]) -> Sequence[DeployedChain]:
     """The chains that the event is for: those it names, or those that wait for one of these values of its source."""
     named = events.named(event)
     if named is not None:
@@ -81,7 +83,7 @@ def chains_of(event: Event, names: Iterable[str]) -> Sequence[BoundChain]:
     return index.shared().triggered(source, names, organization_id=event.organization_id)
 
 
-def _read_latest(chains: Iterable[BoundChain], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:
+def _read_latest(chains: Iterable[DeployedChain], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:
     """The latest values of all that the chains read, and what was not read before the deadline."""
     references = list(dict.fromkeys(reference for bound in chains for reference in bound.compiled.references))
     latest: dict[Key, Latest] = {}

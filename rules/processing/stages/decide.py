@@ -15,8 +15,8 @@ from django.conf import settings
 from devices.latest import Key, Latest
 from rules import events
 from rules.effects import perform, states
-from rules.effects.perform import Performed
-from rules.engine.bound import BoundChain
+from rules.effects.perform import Applied
+from rules.engine.bound import DeployedChain
 from rules.engine.chains import Outcome
 from rules.engine.context import Trigger
 from rules.engine.effect_types import DeviceCommand, Effect
@@ -40,7 +40,7 @@ class Decision:
     """What one event led to. `sets`: the device states that its effects set."""
 
     failures: list[Failure]
-    effects: list[perform.Wish] = field(default_factory=list)
+    effects: list[perform.ResolvedEffect] = field(default_factory=list)
     sets: set[Reference] = field(default_factory=set)
     next_timers: dict[Waiting, int] = field(default_factory=dict)
 
@@ -54,8 +54,8 @@ class Decided:
 
     completed: Sequence[Event]
     failures: Sequence[Failure]
-    effects: Sequence[perform.Wish]
-    applied: Performed
+    effects: Sequence[perform.ResolvedEffect]
+    applied: Applied
     latest: dict[Key, Latest]
     next_timers: dict[Waiting, int]
     chain_runs: statistics.Runs
@@ -147,8 +147,8 @@ class PendingEffects:
     """The effects that are not applied yet: together they cost few queries, but a chain must see what was set before it."""
 
     def __init__(self, known: KnownValues) -> None:
-        self.effects: list[perform.Wish] = []
-        self.applied = Performed()
+        self.effects: list[perform.ResolvedEffect] = []
+        self.applied = Applied()
         self._known = known
         self._sets: set[Reference] = set()
 
@@ -156,17 +156,17 @@ class PendingEffects:
         self.effects += decision.effects
         self._sets |= decision.sets
 
-    def apply_if_read(self, chains: Sequence[BoundChain]) -> None:
+    def apply_if_read(self, chains: Sequence[DeployedChain]) -> None:
         if not self._sets or not any(self._sets & bound.compiled.references for bound in chains):
             return
-        applied = perform.perform(self.effects)
+        applied = perform.apply(self.effects)
         self._known.update_states(applied.changes)
         self.applied += applied
         self.effects, self._sets = [], set()
 
 
 def decide_event(
-    event: Event, chains: Sequence[BoundChain], known: KnownValues, chain_runs: statistics.Runs
+    event: Event, chains: Sequence[DeployedChain], known: KnownValues, chain_runs: statistics.Runs
 ) -> Decision:
     """Runs these chains for the event; `chain_runs` counts them."""
     decision = Decision(failures=_not_run(event, chains))
@@ -176,7 +176,7 @@ def decide_event(
         try:
             _require_read(bound, event, known.inputs)
             outcome = bound.compiled.run(_trigger(bound, event, known))
-            effects = [perform.wish(effect, bound, event) for effect in outcome.effects]
+            effects = [perform.resolve(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
             chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
             decision.failures.append(_failure(error, bound, event))
@@ -191,7 +191,7 @@ def decide_event(
     return decision
 
 
-def _trigger(bound: BoundChain, event: Event, known: KnownValues) -> Trigger:
+def _trigger(bound: DeployedChain, event: Event, known: KnownValues) -> Trigger:
     originator = known.inputs.originator(event)
     return Trigger(
         event_id=str(event.id),
@@ -212,13 +212,13 @@ def _sets(effects: Sequence[Effect]) -> list[Reference]:
     return [Reference("device", command.device_uuid, command.state_name) for command in commands]
 
 
-def _next_timers(bound: BoundChain, outcome: Outcome) -> dict[Waiting, int]:
+def _next_timers(bound: DeployedChain, outcome: Outcome) -> dict[Waiting, int]:
     if not bound.timers:
         return {}
     return {timers.of(bound.compiled, source): due_us for source, due_us in outcome.wakes.items()}
 
 
-def _require_read(bound: BoundChain, event: Event, inputs: Inputs) -> None:
+def _require_read(bound: DeployedChain, event: Event, inputs: Inputs) -> None:
     """Raises ChainFailed when a value that the chain needs, and the event does not bring, was not read in time."""
     if not inputs.unread:
         return
@@ -233,7 +233,7 @@ def _require_read(bound: BoundChain, event: Event, inputs: Inputs) -> None:
         raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
 
-def _observe(event: Event, names: Sequence[str], chains: Sequence[BoundChain], inputs: Inputs) -> None:
+def _observe(event: Event, names: Sequence[str], chains: Sequence[DeployedChain], inputs: Inputs) -> None:
     """Shows the event to conditions over time, to each once, whatever way the chains then take."""
     if event.chains is not None:
         return
@@ -263,7 +263,7 @@ def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, i
     return next_timers
 
 
-def _not_run(event: Event, ran: Sequence[BoundChain]) -> list[Failure]:
+def _not_run(event: Event, ran: Sequence[DeployedChain]) -> list[Failure]:
     """Failures of the chains that the event names and that do not run any more; a chain that was deleted is no failure."""
     left = set(events.named(event) or ()) - {bound.uuid for bound in ran}
     if not left:
@@ -280,7 +280,7 @@ def _not_run(event: Event, ran: Sequence[BoundChain]) -> list[Failure]:
     ]
 
 
-def _failure(error: ChainFailed, bound: BoundChain, event: Event) -> Failure:
+def _failure(error: ChainFailed, bound: DeployedChain, event: Event) -> Failure:
     text = f"{error.code}: {error.cause}" if error.code else error.cause
     if error.code:
         log.warning("rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text)

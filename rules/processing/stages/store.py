@@ -44,7 +44,7 @@ def store(inputs: Inputs) -> Stored:
     rows = [_rows_of(event, inputs) for event in batch]
     all_rows = [row for of_event in rows for row in of_event.values()]
     new = readings.store(all_rows)
-    live_readings = live_channel.choose(all_rows, new, wanted=inputs.watched)
+    live_readings = live_channel.select(all_rows, new, wanted=inputs.watched)
     changes, reported = _apply_reports(batch, inputs)
     stored: list[tuple[Event, Sequence[str] | None]] = []
     for position, event in enumerate(batch):
@@ -94,7 +94,7 @@ def _taken(rows: Mapping[str, Row], new: set[tuple[int, int]]) -> list[str]:
 
 def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[UUID, list[str]]]:
     """What devices report becomes their state; gives the changes, and by event the names that changed."""
-    requests: list[states.Request] = []
+    requests: list[states.StateChangeRequest] = []
     reports: dict[str, tuple[UUID, str]] = {}
     for event in batch:
         originator = inputs.originator(event)
@@ -105,7 +105,7 @@ def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.
             requests.append(request)
             reports[request.effect_key] = (event.id, name)
     # States that chains of the batch may set later are locked at once with these, in the one order.
-    changes = states.apply(requests, to_come=inputs.commanded)
+    changes = states.apply(requests, also_lock=inputs.commanded)
     changed: dict[UUID, list[str]] = {}
     for change in changes:
         event_id, name = reports[change.row.effect_key]
@@ -113,8 +113,8 @@ def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.
     return changes, changed
 
 
-def _report(event: Event, state_id: int, name: str, value: object) -> states.Request:
-    return states.Request(
+def _report(event: Event, state_id: int, name: str, value: object) -> states.StateChangeRequest:
+    return states.StateChangeRequest(
         effect_key=f"{event.id}:report:{name}",
         state_id=state_id,
         value=value,
