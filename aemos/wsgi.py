@@ -1,4 +1,4 @@
-"""The WSGI application that gunicorn serves: Django, behind what its WSGI handler leaves to the server.
+"""The WSGI application that gunicorn serves: telemetry, and Django behind what its WSGI handler leaves to the server.
 
 Django reads a body only where CONTENT_LENGTH says how long it is, and sends a body in answer to HEAD; gevent's server corrects
 neither.
@@ -75,4 +75,8 @@ class _HeadersOnly:
             close()
 
 
-application = without_bodies_for_head(with_bodies_of_unknown_length(get_wsgi_application()))
+django_application = get_wsgi_application()
+
+from aemos.telemetry_wsgi import telemetry_first  # noqa: E402  Django is set up above
+
+application = without_bodies_for_head(with_bodies_of_unknown_length(telemetry_first(django_application)))

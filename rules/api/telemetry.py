@@ -1,11 +1,14 @@
 """POST /api/v1/telemetry: answer 202 once the journal has the events, or say why not.
 
-A plain view without DRF: this is the one URL that thousands of requests a second come to.
+This is the one URL that thousands of requests a second come to. `answer` knows nothing of Django's requests: the WSGI application
+calls it ahead of Django's handler (aemos.telemetry_wsgi), and `view` for whatever does not take that way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 from django.core.exceptions import RequestDataTooBig
@@ -30,15 +33,33 @@ STATUS: dict[type[Refusal], int] = {
     Overloaded: 503,
 }
 DATABASE_RETRY_SECONDS = 5
+CONTENT_TYPE = "application/json"
+
+
+class Answer(NamedTuple):
+    """`body` is JSON; `headers` are those that only some answers have."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 @csrf_exempt  # devices authenticate with a token in a header, never with a cookie
 def view(request: HttpRequest) -> HttpResponse:
     if request.method != "POST":
         return HttpResponseNotAllowed(["POST"])
+    found = answer(request.META.get("HTTP_AUTHORIZATION", ""), partial(_body, request))
+    response = HttpResponse(found.body, status=found.status, content_type=CONTENT_TYPE, headers=dict(found.headers))
+    # Refusals are counted and recorded; Django would write a line of log for each 503, thousands a second under overload.
+    response._has_been_logged = True  # type: ignore[attr-defined]
+    return response
+
+
+def answer(authorization: str, read_body: Callable[[], bytes]) -> Answer:
+    """`authorization` is the header's text. `read_body` raises TooLarge or BadPayload for a body that cannot be read."""
     try:
-        credential = catalogue.shared().credential(_bearer(request))
-        payload = _body(request, credential)
+        credential = catalogue.shared().credential(_bearer(authorization))
+        payload = _payload(read_body, credential)
         receipt = ingest.submit(payload, credential=credential, protocol="http").wait()
     except Refusal as refusal:
         return _refused(refusal)
@@ -49,31 +70,44 @@ def view(request: HttpRequest) -> HttpResponse:
     return _accepted(receipt)
 
 
-def _body(request: HttpRequest, credential: Credential | None) -> bytes:
-    refusal: Refusal
+def too_large() -> TooLarge:
+    return TooLarge(f"The request is larger than {events.MAXIMUM_BYTES} bytes.")
+
+
+def incomplete() -> BadPayload:
+    return BadPayload("The request ended before its body was complete.")
+
+
+def _payload(read_body: Callable[[], bytes], credential: Credential | None) -> bytes:
+    try:
+        return read_body()
+    except Refusal as refusal:
+        rejections.record(refusal, b"", credential=credential, protocol="http", uuid=None)
+        raise
+
+
+def _body(request: HttpRequest) -> bytes:
     try:
         return request.body
     except RequestDataTooBig:
-        refusal = TooLarge(f"The request is larger than {events.MAXIMUM_BYTES} bytes.")
+        raise too_large() from None
     except UnreadablePostError:
-        refusal = BadPayload("The request ended before its body was complete.")
-    rejections.record(refusal, b"", credential=credential, protocol="http", uuid=None)
-    raise refusal
+        raise incomplete() from None
 
 
-def _bearer(request: HttpRequest) -> str:
-    scheme, _, token = request.META.get("HTTP_AUTHORIZATION", "").partition(" ")
+def _bearer(authorization: str) -> str:
+    scheme, _, token = authorization.partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _accepted(receipt: Receipt) -> HttpResponse:
+def _accepted(receipt: Receipt) -> Answer:
     body: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
     if receipt.results:
         body["results"] = [
             {"index": index, "accepted": result.accepted, "reason": result.reason}
             for index, result in enumerate(receipt.results)
         ]
-    return _json(body, status=202)
+    return Answer(202, msgspec.json.encode(body))
 
 
 def body_of(refusal: Refusal) -> dict[str, Any]:
@@ -92,16 +126,10 @@ def body_of(refusal: Refusal) -> dict[str, Any]:
     return body
 
 
-def _refused(refusal: Refusal) -> HttpResponse:
-    response = _json(body_of(refusal), status=STATUS[type(refusal)])
-    # Refusals are counted and recorded; Django would write a line of log for each 503, thousands a second under overload.
-    response._has_been_logged = True  # type: ignore[attr-defined]
+def _refused(refusal: Refusal) -> Answer:
+    headers: tuple[tuple[str, str], ...] = ()
     if isinstance(refusal, Overloaded):
-        response["Retry-After"] = str(refusal.retry_after)
+        headers = (("Retry-After", str(refusal.retry_after)),)
     if isinstance(refusal, Unauthorized):
-        response["WWW-Authenticate"] = 'Bearer realm="aemos"'
-    return response
-
-
-def _json(body: dict[str, Any], *, status: int) -> HttpResponse:
-    return HttpResponse(msgspec.json.encode(body), status=status, content_type="application/json")
+        headers = (("WWW-Authenticate", 'Bearer realm="aemos"'),)
+    return Answer(STATUS[type(refusal)], msgspec.json.encode(body_of(refusal)), headers)
