@@ -51,14 +51,17 @@ def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, floa
 _POSTGRESQL = """
 INSERT INTO devices_reading (variable_id, "timestamp", number, text)
 SELECT v, timestamptz 'epoch' + t * interval '1 microsecond', n, s
-FROM unnest(%s::bigint[], %s::bigint[], %s::float8[], %s::text[]) AS incoming(v, t, n, s)
+FROM unnest(%b::bigint[], %b::bigint[], %b::float8[], %b::text[]) AS incoming(v, t, n, s)
 ON CONFLICT (variable_id, "timestamp") DO NOTHING
 RETURNING variable_id, (extract(epoch FROM "timestamp") * 1000000)::bigint
 """
 
 
 def _store_postgresql(rows: Sequence[Row]) -> set[tuple[int, int]]:
-    with connection.cursor() as cursor:
+    import psycopg
+
+    # Not Django's cursor, which writes the parameters into the statement in Python: arrays go to the server in binary.
+    with psycopg.Cursor(connection.connection) as cursor:
         cursor.execute(_POSTGRESQL, [list(column) for column in zip(*rows, strict=True)])
         return set(cursor.fetchall())
 

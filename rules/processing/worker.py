@@ -24,7 +24,3 @@ class DrainWorker(SimpleWorker):
     def teardown(self) -> None:
         statistics.shared().flush(force=True)
         super().teardown()
-
-
-def _flush_statistics(*, force: bool = False) -> None:
-    statistics.shared().flush(force=force)
