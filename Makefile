@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench-latency bench-rules bench-notify bench-soak lock clean
+.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-soak lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -17,6 +17,7 @@ help:
 	@echo "make test           set everything up and run the tests (ARGS= goes to pytest)"
 	@echo "make check          format, lint, types, import contracts, settings and migrations"
 	@echo "make format         format the code and mend what the linter can"
+	@echo "make bench          measure readings a second through a whole system, beside what the machine can do (ARGS=--short: a minute)"
 	@echo "make bench-latency  measure the time from reading to notification"
 	@echo "make bench-rules    measure what rules cost on one core, beside a hand-written loop"
 	@echo "make bench-notify   measure 3,000 notifications a second over all three protocols"
@@ -49,6 +50,9 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 bench-latency: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.latency $(ARGS)

@@ -1,4 +1,4 @@
-"""A PostgreSQL for tests: takes nothing, gives a server that answers on loopback and is gone when it is stopped."""
+"""A PostgreSQL for tests and benchmarks, which answers on loopback and is gone when it is stopped."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from deploy.servers import LOOPBACK, Server, ServerError, exchange, free_port, w
 SUPERUSER = "aemos"
 
 
-def start_postgresql(*, port: int = 0) -> Server:
-    """Start a PostgreSQL for tests: not durable, its data in a temporary directory that `stop` removes.
+def start_postgresql(*, port: int = 0, durable: bool = False) -> Server:
+    """Start a PostgreSQL, its data in a temporary directory that `stop` removes. Raises FetchError, ServerError.
 
-    Raises FetchError, ServerError.
+    For tests it need not survive a power cut; a `durable` one syncs at every commit, as PostgreSQL does by default.
     """
-    server = postgresql(port=port)
+    server = postgresql(port=port, durable=durable)
     try:
         server.start()
     except ServerError:
@@ -33,7 +33,7 @@ def start_postgresql(*, port: int = 0) -> Server:
     return server
 
 
-def postgresql(*, port: int = 0) -> Server:
+def postgresql(*, port: int = 0, durable: bool = False) -> Server:
     """Describe a PostgreSQL with an initialised cluster in a directory that its user can reach; starts nothing.
 
     PostgreSQL refuses to run as root, so root hands it to another user.
@@ -50,9 +50,10 @@ def postgresql(*, port: int = 0) -> Server:
         shutil.rmtree(home, ignore_errors=True)
         raise
     settings = {
-        "listen_addresses": LOOPBACK, "port": port, "unix_socket_directories": home, "fsync": "off", "jit": "off",
-        "full_page_writes": "off", "synchronous_commit": "off", "max_connections": 100,
+        "listen_addresses": LOOPBACK, "port": port, "unix_socket_directories": home, "jit": "off", "max_connections": 100,
     }  # fmt: skip
+    if not durable:
+        settings |= dict.fromkeys(("fsync", "full_page_writes", "synchronous_commit"), "off")
     options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
     process = Process(
         name="postgresql",

@@ -28,6 +28,7 @@ PACKAGES = {
     "mosquitto": "mosquitto mosquitto-clients",
     "coap": "libcoap3-bin",
     "postgresql": "postgresql-N",
+    "wrk": "wrk",
 }
 
 # Which directory below .servers/ holds a program once it has been unpacked there.
@@ -40,6 +41,7 @@ BUNDLES = {
     "postgres": "postgresql",
     "initdb": "postgresql",
     "pg_ctl": "postgresql",
+    "wrk": "wrk",
 }
 
 
