@@ -108,6 +108,12 @@ class Catalogue:
                 return found
         return None
 
+    def originator(self, source_type: str, uuid: str) -> Originator | None:
+        """As `originators`, for one; a look into a dictionary when it is known."""
+        self.refresh()
+        key = (source_type, uuid)
+        return self._originators.get(key) or self.originators([key]).get(key)
+
     def originators(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Originator]:
         """(source type, uuid) -> originator, for those that exist; at most two queries for all that are not known yet."""
         self.refresh()

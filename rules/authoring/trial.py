@@ -6,7 +6,6 @@ remember, are what is known now, unless they are given.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from datetime import datetime, timedelta
 from functools import reduce
 from typing import Any
 
+import msgspec
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.utils import timezone
@@ -280,7 +280,9 @@ class _Report:
     def _effect(self, effect: Effect) -> dict[str, Any]:
         own = {"effect_key", "chain_uuid", "timestamp_us", "cooldown_us"}
         told = {
-            camel(each.name): getattr(effect, each.name) for each in dataclasses.fields(effect) if each.name not in own
+            camel(each.name): getattr(effect, each.name)
+            for each in msgspec.structs.fields(effect)
+            if each.name not in own
         }
         found = {"type": _kind(effect), "text": self._teller.node(self._nodes[effect.node][1]), **told}
         if isinstance(effect, DeviceCommand):

@@ -66,8 +66,7 @@ class Applied:
 
 def refuses(device_uuid: str, state_name: str, value: Value) -> str:
     """Why a state cannot be set to the value, as a sentence; empty when it can. No query once the device is known."""
-    key = ("device", device_uuid)
-    device = catalogue.shared().originators([key]).get(key)
+    device = catalogue.shared().originator("device", device_uuid)
     state = device.fields.get(state_name) if device else None
     if device is None or state is None:
         return f"device {device_uuid} has no state {state_name!r} any more"

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+import msgspec
 from django.contrib.auth.models import AbstractBaseUser
 from django.core.exceptions import ValidationError
 from django.db import transaction
@@ -33,8 +34,7 @@ from rules.effects.cooldowns import Cooldown, CooldownGate, no_cooldown
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateChangeRequest:
+class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
 
     `cooldown`: how long the same action is suppressed after this one.

@@ -1,14 +1,13 @@
-"""Effects that actions ask for: commands, notifications, alarms."""
+"""Effects that actions ask for: commands, notifications, alarms. Structs, because frozen dataclasses take long to make."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from rules.engine.values import Value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
+class Effect(msgspec.Struct, frozen=True, kw_only=True):
     """What an action asks for; `effect_key` is the same whenever the same event meets the same node.
 
     `timestamp_us` is the event's own, in microseconds since 1970 (UTC). `cooldown_us` is for how long the action rests after
@@ -22,8 +21,7 @@ class Effect:
     cooldown_us: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceCommand(Effect):
+class DeviceCommand(Effect, frozen=True, kw_only=True):
     """One state of one device is to be set; with `force` also when it has the value already."""
 
     device_uuid: str
@@ -32,8 +30,7 @@ class DeviceCommand(Effect):
     force: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notify(Effect):
+class Notify(Effect, frozen=True, kw_only=True):
     """Something is to be told: to the members with these roles, or to all; about a device, or about none.
 
     `originator` is the name of what the event comes from.
@@ -47,8 +44,7 @@ class Notify(Effect):
     device_uuid: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RaiseAlarm(Effect):
+class RaiseAlarm(Effect, frozen=True, kw_only=True):
     """The alarm of that type is to be active at the event's originator."""
 
     alarm: str
@@ -56,8 +52,7 @@ class RaiseAlarm(Effect):
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClearAlarm(Effect):
+class ClearAlarm(Effect, frozen=True, kw_only=True):
     """The alarm of that type is over at the event's originator."""
 
     alarm: str

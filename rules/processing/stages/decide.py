@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 OnEventStart = Callable[[Event | None], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Decision:
     """What one event led to. `sets`: the device states that its effects set."""
 
@@ -170,12 +170,16 @@ def decide_event(
 ) -> Decision:
     """Runs these chains for the event; `chain_runs` counts them."""
     decision = Decision(failures=_not_run(event, chains))
+    if not chains:
+        return decision
     too_late = bool(event.command_deadline_us) and known.inputs.now_us > event.command_deadline_us
+    trigger = _trigger(event, known)
     for bound in chains:
         began = time.perf_counter()
+        _begin(trigger, bound, event, known)
         try:
             _require_read(bound, event, known.inputs)
-            outcome = bound.compiled.run(_trigger(bound, event, known))
+            outcome = bound.compiled.run(trigger)
             effects = [perform.resolve(effect, bound, event) for effect in outcome.effects]
         except ChainFailed as error:
             chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
@@ -191,8 +195,8 @@ def decide_event(
     return decision
 
 
-def _trigger(bound: DeployedChain, event: Event, known: KnownValues) -> Trigger:
-    originator = known.inputs.originator(event)
+def _trigger(event: Event, known: KnownValues) -> Trigger:
+    """One for all chains of the event; see `_begin`."""
     return Trigger(
         event_id=str(event.id),
         source_type=event.source_type,
@@ -202,9 +206,14 @@ def _trigger(bound: DeployedChain, event: Event, known: KnownValues) -> Trigger:
         lookup=known.look_up,
         memory=known.inputs.memory.values,
         refuses=perform.refuses,
-        originator=originator.name if originator else bound.name,
-        deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
     )
+
+
+def _begin(trigger: Trigger, bound: DeployedChain, event: Event, known: KnownValues) -> None:
+    """Sets what is the chain's own: by when it has to end, and a name for an event that no sensor or device sent."""
+    originator = known.inputs.originator(event)
+    trigger.originator = originator.name if originator else bound.name
+    trigger.deadline = time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000
 
 
 def _sets(effects: Sequence[Effect]) -> list[Reference]:
@@ -257,16 +266,18 @@ def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, i
     chains = [bound for bound in chains_of(event, names) if bound.compiled.watches or bound.compiled.timers]
     _observe(event, names, chains, known.inputs)
     next_timers: dict[Waiting, int] = {}
+    trigger = _trigger(event, known)
     for bound in chains:
+        _begin(trigger, bound, event, known)
         with contextlib.suppress(ChainFailed):  # the first run has reported it
-            next_timers |= _next_timers(bound, bound.compiled.run(_trigger(bound, event, known)))
+            next_timers |= _next_timers(bound, bound.compiled.run(trigger))
     return next_timers
 
 
 def _not_run(event: Event, ran: Sequence[DeployedChain]) -> list[Failure]:
     """Failures of the chains that the event names and that do not run any more; a chain that was deleted is no failure."""
-    left = set(events.named(event) or ()) - {bound.uuid for bound in ran}
-    if not left:
+    named = events.named(event)
+    if not named or not (left := set(named) - {bound.uuid for bound in ran}):
         return []
     rows = RuleChain.objects.filter(uuid__in=left, organization_id=event.organization_id).order_by("pk")
     return [
