@@ -131,9 +131,15 @@ def unexpired(rows: QuerySet[Notification], *, now: datetime) -> QuerySet[Notifi
     return rows.exclude(~Q(event=messages.DEVICE_STATE_CHANGE) & Q(expires_at__lte=now))
 
 
-def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol] = tuple(Protocol)) -> int:
-    """Publishes rows, oldest first, to those of the protocols whose delivery is pending; returns how many."""
-    superseded = _superseded(rows)
+def publish_late(
+    rows: Sequence[Notification], *, protocols: Collection[Protocol] = tuple(Protocol), again: bool = False
+) -> int:
+    """Publishes rows, oldest first, to those of the protocols whose delivery is pending; returns how many.
+
+    `again`: the rows were published before, and a device may have obeyed some of them by now. Then only the newest change of
+    each state goes to the device: an older one could take it back.
+    """
+    superseded = _superseded(rows, by_each_other=again)
     for_broker = Delivery.objects.filter(protocol=Protocol.MQTT, state=Delivery.State.PENDING)
     for_broker.filter(notification__in=superseded).update(
         state=Delivery.State.EXPIRED,
@@ -154,8 +160,8 @@ def publish_late(rows: Sequence[Notification], *, protocols: Collection[Protocol
     return len(rows)
 
 
-def _superseded(rows: Sequence[Notification]) -> list[int]:
-    """The ids of those state changes after which a newer one of the same state was made, and is not among them.
+def _superseded(rows: Sequence[Notification], *, by_each_other: bool) -> list[int]:
+    """The ids of those state changes after which a newer one of the same state was made; one of the rows counts `by_each_other`.
 
     Also one that is not noted as published: it may be on the stream all the same. A report is no wish and supersedes nothing.
     """
@@ -167,7 +173,9 @@ def _superseded(rows: Sequence[Notification]) -> list[int]:
         device_id__in={row.device_id for row in changes},
         id__gt=min(row.pk for row in changes),
         payload__source__in=messages.COMMANDING_SOURCES,
-    ).exclude(id__in=[row.pk for row in changes])
+    )
+    if not by_each_other:
+        newer = newer.exclude(id__in=[row.pk for row in changes])
     counted = newer.order_by().values_list("device_id", "payload__stateName").annotate(Max("id"))
     newest = {(device_id, name): newest for device_id, name, newest in counted}
     return [row.pk for row in changes if newest.get((row.device_id, row.payload.get("stateName")), 0) > row.pk]
@@ -199,7 +207,7 @@ def send_again(rows: Sequence[Notification]) -> int:
         for row in rows:
             row.expires_at = datetime.fromtimestamp(lifetime(row.event) + now, UTC)
         Notification.objects.bulk_update(rows, ["expires_at"])
-    return publish_late(rows)
+    return publish_late(rows, again=True)
 
 
 def message_of(row: Notification, protocols: tuple[Protocol, ...]) -> Message:

@@ -55,7 +55,7 @@ def publish_lost(now: datetime) -> int:
     rows = outbox.oldest(outbox.unexpired(lost, now=now))
     if rows:
         log.warning("%d notifications are not in the stream any more and are published again", len(rows))
-    return outbox.publish_late(rows, protocols=(Protocol.MQTT,))
+    return outbox.publish_late(rows, protocols=(Protocol.MQTT,), again=True)
 
 
 def _is_delivered_whole() -> bool:

@@ -194,8 +194,8 @@ def test_what_is_published_late_skips_the_device_once_a_newer_change_is_out(
     newer = box.change("off")
     look = outbox._superseded
 
-    def look_and_lose_time(rows: Any) -> list[int]:
-        found = look(rows)
+    def look_and_lose_time(rows: Any, **options: Any) -> list[int]:
+        found = look(rows, **options)
         monkeypatch.setattr(outbox, "_superseded", look)
         box.publish(newer)
         return found
@@ -317,6 +317,18 @@ def test_a_lost_command_that_was_superseded_is_not_sent_again(box: Outbox) -> No
     upkeep.publish_lost(timezone.now())
     assert all(Protocol.MQTT not in each.protocols for each in stream())
     assert states_of(old)["mqtt"] == "expired"
+
+
+def test_of_lost_commands_the_newest_alone_is_sent_again(box: Outbox) -> None:
+    """The device may have obeyed all but the first: a gateway notes what it has delivered a moment later."""
+    lost, obeyed, other = box.change("on"), box.change("off"), box.change("low", state="speed")
+    box.publish(lost, obeyed, other)
+    redis.client().flushdb()
+    for each in (lost, obeyed, other):
+        published_ago(each, 120)
+    upkeep.publish_lost(timezone.now())
+    assert [each.id for each in stream() if Protocol.MQTT in each.protocols] == [obeyed.id, other.id]
+    assert states_of(lost)["mqtt"] == "expired"
 
 
 def test_without_a_broker_nothing_is_published_for_it_again(box: Outbox, settings: Any) -> None:
