@@ -69,9 +69,9 @@ def child_exit(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """A forked worker must not share the sockets that the master opened while it set Django up."""
-    from aemos.lib import redis
+    from aemos.lib import per_process
 
-    redis.forget_connections()
+    per_process.forget_all()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

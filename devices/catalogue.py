@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from django.db import Error as DatabaseError
@@ -18,6 +17,7 @@ from django.db import transaction
 from django.db.models import F, Model
 from django.db.models.signals import post_delete, post_save
 
+from aemos.lib.per_process import per_process
 from devices import tokens
 from devices.models import CatalogueVersion, Device, DeviceState, DeviceToken, Organization, Sensor, Variable
 from devices.values import value_problem
@@ -199,7 +199,7 @@ class Catalogue:
         )
 
 
-@cache
+@per_process
 def shared() -> Catalogue:
     """The catalogue of this process."""
     return Catalogue()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Sequence
-from functools import cache
 
 import msgspec
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.per_process import per_process
 
 log = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
@@ -46,7 +46,7 @@ class WatchedVariables:
         return self._ids
 
 
-@cache
+@per_process
 def shared() -> WatchedVariables:
     return WatchedVariables()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from typing import NamedTuple
 
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
 from aemos.lib import metrics
+from aemos.lib.per_process import per_process
 from devices.catalogue import Credential
 from devices.exceptions import Forbidden, Overloaded, Refusal, Unauthorized
 from rules import events
@@ -156,7 +156,7 @@ class Pending:
         return self._receipt
 
 
-@cache
+@per_process
 def shared_commit() -> GroupCommit:
     """The group commit of this process."""
     return GroupCommit()

@@ -109,22 +109,14 @@ def empty_redis() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def fresh_process() -> Iterator[None]:
-    """Before and after the test, forgets what a web process keeps in memory."""
-    from aemos.lib import redis
-    from devices import catalogue
-    from rules import ingest
-    from rules.admission import control, rejections
-    from rules.processing import index
-
-    shared = (catalogue.shared, index.shared, ingest.shared_commit, control.shared, rejections.shared)
-    for cached in shared:
-        cached.cache_clear()
+@pytest.fixture(autouse=True)
+def _each_test_is_a_process() -> Iterator[None]:
+    """Forgets after a test what the process keeps in memory: connections to Redis, caches, counts."""
     yield
-    redis.forget_connections()
-    for cached in shared:
-        cached.cache_clear()
+    from aemos.lib import metrics, per_process
+
+    per_process.forget_all()
+    metrics.COUNTERS.discard()
 
 
 @pytest.fixture(autouse=True)

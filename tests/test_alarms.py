@@ -18,7 +18,6 @@ from django.utils import timezone
 
 from aemos.lib import keys, metrics, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
-from devices import catalogue
 from devices.models import Organization, Sensor
 from notifications import messages, outbox
 from notifications.models import Notification
@@ -28,13 +27,8 @@ from rules.effects.alarm_lifecycle import Clear, Raise
 from rules.models import ActionCooldown, Alarm
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_fresh")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 _numbers = count(1)
-
-
-@pytest.fixture
-def _fresh() -> None:
-    catalogue.shared.cache_clear()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from django.urls import reverse
 from rest_framework.test import APIClient
 
 from aemos.lib import keys, redis
-from devices import catalogue
 from devices.models import Organization, Role
 from notifications.models import Notification
 from rules.models import Alarm
@@ -30,7 +29,6 @@ class Farm:
     """Three alarms: one active and critical, one acknowledged, one cleared."""
 
     def __init__(self) -> None:
-        catalogue.shared.cache_clear()
         self.organization = builders.organization()
         self.sensor = builders.sensor(self.organization, "Reservoir A")
         self.active = self.alarm("pH too high", severity="critical", message="pH is 6.9")

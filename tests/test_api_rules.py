@@ -13,7 +13,7 @@ from django.contrib.auth.models import User
 from django.db import connection
 from rest_framework.test import APIClient
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from deploy.servers import free_port
 from devices.models import CatalogueVersion, Device, DeviceState, Membership, Organization, Sensor, StateChange
 from notifications import messages
@@ -338,7 +338,7 @@ def test_answers_to_a_change_hold_a_sentence_and_warnings(farm: Farm) -> None:
     assert "has never reported" in warning["message"]
 
 
-@pytest.mark.usefixtures("empty_redis", "fresh_process")
+@pytest.mark.usefixtures("empty_redis")
 def test_triggering_puts_an_urgent_event_of_the_chain_into_the_journal(farm: Farm, chain: RuleChain) -> None:
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert answer.status_code == 202
@@ -353,12 +353,12 @@ def test_triggering_puts_an_urgent_event_of_the_chain_into_the_journal(farm: Far
     assert ledger.counts().depth["critical"] == 1
 
 
-@pytest.mark.usefixtures("empty_redis", "fresh_process")
+@pytest.mark.usefixtures("empty_redis")
 def test_a_queue_that_is_away_refuses_a_trigger_as_it_refuses_telemetry(
     farm: Farm, chain: RuleChain, settings: Any
 ) -> None:
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    per_process.forget_all()
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert answer.status_code == 503
     told = answer.json()

@@ -10,14 +10,11 @@ import pytest
 
 from benchmarks import rules
 from benchmarks.rules import Sizes
-from rules.processing import index
 
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_frozen() -> Iterator[None]:
-    index.shared.cache_clear()
     yield
-    index.shared.cache_clear()
     gc.unfreeze()
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command, get_commands, load_command_class
 
-from aemos.lib import keys, metrics, redis
+from aemos.lib import keys, metrics, per_process, redis
 from aemos.management.commands import runscheduler
 from deploy.programs import REPOSITORY
 from deploy.servers import free_port
 from devices.models import Device, DeviceState, Organization, Sensor
 from notifications.models import Notification
-from rules.admission import control
 from rules.journal import tickets
 from rules.journal.slots import Slot
 from rules.models import CircuitTransition, RuleChain
@@ -80,12 +79,12 @@ def test_the_ledger_names_the_slot_that_does_not_close() -> None:
 
 def test_the_ledger_says_that_redis_is_away(settings: Any) -> None:
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    per_process.forget_all()
     try:
         with pytest.raises(CommandError, match="cannot be reached"):
             run("ledger")
     finally:
-        redis.forget_connections()
+        per_process.forget_all()
 
 
 def test_a_worker_names_a_wrong_redis_password_and_does_not_show_it() -> None:
@@ -103,7 +102,6 @@ def test_a_worker_names_a_wrong_redis_password_and_does_not_show_it() -> None:
 @pytest.mark.django_db
 @pytest.mark.usefixtures("empty_redis")
 def test_the_circuit_is_shown_opened_and_reset_with_the_name_of_who_did_it() -> None:
-    control.shared.cache_clear()
     assert "state       CLOSED" in run("circuit", "status")
     assert "state       OPEN" in run("circuit", "open", "--actor", "Ada")
     assert "OPEN -> CLOSED: manual-reset at 0 by Ada" in run("circuit", "reset", "--actor", "Ada")
@@ -130,7 +128,6 @@ def test_the_demo_farm_is_made_once_and_keeps_its_logins(tmp_path: Path) -> None
 @pytest.mark.django_db
 @pytest.mark.usefixtures("empty_redis")
 def test_one_turn_of_the_scheduler_queues_lost_tickets_and_empties_the_outbox() -> None:
-    control.shared.cache_clear()
     slot = Slot("normal", 0)
     redis.client().xadd(keys.events(slot.lane, slot.partition), {"n": 1, "b": b"x"})
     device = builders.device(builders.organization())

@@ -13,13 +13,12 @@ from django.db import OperationalError
 from django.test import Client
 from redis import exceptions as redis_errors
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
 from notifications import live_channel, outbox
 from notifications.models import Notification
-from rules import ingest, jobs
-from rules.admission import control, rejections
+from rules import jobs
 from rules.authoring import editing
 from rules.effects import states, suspension
 from rules.effects.perform import Applied
@@ -75,9 +74,6 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for shared in (catalogue, index, ingest, control, rejections):
-        for name in ("shared", "shared_commit"):
-            getattr(getattr(shared, name, None), "cache_clear", lambda: None)()
     return Farm()
 
 
@@ -719,11 +715,11 @@ def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Far
     channel = redis.client().pubsub(ignore_subscribe_messages=True)
     channel.subscribe(keys.LIVE_READINGS)
     channel.get_message(timeout=1)
-    live_channel.shared.cache_clear()
+    per_process.forget_all()
     farm.post(6.1, timestamp=at(1))
     drain_all()
     live_channel.subscribe([ph.pk], now=time.time())
-    live_channel.shared.cache_clear()
+    per_process.forget_all()
     farm.post({"ph": 6.2, "mode": "auto"}, timestamp=at(2))
     farm.post(6.2, timestamp=at(2), eventId="8b4f1c1e-1111-4111-8111-111111111111")
     drain_all()
@@ -731,5 +727,5 @@ def test_a_drain_tells_live_what_somebody_watches_and_only_what_is_new(farm: Far
     while message := channel.get_message(timeout=0.5):
         told += live_channel.decode(message["data"])
     channel.close()
-    live_channel.shared.cache_clear()
+    per_process.forget_all()
     assert [(variable, number) for variable, _, number, _ in told] == [(ph.pk, 6.2)]

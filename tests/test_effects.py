@@ -34,14 +34,8 @@ from rules.processing.stages.decide import decide
 from rules.processing.stages.store import store
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_fresh")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
-
-
-@pytest.fixture
-def _fresh() -> None:
-    catalogue.shared.cache_clear()
-    index.shared.cache_clear()
 
 
 class Farm:

@@ -282,14 +282,12 @@ def test_rebuilding_everything_takes_over_what_was_changed_past_the_versions(far
 
 def test_the_index_of_a_process_is_loaded_whole(farm: Farm) -> None:
     farm.chain()
-    index.shared.cache_clear()
     try:
         index.load()
         assert len(index.shared()) == 1
         assert gc.isenabled()
     finally:
         gc.unfreeze()
-        index.shared.cache_clear()
 
 
 class Changes:

@@ -29,7 +29,7 @@ from rules.processing.stages import decide
 from rules.processing.worker import DrainWorker
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 
 
 class Farm:

@@ -28,7 +28,7 @@ from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.stages.decide import Decided
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 

@@ -24,12 +24,12 @@ from django.utils import timezone
 from rest_framework_simplejwt.tokens import AccessToken
 from rq import suspension
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from deploy import servers
 from deploy.programs import REPOSITORY
 from devices.models import Sensor
 from monitoring.queue import Health, health_of
-from rules.admission import control, rejections
+from rules.admission import rejections
 from rules.admission.circuit import State, Thresholds
 from rules.admission.circuit_store import force
 from rules.journal import queue_stats, slots, tickets
@@ -39,7 +39,7 @@ from rules.models import CircuitTransition
 from rules.processing.worker import DrainWorker
 from tests import builders
 
-pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 READING = {"values": {"ph": 6.1}}
 WATCHED = ("health", "metrics/queue", "metrics/queue/summary", "metrics/prometheus")
 TOKEN = "scrape-" + "x" * 32
@@ -92,12 +92,10 @@ def redis_away(settings: Any) -> Iterator[None]:
     """This process looks for Redis where none is."""
     port = settings.REDIS_PORT
     settings.REDIS_PORT = servers.free_port()
-    redis.forget_connections()
-    control.shared.cache_clear()
+    per_process.forget_all()
     yield
     settings.REDIS_PORT = port
-    redis.forget_connections()
-    control.shared.cache_clear()
+    per_process.forget_all()
 
 
 THRESHOLDS = Thresholds(recovery=5_000, warning=10_000, critical=50_000)
@@ -354,8 +352,7 @@ def test_without_redis_health_is_unknown_and_what_the_database_knows_is_told(set
 def test_while_redis_hangs_every_answer_comes_within_three_seconds(tmp_path: Path, settings: Any) -> None:
     own = servers.start_redis(tmp_path)
     settings.REDIS_PORT, settings.REDIS_PASSWORD = own.port, own.password
-    redis.forget_connections()
-    control.shared.cache_clear()
+    per_process.forget_all()
     try:
         assert own.pid is not None
         assert get("health").status_code == 200
@@ -371,7 +368,7 @@ def test_while_redis_hangs_every_answer_comes_within_three_seconds(tmp_path: Pat
         assert get("health/readiness").status_code == 200
     finally:
         own.kill()
-        redis.forget_connections()
+        per_process.forget_all()
 
 
 UNREACHABLE = """

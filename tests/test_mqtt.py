@@ -25,7 +25,6 @@ from paho.mqtt.enums import CallbackAPIVersion
 from aemos.lib import keys, metrics
 from aemos.lib.leader import Leader
 from deploy.servers import Server
-from devices import catalogue
 from devices.catalogue import Credential
 from devices.exceptions import BadPayload, Overloaded, Refusal, Unauthorized
 from devices.models import Device
@@ -116,7 +115,6 @@ class Waiting:
 @pytest.fixture
 def _clean_broker(broker: Server, redis_server: Server) -> Iterator[None]:
     """Nobody may find what another test left: the session of telemetry, and servers that a failed test left killed."""
-    catalogue.shared.cache_clear()
     forget_sessions(broker)
     with connection.execute_wrapper(patient):
         yield
@@ -124,7 +122,6 @@ def _clean_broker(broker: Server, redis_server: Server) -> Iterator[None]:
         if server.child is None:
             server.start()
     forget_sessions(broker)
-    catalogue.shared.cache_clear()
 
 
 def forget_sessions(broker: Server) -> None:

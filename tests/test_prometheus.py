@@ -30,6 +30,7 @@ from rules import jobs
 from rules.admission import rejections
 from rules.admission.circuit import State
 from rules.admission.circuit_store import force
+from rules.effects.alarm_lifecycle import Change
 from rules.engine.exceptions import ErrorCode
 from rules.journal import slots
 from rules.processing import index
@@ -45,10 +46,13 @@ LABELS: dict[str, set[str] | None] = {
     "lane": {"critical", "normal", "low"},
     "protocol": {"http", "mqtt", "coap", "socketio"},
     "source": {"device", "rule", "person"},
-    "state": {"busy", "idle", "suspended", "sent", "acknowledged", "failed"},
+    "state": {"busy", "idle", "suspended", "sent", "acknowledged", "failed", "expired"},
+    "change": set(Change),
     "error_code": set(ErrorCode),
     "result": None,
     "reason": None,
+    "task": None,
+    "part": None,
     "le": None,
 }
 FOREIGN_LABELS = {
@@ -78,7 +82,7 @@ def value(families: dict[str, Metric], sample: str, **labels: str) -> float | No
     return sum(found) if found else None
 
 
-in_process = pytest.mark.usefixtures("empty_redis", "fresh_process")
+in_process = pytest.mark.usefixtures("empty_redis")
 with_database = pytest.mark.django_db(transaction=True)
 
 

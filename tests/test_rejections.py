@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -30,19 +29,11 @@ from rules.events import Event
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_recorder")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 WHEN = datetime(2026, 5, 1, 6, tzinfo=UTC)
 OPEN = Overloaded(
     "full", reason="circuit-open", retry_after=7, queue_depth=60_000, threshold=50_000, circuit_state="OPEN"
 )
-
-
-@pytest.fixture
-def fresh_recorder() -> Iterator[None]:
-    rejections.shared.cache_clear()
-    yield
-    redis.forget_connections()
-    rejections.shared.cache_clear()
 
 
 @pytest.fixture
@@ -162,12 +153,12 @@ def test_rows_wait_while_the_database_is_away(organization: Organization, monkey
 def test_counts_wait_while_redis_is_away(organization: Organization, settings: Any) -> None:
     port = settings.REDIS_PORT
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    redis.client.cache_clear()
     rejections.record_events([event(organization)], OPEN)
     rejections.shared().close()
     assert RejectedEvent.objects.count() == 1
     settings.REDIS_PORT = port
-    redis.forget_connections()
+    redis.client.cache_clear()
     rejections.record_events([event(organization)] * 2, OPEN)
     rejections.shared().flush()
 

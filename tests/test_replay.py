@@ -14,13 +14,13 @@ from django.test import Client
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices import catalogue
 from devices.exceptions import Overloaded
 from devices.models import DeviceState, Reading, StateChange, Variable
-from rules import events, ingest, retention
-from rules.admission import circuit_store, control, rejections, replay
+from rules import events, retention
+from rules.admission import circuit_store, rejections, replay
 from rules.admission.circuit import State
 from rules.admission.replay import CannotReplay, ReplayRequest
 from rules.effects import suspension
@@ -28,7 +28,6 @@ from rules.journal import slots, tickets
 from rules.journal.ledger import Account, audit
 from rules.journal.tickets import ALLOWED_FUNCTIONS
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
-from rules.processing import index
 from tests import builders
 from tests.worker import drain_all, ledger
 
@@ -69,8 +68,6 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for cached in (catalogue.shared, index.shared, ingest.shared_commit, control.shared, rejections.shared):
-        cached.cache_clear()
     return Farm()
 
 
@@ -154,18 +151,18 @@ def test_a_replay_waits_while_the_circuit_is_not_closed(farm: Farm) -> None:
     farm.refuse(6.0)
     row = replay.start(request_for(farm))
     circuit_store.force(State.OPEN, actor="test", queue_depth=0)
-    control.shared.cache_clear()
+    per_process.forget_all()
     step(row)
     assert (row.replayed, ledger()) == (0, Account())
     assert row.note.startswith("It waits: the circuit is")
     circuit_store.reset("test", 0)
-    control.shared.cache_clear()
+    per_process.forget_all()
     assert (run(row).replayed, row.note) == (1, "")
 
 
 def test_a_replay_goes_no_further_than_the_warning_threshold(farm: Farm, settings: Any) -> None:
     settings.QUEUE_RECOVERY_THRESHOLD, settings.QUEUE_WARNING_THRESHOLD, settings.QUEUE_CRITICAL_THRESHOLD = 2, 5, 50
-    control.shared.cache_clear()
+    per_process.forget_all()
     farm.refuse(*[6.0] * 20)
     row = step(replay.start(request_for(farm)))
     assert row.replayed == 5

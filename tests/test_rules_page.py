@@ -21,7 +21,7 @@ from rules.journal import slots
 from rules.processing import index, schedules
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 PAGE = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
 DAY, ZONE = date(2026, 5, 1), ZoneInfo("Europe/Berlin")
 BY_THE_CLOCK = "the clock"
@@ -109,8 +109,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(timezone, "now", lambda: found.now)
-    index.shared.cache_clear()
-    schedules.shared.cache_clear()
     return found
 
 

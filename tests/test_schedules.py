@@ -18,7 +18,7 @@ from django.core.exceptions import ValidationError
 from django.utils import timezone
 from redis import Redis
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from deploy.local import LocalSystem, local_system
 from deploy.processes import Process, kill, spawn
@@ -27,7 +27,7 @@ from deploy.servers import free_port
 from devices import catalogue, latest
 from devices.models import DeviceState, StateChange
 from rules import events, jobs
-from rules.admission import control, rejections, replay
+from rules.admission import control, replay
 from rules.authoring import editing
 from rules.engine.cron import Schedule
 from rules.engine.exceptions import InvalidChain
@@ -74,8 +74,6 @@ class Farm:
 
 @pytest.fixture
 def farm() -> Farm:
-    for cached in (catalogue.shared, index.shared, control.shared, rejections.shared, schedules.shared):
-        cached.cache_clear()
     return Farm()
 
 
@@ -311,16 +309,15 @@ def test_times_that_were_missed_follow_the_policy(
 def test_while_redis_is_away_a_chain_stays_due(farm: Farm, settings: Any) -> None:
     chain, port = farm.chain(), settings.REDIS_PORT
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    per_process.forget_all()
     try:
         assert fire(SIX) == 0
     finally:
         settings.REDIS_PORT = port
-        redis.forget_connections()
+        per_process.forget_all()
     chain.refresh_from_db()
     assert chain.next_run_at == SIX
     assert RejectedEvent.objects.count() == 0
-    control.shared.cache_clear()
     assert fire(SIX + timedelta(seconds=40)) == 1
     drain_all()
 
@@ -332,10 +329,10 @@ def full_queue() -> Iterator[None]:
     """More events wait than the critical lane's hard cap allows."""
     name = keys.ledger("low", 0)
     redis.client().hset(name, "depth", 100_000)
-    control.shared.cache_clear()
+    per_process.forget_all()
     yield
     redis.client().delete(name)
-    control.shared.cache_clear()
+    per_process.forget_all()
 
 
 def test_a_full_queue_holds_a_run_back_and_gives_it_up_only_on_the_record(farm: Farm) -> None:

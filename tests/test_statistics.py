@@ -20,7 +20,7 @@ from rules.engine.chains import Outcome
 from rules.engine.exceptions import ChainFailed, ErrorCode
 from rules.journal import tickets
 from rules.models import Alarm, ChainStatistics, RuleChain
-from rules.processing import index, statistics
+from rules.processing import statistics
 from rules.processing.index import RuleIndex
 from rules.processing.statistics import Runs, Statistics
 from rules.processing.worker import DrainWorker
@@ -331,8 +331,6 @@ def test_every_error_code_has_its_counter_before_anything_took_too_long() -> Non
 @pytest.mark.django_db(transaction=True)
 def test_a_worker_writes_what_its_chains_did_before_it_ends(settings: Any) -> None:
     settings.RULE_CHAIN_MAX_CONSECUTIVE_FAILURES = 3
-    for cached in (index.shared, statistics.shared):
-        cached.cache_clear()
     farm = builders.organization()
     sensor, pump = builders.sensor(farm), builders.device(farm)
     good, bad = (builders.switching_chain(sensor, pump, name=name) for name in ("good", "bad"))

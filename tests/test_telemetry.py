@@ -12,7 +12,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from aemos.lib import redis
+from aemos.lib import per_process
 from devices import catalogue
 from devices.models import DeviceToken, Sensor
 from rules.admission import rejections
@@ -22,7 +22,7 @@ from rules.journal.ledger import Account
 from rules.models import RejectedEvent
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 READING = {"values": {"ph": 6.1}}
 
 
@@ -154,7 +154,7 @@ def test_redis_that_cannot_be_reached_refuses_with_enqueue_error(sensor: Sensor,
 
     token = builders.token(sensor)
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    per_process.forget_all()
 
     assert "cannot be reached" in refused_by_redis(post(READING, token))["detail"]
 
@@ -162,7 +162,7 @@ def test_redis_that_cannot_be_reached_refuses_with_enqueue_error(sensor: Sensor,
 def test_a_wrong_redis_password_is_reported_as_such_and_not_shown(sensor: Sensor, settings: Any) -> None:
     token = builders.token(sensor)
     settings.REDIS_PASSWORD = "not-the-password-of-this-server"
-    redis.forget_connections()
+    per_process.forget_all()
 
     body = refused_by_redis(post(READING, token))
     assert "refuses the password: check REDIS_PASSWORD" in body["detail"]
@@ -172,7 +172,7 @@ def test_a_wrong_redis_password_is_reported_as_such_and_not_shown(sensor: Sensor
 def test_a_missing_redis_password_is_reported_as_such(sensor: Sensor, settings: Any) -> None:
     token = builders.token(sensor)
     settings.REDIS_PASSWORD = ""
-    redis.forget_connections()
+    per_process.forget_all()
 
     assert "refuses the password" in refused_by_redis(post(READING, token))["detail"]
 

@@ -16,7 +16,7 @@ from aemos import telemetry_wsgi
 from rules import ingest
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 READING = b'{"values": {"ph": 6.4}}'
 Environ = dict[str, Any]
 

@@ -13,14 +13,13 @@ import pytest
 import requests
 from redis.exceptions import ConnectionError
 
-from aemos.lib import keys, redis
+from aemos.lib import keys, per_process, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from deploy.local import local_system
 from devices import latest
 from devices.models import DeviceState, StateChange
 from notifications.models import Notification
 from rules import events
-from rules.admission import control
 from rules.authoring import editing
 from rules.effects import states
 from rules.journal import ledger, slots, writing
@@ -30,7 +29,7 @@ from rules.processing import index, schedules, timers
 from tests import builders
 from tests.worker import drain_all
 
-in_process = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "fresh_process")]
+in_process = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 
 
 class Farm:
@@ -242,10 +241,10 @@ class TestInProcess:
     def test_while_the_queue_takes_nothing_timers_wait(self, farm: Farm) -> None:
         name = keys.ledger("low", 0)
         redis.client().hset(name, "depth", 100_000)
-        control.shared.cache_clear()
+        per_process.forget_all()
         assert tick() == 0
         redis.client().delete(name)
-        control.shared.cache_clear()
+        per_process.forget_all()
 
         assert tick() == 1
 

@@ -11,7 +11,7 @@ import pytest
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from aemos.lib import redis
+from aemos.lib import per_process, redis
 from deploy.servers import free_port
 from devices import latest
 from devices.latest import Latest
@@ -321,7 +321,7 @@ def test_a_chain_that_is_not_saved_can_be_tried(farm: Farm) -> None:
 def test_a_trial_says_that_latest_values_are_not_known_while_redis_is_away(farm: Farm, settings: Any) -> None:
     chain = farm.chain()
     settings.REDIS_PORT = free_port()
-    redis.forget_connections()
+    per_process.forget_all()
     try:
         answer = farm.client.post(f"{API}/{chain.uuid}/execute", {"values": {"ph": 7}})
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
@@ -329,4 +329,4 @@ def test_a_trial_says_that_latest_values_are_not_known_while_redis_is_away(farm:
         given = {"values": {"ph": 7}, "latest": [farm.warm(25)]}
         assert farm.client.post(f"{API}/{chain.uuid}/execute", given).status_code == 200
     finally:
-        redis.forget_connections()
+        per_process.forget_all()

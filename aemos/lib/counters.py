@@ -33,8 +33,8 @@ class Counters:
         self._adding: threading.Lock
         self._flushing: threading.Lock
         self._scheduled: bool
-        self._begin_at_nothing()
-        os.register_at_fork(after_in_child=self._begin_at_nothing)  # the counts of a parent are its own to flush
+        self.discard()
+        os.register_at_fork(after_in_child=self.discard)  # the counts of a parent are its own to flush
         atexit.register(self._flush_last)
 
     def add(self, name: str, amount: float = 1.0) -> None:
@@ -87,7 +87,8 @@ class Counters:
         with contextlib.suppress(RedisError):  # at exit there is nobody to read a log line, and no next time
             self.flush()
 
-    def _begin_at_nothing(self) -> None:
+    def discard(self) -> None:
+        """Forgets what is not flushed."""
         self._counts = defaultdict(float)
         self._adding = threading.Lock()
         self._flushing = threading.Lock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import redis
@@ -12,6 +11,8 @@ from redis.commands.core import Script
 from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
+from aemos.lib.per_process import per_process
+
 # A request makes at most two calls before it is answered, so a Redis that hangs costs a device two seconds, not a minute.
 SOCKET_TIMEOUT_SECONDS = 1.0
 
@@ -20,7 +21,7 @@ SOCKET_TIMEOUT_SECONDS = 1.0
 Client = Any
 
 
-@cache
+@per_process
 def client() -> Client:
     """For everything that is not tied to a partition: latest values, the notification stream, leader locks."""
     return connect(SOCKET_TIMEOUT_SECONDS)
@@ -31,13 +32,13 @@ def journal_client(partition: int) -> Client:
     return client()
 
 
-@cache
+@per_process
 def blocking_client() -> Client:
     """For reads that wait for news on a stream: the socket timeout must outlast the wait."""
     return connect(SOCKET_TIMEOUT_SECONDS + 10)
 
 
-@cache
+@per_process
 def script(source: str) -> Script:
     """Called with keys, args and client, it sends the digest of `source`, and the source only where the server lacks it."""
     return Script(client(), source)
@@ -98,10 +99,3 @@ def _appendfsync() -> str:
     except redis.ResponseError:
         return ""
     return str(answer.get("appendfsync", ""))
-
-
-def forget_connections() -> None:
-    """For a process that was just forked: sockets of the parent are not its own."""
-    client.cache_clear()
-    script.cache_clear()
-    blocking_client.cache_clear()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 
 from django.conf import settings
 from django.db import Error as DatabaseError
@@ -20,6 +19,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from aemos.lib import redis
+from aemos.lib.per_process import per_process
 from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.exceptions import OverLimit, Overloaded
 from rules.admission import circuit, circuit_store, rates
@@ -233,7 +233,7 @@ def configured_thresholds() -> Thresholds:
     )
 
 
-@cache
+@per_process
 def shared() -> Admission:
     """The admission of this process."""
     return Admission()

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -25,6 +25,7 @@ from gevent.lock import RLock
 from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
+from aemos.lib.per_process import per_process
 from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.catalogue import Credential
 from devices.exceptions import Overloaded, Refusal
@@ -254,7 +255,7 @@ def _parameters(row: Row) -> list[Any]:
     return [uuid4().hex, row.event_id.hex if row.event_id else None, *row[1:]]
 
 
-@cache
+@per_process
 def shared() -> Recorder:
     """The recorder of this process."""
     return Recorder()

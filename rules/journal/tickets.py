@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import cache
 from math import ceil
 from typing import Any
 
@@ -17,6 +16,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
 
 from aemos.lib import redis
+from aemos.lib.per_process import per_process
 from rules.events import Lane
 from rules.journal.slots import Slot
 
@@ -71,7 +71,7 @@ def issue_all(slots: Iterable[Slot]) -> None:
             log.warning("ticket for %s/%d was not queued: %s", slot.lane, slot.partition, redis.explain(error))
 
 
-@cache
+@per_process
 def queue_of(name: str) -> Queue:
     """Kept, because each new Queue of django-rq opens a connection of its own, without a timeout."""
     return django_rq.get_queue(

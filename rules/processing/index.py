@@ -11,9 +11,9 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from operator import attrgetter
 
+from aemos.lib.per_process import per_process
 from devices import catalogue
 from devices.models import CatalogueVersion, DeviceState
 from rules.engine.bound import DeployedChain
@@ -187,7 +187,7 @@ def _bound(row: RuleChain, chain: Chain, states: States) -> DeployedChain:
     )
 
 
-@cache
+@per_process
 def shared() -> RuleIndex:
     """The index of this process."""
     return RuleIndex()

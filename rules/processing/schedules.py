@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
@@ -19,6 +18,7 @@ from django.db.models import Q
 from django.utils import timezone
 from redis.exceptions import RedisError
 
+from aemos.lib.per_process import per_process
 from devices.exceptions import Overloaded
 from rules import events
 from rules.admission import control, rejections
@@ -107,7 +107,7 @@ class Firing:
         rejections.shared().flush()  # nothing else in this process lets the recorder's greenlet run
 
 
-@cache
+@per_process
 def shared() -> Firing:
     """The firing of this process."""
     return Firing()

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 from django.conf import settings
@@ -22,6 +21,7 @@ from django.utils import timezone
 
 from aemos.lib import metrics
 from aemos.lib.batched import batched
+from aemos.lib.per_process import per_process
 from aemos.lib.text import storable
 from rules.effects import suspension
 from rules.engine.bound import DeployedChain
@@ -151,7 +151,7 @@ class Statistics:
             self._waiting.setdefault(pk, Count()).add(count)
 
 
-@cache
+@per_process
 def shared() -> Statistics:
     """The statistics of this process."""
     return Statistics()
