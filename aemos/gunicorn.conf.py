@@ -20,7 +20,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "aemos.settings")
 def _share_metrics() -> None:
     """Workers of one master add up what they count in files. prometheus_client decides at its import, so this comes first.
 
-    The folder is this master's own: two on one machine differ in their port, and no other kind of process is told of it.
+    The folder is this master's own: two on one machine differ in their port, and no other kind of process knows it.
     """
     from django.conf import settings
 

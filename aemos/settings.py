@@ -56,7 +56,7 @@ SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = BEHIND_TLS_PROXY
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = BEHIND_TLS_PROXY
 SESSION_COOKIE_HTTPONLY = True
 
-# Who may watch, and what an orchestrator is told
+# Who may read metrics and health, and what an orchestrator sees of them
 METRICS_TOKEN = _env.secret("METRICS_TOKEN")
 METRICS_ALLOWED_NETWORKS = _env.networks("METRICS_ALLOWED_NETWORKS")
 READINESS_FAILS_WHEN_OPEN = _env.flag("READINESS_FAILS_WHEN_OPEN", default=False)

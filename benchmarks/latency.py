@@ -22,7 +22,7 @@ from deploy.local import LocalSystem
 
 
 class Arrivals(Received):
-    """When one listener was told which value of the pump's state."""
+    """When one listener received which value of the pump's state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,15 +30,15 @@ class Arrivals(Received):
 
     def add(self, body: Mapping[str, Any]) -> None:
         now = time.perf_counter()  # the same clock in all processes
-        told = body["states"]["power"] if "states" in body else body["data"]
-        self._arrivals.put((told.get("value"), now))
+        state = body["states"]["power"] if "states" in body else body["data"]
+        self._arrivals.put((state.get("value"), now))
 
     def answer(self, asked: Any) -> float:
-        """Waits until it is told the value, not before the given moment."""
+        """Waits until it receives the value, not before the given moment."""
         value, since = asked
         while True:
-            told, at = self._arrivals.get()
-            if told == value and at >= since:
+            value_received, at = self._arrivals.get()
+            if value_received == value and at >= since:
                 return at
 
 

@@ -37,10 +37,10 @@ class Child:
             raise TimeoutError(f"{self._name} did not get ready within {START_SECONDS:g} s")
 
     def ask(self, what: Any) -> Any:
-        self.tell(what)
+        self.send(what)
         return self.answer()
 
-    def tell(self, what: Any) -> None:
+    def send(self, what: Any) -> None:
         self._ours.send(what)
 
     def answer(self) -> Any:
@@ -58,7 +58,7 @@ class Child:
 
 
 class Received:
-    """How many messages a listener was given. Who wants to know more of them keeps it in `add` and tells it in `answer`."""
+    """How many messages a listener was given. A subclass that needs more of them keeps it in `add` and answers it in `answer`."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -2,7 +2,7 @@
 
 A system of its own is started on free ports of this machine; publisher and listeners are processes of their own. Each
 message is for Socket.IO, MQTT and CoAP at once. Nine of ten are alerts, one of ten switches a device, which is what CoAP
-observers see: they are told the newest state, not every change.
+observers see: they get the newest state, not every change.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ Sent = tuple[int, tuple[int, float], float, float]
 def watch(system: LocalSystem, publisher: Child, listeners: dict[str, Child], *, patience: float) -> Sent:
     """Prints how much memory the gateway has and how far the listeners are, until everything is published."""
     began = time.perf_counter()
-    publisher.tell("go")
+    publisher.send("go")
     while publisher.is_silent(SHOW_EVERY_SECONDS) and time.perf_counter() - began < patience:
         received = ", ".join(f"{name} {child.ask('count')[1]}" for name, child in listeners.items())
         seconds = time.perf_counter() - began

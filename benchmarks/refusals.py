@@ -65,8 +65,8 @@ def fill(system: LocalSystem) -> None:
     for _ in range(100):
         connection.request("POST", "/api/v1/telemetry", content, headers)
         answer = connection.getresponse()
-        told = json.loads(answer.read())
-        if answer.status == 503 and told["circuitState"] == "OPEN":
+        refusal = json.loads(answer.read())
+        if answer.status == 503 and refusal["circuitState"] == "OPEN":
             return
         time.sleep(0.02 if answer.status == 202 else 0.3)
     raise RuntimeError("the circuit did not open")

@@ -63,8 +63,8 @@ for number in range({SENSORS}):
         builders.node("clear", {{"type": "clear_alarm", "alarm": "too high"}}),
     ])
     builders.chain(farm, [
-        builders.node("often", {{**high, "times": 5, "within": "1m"}}, next="tell"),
-        builders.node("tell", {{"type": "notify", "severity": "info", **about}}),
+        builders.node("often", {{**high, "times": 5, "within": "1m"}}, next="notify"),
+        builders.node("notify", {{"type": "notify", "severity": "info", **about}}),
     ])
     builders.chain(farm, [
         builders.node("silent", {{**silent, "operator": "olderThan", "duration": "1s"}}, next="on", on_false="off"),

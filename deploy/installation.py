@@ -72,7 +72,7 @@ class Installation:
         }
 
     def environment(self, *, mqtt: bool) -> dict[str, str]:
-        """What every Django process of this installation is told."""
+        """The environment of every Django process of this installation."""
         # A secret's _FILE variant, a user name or TLS meant for other servers must not reach these processes.
         silenced = {f"{name}_FILE": "" for name in SECRETS}
         return {

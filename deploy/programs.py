@@ -69,7 +69,7 @@ def announce(line: str) -> None:
 
 
 def get(name: str, *, say: Callable[[str], None] = announce) -> Program:
-    """Find `name`, or fetch it into .servers/, telling `say` one line per step.
+    """Find `name`, or fetch it into .servers/, calling `say` with one line per step.
 
     Runs at the same time wait for one another. Raises FetchError with one line saying what is missing and what to do.
     """

@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fetch_missing(names: list[str]) -> None:
-    failed: set[str] = set()  # several programs come from one package, whose failure is told once
+    failed: set[str] = set()  # several programs come from one package, whose failure is reported once
     for name in names:
         try:
             if BUNDLES[name] not in failed:

@@ -134,11 +134,11 @@ class Catalogue:
         now = self._clock()
         if not at_once and now - self._checked_at < REFRESH_SECONDS:
             return
-        self._checked_at = now  # before the query: other greenlets go on with what is known instead of queueing up
+        self._checked_at = now  # before the query: other greenlets use what is known instead of queueing up
         try:
             versions = dict(CatalogueVersion.objects.values_list("organization_id", "version"))
         except DatabaseError as error:
-            log.warning("Tokens and sensors cannot be refreshed, going on with what is known: %s", error)
+            log.warning("Tokens and sensors cannot be refreshed, the last known ones are used: %s", error)
             return
         changed = {
             key for key in self._versions.keys() | versions.keys() if self._versions.get(key) != versions.get(key)

@@ -29,7 +29,7 @@ def value_problem(value: object, datatype: str) -> str:
         return f"must be a string, not {_kind(value)}"
     if len(value) > MAXIMUM_TEXT_LENGTH:
         return f"is longer than {MAXIMUM_TEXT_LENGTH} characters"
-    # PostgreSQL stores no NUL in a text: told now, rather than after the event was accepted.
+    # PostgreSQL stores no NUL in a text: refused now, rather than after the event was accepted.
     return "holds a NUL character" if "\x00" in value else ""
 
 

@@ -1,8 +1,8 @@
-"""What a transport still has to deliver: entries of the stream in, one at a time out, urgent ones first.
+"""Order what a transport still has to deliver: one message at a time, urgent ones first.
 
 An urgent message overtakes all but the earlier messages of its own addressee, which go out before it: a device must
-never hear "off" and then the "on" that came before. People are told in the order of the stream, whatever is urgent,
-because they go on from the last position they have seen. Pure: no Django, no Redis.
+never hear "off" and then the "on" that came before. People get messages in the order of the stream, whatever is urgent,
+because they resume from the last position they have seen. Pure: no Django, no Redis.
 """
 
 from __future__ import annotations

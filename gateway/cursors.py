@@ -31,7 +31,7 @@ NOTHING = b"0-0"
 BLOCK_MS = 1_000
 # A stream that lost its newest entries, or is a new one behind a clock that is late, is read again from this far back.
 REWIND_MS = 60_000
-# How far back a new group begins. Not at the first entry: a broker that is added after a month would otherwise be told
+# How far back a new group begins. Not at the first entry: a broker that is added after a month would otherwise get
 # the whole history, and pumps would follow it. Not at the newest: workers may have started minutes before the gateway.
 GROUP_BEGINS_MS = 600_000
 ASK_TO_LEAD_SECONDS = 1.0

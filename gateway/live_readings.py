@@ -1,6 +1,6 @@
 """Send people the readings of variables they watch, at most one event per variable and second.
 
-One or two readings are told as they are (`new-datastream`), more as count, least, greatest, average and latest
+One or two readings are sent as they are (`new-datastream`), more as count, least, greatest, average and latest
 (`datastream-batch`), so that a variable that is measured a hundred times a second does not flood a phone.
 """
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 NEW_DATASTREAM, DATASTREAM_BATCH = "new-datastream", "datastream-batch"
 GATHER_SECONDS = 1.0
 AS_THEY_ARE = 2
-# Watched at the same time through one gateway; what is over it is not told live.
+# Watched at the same time through one gateway; what is over it is not sent live.
 MAXIMUM_VARIABLES = 10_000
 SAY_AGAIN_SECONDS = 5.0
 RETRY_SECONDS = 1.0
@@ -37,16 +37,16 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Audience(Protocol):
-    """Who watches, and how to tell them. Called from one greenlet; telling never waits."""
+    """Who watches, and how to send to them. Called from one greenlet; sending never waits."""
 
     def watched_variables(self) -> set[str]:
         """The uuids of the variables that somebody watches now."""
 
-    def tell_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None: ...
+    def send_to_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None: ...
 
 
 class Watched(NamedTuple):
-    """What clients are told of a variable beside its readings."""
+    """What clients get of a variable beside its readings."""
 
     uuid: str
     sensor: str
@@ -86,7 +86,7 @@ class Gathered:
             self.latest = reading
 
     def events(self, watched: Watched) -> list[tuple[str, dict[str, Any]]]:
-        """(event, body) to tell, in the order of time."""
+        """(event, body) to send, in the order of time."""
         about = {"variable": watched.uuid, "sensor": watched.sensor, "name": watched.name, "unit": watched.unit}
         if self.count <= AS_THEY_ARE:
             ordered = sorted(self.first, key=lambda reading: reading[1])
@@ -121,7 +121,7 @@ class LiveReadings:
         self._log = RateLimitedLog(log)
 
     def run(self, stopping: Event) -> None:
-        """Gathers and tells until `stopping`; Redis may be away meanwhile."""
+        """Gathers and sends until `stopping`; Redis may be unavailable meanwhile."""
         channel = redis.blocking_client().pubsub(ignore_subscribe_messages=True)
         try:
             channel.subscribe(keys.LIVE_READINGS)
@@ -139,7 +139,7 @@ class LiveReadings:
                 self.gather(message["data"])
             if self._clock() >= self._due:
                 self._due = self._clock() + GATHER_SECONDS
-                self.tell()
+                self.send()
                 self.look()
             self._log.recovered("redis")
         except RedisError as error:
@@ -160,15 +160,15 @@ class LiveReadings:
             if reading[0] in self._watched:
                 self._gathered.setdefault(reading[0], Gathered()).add(reading)
 
-    def tell(self) -> None:
-        """Tells what was gathered since the last time, and forgets it."""
+    def send(self) -> None:
+        """Sends what was gathered since the last time, and forgets it."""
         gathered, self._gathered = self._gathered, {}
         for variable_id, each in gathered.items():
             watched = self._watched.get(variable_id)
             if watched is None:
                 continue
             for event, body in each.events(watched):
-                self._audience.tell_watchers(watched.uuid, event, body)
+                self._audience.send_to_watchers(watched.uuid, event, body)
             metrics.LIVE_READINGS.labels("delivered").inc(each.count)
 
     def look(self) -> None:
@@ -186,7 +186,7 @@ class LiveReadings:
         room = MAXIMUM_VARIABLES - len(self._watched)
         if len(uuids) > room:
             metrics.LIVE_READINGS.labels("over-limit").inc(len(uuids) - room)
-            log.warning("%d variables are not told live: %d are watched", len(uuids) - room, MAXIMUM_VARIABLES)
+            log.warning("%d variables are not sent live: %d are watched", len(uuids) - room, MAXIMUM_VARIABLES)
         if not uuids or room <= 0:
             return False
         try:

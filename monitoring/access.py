@@ -1,6 +1,6 @@
 """Whether a request may read health and metrics.
 
-Nothing that is shown tells of a tenant; but how loaded a farm is and where it breaks is not for strangers either.
+Nothing that is shown is about one organization; but how loaded a farm is and where it fails is not for strangers either.
 """
 
 from __future__ import annotations

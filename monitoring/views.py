@@ -98,7 +98,7 @@ class PrometheusView(WatchView):
 
 
 class ResetView(APIView):
-    """A person closes the circuit. Its automatic transitions go on from there."""
+    """A person closes the circuit. Its automatic transitions continue from there."""
 
     authentication_classes = (JWTAuthentication, SessionAuthentication)
     permission_classes = (IsAdminUser,)

@@ -1,4 +1,4 @@
-"""The admin's pages of notifications: what was told, how far each protocol has come, and telling it again."""
+"""The admin's pages of notifications: what was sent, how far each protocol has come, and sending it again."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from notifications.models import Notification
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """`event_id` is the sender's: an organization is told each once. `actor` is the name of the person."""
+    """`event_id` is the sender's: each makes one notification in an organization. `actor` is the name of the person."""
 
     organization: Organization
     device: Device | None
@@ -30,7 +30,7 @@ class Announcement:
 
 
 def announce(announcement: Announcement) -> Notification:
-    """The notification of this event id, told now unless it was before."""
+    """The notification of this event id, published now unless it was before."""
     message = _message(announcement)
     device_id = announcement.device.pk if announcement.device else None
     with transaction.atomic():

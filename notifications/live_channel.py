@@ -67,7 +67,7 @@ def publish(rows: Sequence[Reading]) -> None:
         redis.client().publish(keys.LIVE_READINGS, _encode([tuple(row) for row in rows]))
     except RedisError as error:
         metrics.LIVE_READINGS.labels("lost").inc(len(rows))
-        log.warning("%d live readings were not told: %s", len(rows), redis.explain(error))
+        log.warning("%d live readings were not published: %s", len(rows), redis.explain(error))
         return
     metrics.LIVE_READINGS.labels("published").inc(len(rows))
 

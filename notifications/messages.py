@@ -43,7 +43,7 @@ def protocols_for(kind: str) -> tuple[Protocol, ...]:
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One thing to tell. `effect_key` is unique: the same effect is told once, however often its event is processed.
+    """One notification. `effect_key` is unique: the same effect makes one message, however often its event is processed.
 
     `device_uuid` addresses one device and those who watch it; without it the whole organization is addressed.
     `timestamp` is when it happened, RFC 3339 in UTC. `payload` is what clients receive under "data". `expires_at`, in epoch
@@ -74,12 +74,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     @property
     def changed_device(self) -> str | None:
-        """The device whose state it tells a change of; None when it tells something else."""
+        """The device whose state it reports a change of; None when it is about something else."""
         return self.device_uuid if self.event == DEVICE_STATE_CHANGE else None
 
 
 def has_expired(message: Message, now: float) -> bool:
-    """Whether it must not be sent any more. A device's state is never too old to be told, because devices and observers
+    """Whether it must not be sent any more. A device's state is never too old to be sent, because devices and observers
     converge on it; what expires of it is the command, and that is for the transport to leave out."""
     if message.event == DEVICE_STATE_CHANGE or message.expires_at is None:
         return False

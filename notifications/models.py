@@ -1,4 +1,4 @@
-"""Tables of the outbox (what is to be told, and how far each protocol has come) and of what the broker was given."""
+"""Tables of the outbox (what is to be sent, and how far each protocol has come) and of the accounts at the broker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NotificationQuerySet(models.QuerySet["Notification"]):
 
 
 class Notification(models.Model):
-    """One message to devices and people; written in the transaction of the effect that it tells of."""
+    """One message to devices and people; written in the transaction of the effect that it reports."""
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     effect_key = models.CharField(max_length=200, unique=True)
@@ -91,7 +91,7 @@ class Delivery(models.Model):
 
 
 class BrokerAccount(models.Model):
-    """A credential that the MQTT broker was given. Compared with the live device tokens, it tells what the broker lacks.
+    """An account at the MQTT broker. Compared with the live device tokens, these rows show what the broker lacks.
 
     No foreign keys: the account must outlive the token, the device and the organization until the broker has let it go.
     """

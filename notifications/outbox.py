@@ -1,8 +1,8 @@
-"""The outbox: messages in, rows in the caller's transaction, then entries of the notification stream after its commit.
+"""The outbox: write messages as rows in the caller's transaction, and publish them after its commit.
 
 A crash between commit and publication leaves rows without `published_at`; `sweep` publishes those. Publishing twice is
 harmless, because clients know a message by its id; publishing late is not, because a device must not go back to a state
-that was changed since. So the changes of one state are published in their order, and what is late and superseded is not told
+that was changed since. So the changes of one state are published in their order, and what is late and superseded is not sent
 to the broker any more.
 """
 
@@ -73,27 +73,27 @@ def _row(message: Message, organization_id: int, device_id: int | None) -> Notif
 def publish(outgoing: Sequence[Message]) -> None:
     """Puts committed messages on the stream. When Redis is away they stay in the outbox, and the sweep publishes them.
 
-    Two workers that change one state, one after the other, may come here the other way round. So whoever tells of a change
-    first tells what was changed before and is not told yet, and leaves out what another worker has told by then.
+    Two workers that change one state, one after the other, may come here in the other order. So the one that publishes a change
+    first publishes earlier changes that are not published yet, and leaves out what another worker has published by then.
     """
-    entries = [*_untold(outgoing), *(Entry(message) for message in outgoing if not message.changed_device)]
+    entries = [*_unpublished(outgoing), *(Entry(message) for message in outgoing if not message.changed_device)]
     if entries:
         _put(entries)
 
 
-def _untold(outgoing: Sequence[Message]) -> list[Entry]:
+def _unpublished(outgoing: Sequence[Message]) -> list[Entry]:
     """The changes among the messages, and those of the same devices that others are about to publish, as they were made."""
     mine = {message.id: message for message in outgoing if message.changed_device}
     if not mine:
         return []
-    untold = Notification.objects.filter(
+    unpublished = Notification.objects.filter(
         Q(created_at__gte=timezone.now() - SWEEP_AGE) | Q(uuid__in=mine),
         published_at=None,
         event=messages.DEVICE_STATE_CHANGE,
         device__uuid__in={device for message in mine.values() if (device := message.changed_device)},
     )
     # What does not fit waits for the sweep, and so does what comes after it.
-    rows = oldest(untold, maximum=SWEEP_BATCH + len(mine))
+    rows = oldest(unpublished, maximum=SWEEP_BATCH + len(mine))
     pending = _pending_protocols([row for row in rows if row.uuid not in mine], tuple(Protocol))
     known = [(row.pk, mine.get(row.uuid) or message_of(row, pending.get(row.pk, ()))) for row in rows]
     return [Entry(message, number, unless_above=number - 1) for number, message in known]
@@ -194,7 +194,7 @@ def _pending_protocols(
 
 
 def send_again(rows: Sequence[Notification]) -> int:
-    """Somebody wants the rows told again, now, on every protocol they were for; returns how many. At most RESEND_MAXIMUM.
+    """Sends the rows again, as somebody asks, on every protocol they were for; returns how many. At most RESEND_MAXIMUM.
 
     A state change that a newer one has superseded goes to people only: the device would go back to it.
     """

@@ -1,4 +1,4 @@
-"""Messages onto the notification stream: committed messages in, entries out; of one state, never an older change after a newer.
+"""Publish committed messages on the notification stream; of one state, never an older change after a newer one.
 
 Redis compares and appends in one step, so it does not matter which worker, or the sweep, comes first.
 """
@@ -18,17 +18,17 @@ from notifications.messages import Message
 
 # KEYS: stream, hash of the device. ARGV: field, number, unless above, seconds to keep the hash, length, message.
 _APPEND = """
-local told = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or 0)
-if told > tonumber(ARGV[3]) then return 0 end
+local last = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or 0)
+if last > tonumber(ARGV[3]) then return 0 end
 redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[5], '*', 'm', ARGV[6])
-if told < tonumber(ARGV[2]) then
+if last < tonumber(ARGV[2]) then
     redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
     redis.call('EXPIRE', KEYS[2], ARGV[4])
 end
 return 1
 """
 # Longer than a worker stands still between its look into the outbox and its writing to the stream; not so long that numbers of
-# before a database was restored keep those after it from being told.
+# before a database was restored keep those after it from being published.
 KEPT_SECONDS = 120
 
 

@@ -48,7 +48,7 @@ class NotificationSerializer(CamelCaseSerializer[Notification]):
 
 
 class NewNotificationSerializer(CamelCaseMixin):
-    """What a person wants to tell. Without `device` it is for the whole organization."""
+    """A notification that a person sends. Without `device` it is for the whole organization."""
 
     organization = organization_field()
     device = ScopedField[Device](queryset=Device.objects.all(), required=False, allow_null=True, default=None)
@@ -68,7 +68,7 @@ class NewNotificationSerializer(CamelCaseMixin):
         max_length=10,
     )
     event_id = serializers.UUIDField(
-        required=False, help_text="Your own; sending the same again tells nobody twice.", default=uuid4
+        required=False, help_text="Your own; sending the same again notifies nobody twice.", default=uuid4
     )
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:

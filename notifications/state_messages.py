@@ -1,4 +1,4 @@
-"""The messages that tell of a device's state: a StateChange row in, the same Message out whenever it is told."""
+"""Messages about a device's state, made of its StateChange row: the same message however often it is made."""
 
 from __future__ import annotations
 

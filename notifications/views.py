@@ -1,4 +1,4 @@
-"""The REST API of notifications: requests in, what was told and how far it has come out; and telling by hand."""
+"""The REST API of notifications: what was sent and how far it has come; and sending by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NotificationFilter(FilterSet):
     device = by_uuid("device")
     event = CharFilter()
     kind = CharFilter(field_name="event")
-    # When it was written, not when it happened: a client that was away asks for what it has not been told.
+    # When it was written, not when it happened: a client that was disconnected asks for what it has not received.
     since = IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
     until = IsoDateTimeFilter(field_name="created_at", lookup_expr="lte")
     state = ChoiceFilter(choices=Delivery.State.choices, method="leave")
@@ -44,7 +44,7 @@ class NotificationFilter(FilterSet):
 
 
 class NotificationViewSet(ReadViewSet[Notification]):
-    """What was told to devices and people, newest first, with how far each protocol has come."""
+    """Notifications to devices and people, newest first, with how far each protocol has come."""
 
     resource = "notifications"
     queryset = Notification.objects.select_related("organization", "device").prefetch_related("deliveries")

@@ -186,7 +186,7 @@ def _not_finite(payload: bytes, *, is_batch: bool) -> BadPayload | None:
                     text = f"{_place(place)}values.{name} is not a finite number"
                     return BadPayload(text, index=place, field=f"values.{name}")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return None  # broken in another way, which the caller tells
+        return None  # broken in another way, which the caller reports
     return None
 
 
@@ -394,7 +394,7 @@ TIMER = "timer"
 
 
 def is_run(event: Event) -> bool:
-    """Whether the event runs chains on what is known, instead of telling what a sensor or device says."""
+    """Whether the event runs chains on what is known, instead of reporting what a sensor or device says."""
     return event.source_type == CHAIN or event.protocol == TIMER
 
 

@@ -25,7 +25,7 @@ from rules.journal.slots import Slot
 from rules.processing import failures, index, timers
 from rules.processing.batch import BatchResult
 from rules.processing.condition_memory import ConditionStateStore
-from rules.processing.isolation import AWAY, process
+from rules.processing.isolation import AWAY, process_with_isolation
 from rules.processing.takeover import take_over
 from rules.processing.work import BATCH_EVENTS, Work
 
@@ -42,7 +42,7 @@ def drain(lane: str, partition: int) -> None:
     1. `Lease.acquire`: one worker at a time drains a slot; another one's ticket ends here.
     2. `take_over`: process what a worker left that died.
     3. `_next`: read a batch: events whose next attempt is due, then entries of the journal.
-    4. `process`: the batch in one transaction, or event by event when something in it raises.
+    4. `process_with_isolation`: `batch.process` in one transaction, or event by event when something in it raises.
     5. `_finish`: publish what was committed, then acknowledge it in the journal; repeat from 3 while time is left.
     6. `_give_back`: release the lease, and queue the next ticket if events are left.
 
@@ -75,7 +75,7 @@ def _work(lease: Lease, *, deadline: float) -> None:
         work = _next(lease)
         if not work:
             return
-        _finish(lease, work, process(work.events, work, on_event_start=lease.renew_if_due))
+        _finish(lease, work, process_with_isolation(work.events, work, on_event_start=lease.renew_if_due))
         if time.monotonic() > deadline:
             return
 
@@ -98,7 +98,7 @@ def _entries_to_read(work: Work) -> int:
 
 
 def _finish(lease: Lease, work: Work, result: BatchResult) -> None:
-    """After the commit: tells what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
+    """After the commit: publishes what changed, then acknowledges. A crash before the last step makes duplicates, no loss."""
     perform.publish(result.applied)
     latest.remember(result.latest)
     timers.remember(result.next_timers)

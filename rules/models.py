@@ -186,7 +186,9 @@ class Alarm(Identified):
     times_raised = models.PositiveIntegerField(
         default=1, help_text="Events that would have raised it until it was cleared."
     )
-    is_flapping = models.BooleanField(default=False, help_text="It comes and goes too often to be told every time.")
+    is_flapping = models.BooleanField(
+        default=False, help_text="It comes and goes too often for a notification every time."
+    )
     acknowledged_at = models.DateTimeField(null=True, blank=True)
     acknowledged_by = models.CharField(max_length=150, blank=True)
     cleared_at = models.DateTimeField(null=True, blank=True)
@@ -307,7 +309,7 @@ class DeadLetter(Decidable):
 
 
 class Replay(models.Model):
-    """A request to send kept events into the queue again, worked off in steps at a capped rate."""
+    """A request to send kept events into the queue again, processed in steps at a capped rate."""
 
     class Kind(models.TextChoices):
         REJECTED = "rejected-events"

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,20 +22,11 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from deploy.processes import Process, has_ended, kill, spawn, terminate
+from tests.waiting import WAIT_SECONDS, until
 
 T = TypeVar("T")
-WAIT_SECONDS = 20.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULE = "tests.gateway_process"
-
-
-def until(look: Callable[[], T], *, seconds: float = WAIT_SECONDS) -> T:
-    """What `look` gives as soon as it is true."""
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"nothing came of it in {seconds:g} s: {seen!r}"
-        time.sleep(0.02)
-    return seen
 
 
 class Operator:
@@ -162,7 +152,9 @@ def _run_gateway(spec: list[dict[str, Any]]) -> None:
     from gateway.live_readings import LiveReadings
 
     transports = [_transport(**each) for each in spec]
-    background_tasks = {each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "tell_watchers")}
+    background_tasks = {
+        each.protocol: LiveReadings(each).run for each in transports if hasattr(each, "send_to_watchers")
+    }
     gateway = Gateway(transports, background_tasks=background_tasks)
     stop = Event()
     gevent.signal_handler(signal.SIGTERM, stop.set)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from deploy.local import LocalSystem
 from deploy.programs import get
 from tests import socketio_clients, system_clients
-from tests.gateway_process import until
+from tests.waiting import until
 
 # A message's body and where it came from: the event of Socket.IO, the last part of an MQTT topic, "observe" over CoAP.
 Heard = list[tuple[str, dict[str, Any]]]

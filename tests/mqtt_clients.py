@@ -19,23 +19,14 @@ from paho.mqtt.properties import Properties
 from deploy.programs import get
 from deploy.servers import Server
 from devices import tokens
+from tests.waiting import WAIT_SECONDS, until
 
 T = TypeVar("T")
-SOON_SECONDS = 5.0
-
-
-def until(look: Callable[[], T], *, seconds: float = SOON_SECONDS) -> T:
-    """What `look` gives as soon as it is true."""
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"nothing came of it in {seconds:g} s: {seen!r}"
-        time.sleep(0.02)
-    return seen
 
 
 def patient(execute: Callable[..., T], sql: str, params: Any, many: bool, context: dict[str, Any]) -> T:
     """An execute wrapper: SQLite in memory, unlike a file, does not wait for another thread's statement to end."""
-    deadline = time.monotonic() + SOON_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
             return execute(sql, params, many, context)
@@ -97,7 +88,7 @@ class Client:
 
     def publish(self, topic: str, payload: str | bytes, qos: int = 1, *, retain: bool = False) -> None:
         """Returns when the broker has acknowledged it, whether it passed it on or not."""
-        self._client.publish(topic, payload, qos=qos, retain=retain).wait_for_publish(SOON_SECONDS)
+        self._client.publish(topic, payload, qos=qos, retain=retain).wait_for_publish(WAIT_SECONDS)
 
     def publish_many(self, messages: list[tuple[str, str]]) -> None:
         sent = [self._client.publish(topic, payload, qos=1) for topic, payload in messages]
@@ -140,7 +131,7 @@ def device(broker: Server, token: str) -> Iterator[Client]:
 def operator(broker: Server) -> Iterator[Client]:
     """Somebody who may publish and see everything."""
     with client(broker, broker.username, broker.password) as found:
-        assert found.connected.wait(SOON_SECONDS)
+        assert found.connected.wait(WAIT_SECONDS)
         yield found
 
 

@@ -18,7 +18,8 @@ import pytest
 import socketio
 
 from deploy import javascript
-from tests.gateway_process import GatewayProcess, until
+from tests.gateway_process import GatewayProcess
+from tests.waiting import until
 
 JAVASCRIPT = Path(__file__).resolve().parent / "javascript"
 

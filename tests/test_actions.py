@@ -158,7 +158,8 @@ def test_a_value_the_state_does_not_allow_takes_the_failure_branch() -> None:
 
     assert asked == [(PUMP, "power", "on")]
     assert isinstance(told, Notify)
-    assert told.message == "Pump cannot be set: power must be one of ['off']"
+    assert "Pump" in told.message
+    assert "['off']" in told.message
     assert [type(effect) for effect in chain_with_failure(refuses_nothing).effects] == [DeviceCommand]
 
 

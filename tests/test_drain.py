@@ -313,7 +313,8 @@ def test_one_event_that_raises_stops_neither_its_batch_nor_its_partition(
         make_due()
         drain_all()
     letter = DeadLetter.objects.get()
-    assert (letter.attempts, letter.error) == (4, "ValueError: this one cannot be processed")
+    assert letter.attempts == 4
+    assert "ValueError" in letter.error
     assert "Traceback" in letter.traceback
     assert ledger() == Account(accepted=3, processed=2, dead=1)
 
@@ -353,7 +354,7 @@ def test_an_event_that_killed_three_workers_that_were_at_it_is_put_aside(
     monkeypatch.setattr(decide, "decide_event", decide_event)
     drain_all()
 
-    assert DeadLetter.objects.get().error == "the worker died 3 times while it processed this event"
+    assert "died 3 times" in DeadLetter.objects.get().error
     assert farm.state() == "on"
     # 6.1 was committed by a worker that then died on 6.66.
     assert ledger() == Account(accepted=3, processed=1, duplicate=1, dead=1)
@@ -475,7 +476,7 @@ def test_a_variable_deleted_after_acceptance_makes_a_dead_letter_that_says_so(fa
     catalogue.shared().refresh(at_once=True)
     drain_all()
 
-    assert DeadLetter.objects.get().error == "mode of Reservoir A was deleted after the event was accepted"
+    assert DeadLetter.objects.get().error.startswith("mode of Reservoir A was deleted")
     assert ledger() == Account(accepted=1, dead=1)
 
 

@@ -223,7 +223,9 @@ def test_a_value_that_is_no_longer_allowed_goes_to_the_failure_branch(farm: Farm
 
     assert farm.send(farm.event()).failures == []
     assert StateChange.objects.count() == 0
-    assert [each["message"] for each in told()] == ["Doser cannot be set: power must be one of ['off']"]
+    (note,) = told()
+    assert "Doser" in note["message"]
+    assert "['off']" in note["message"]
 
 
 def test_a_value_that_is_no_longer_allowed_fails_a_chain_without_a_branch_for_it(farm: Farm) -> None:
@@ -233,7 +235,8 @@ def test_a_value_that_is_no_longer_allowed_fails_a_chain_without_a_branch_for_it
 
     (failure,) = farm.send(farm.event()).failures
 
-    assert (failure.node, failure.error) == ("a0", "Doser cannot be set: power must be one of ['off']")
+    assert failure.node == "a0"
+    assert "['off']" in failure.error
     assert (StateChange.objects.count(), told()) == (0, [])
 
 
@@ -254,7 +257,8 @@ def test_a_notification_about_a_device_that_is_gone_fails_by_name(farm: Farm) ->
 
     (failure,) = farm.send(farm.event()).failures
 
-    assert (failure.node, failure.error) == ("a0", f"device {farm.doser.uuid} does not exist any more")
+    assert failure.node == "a0"
+    assert str(farm.doser.uuid) in failure.error
 
 
 def test_an_action_rests_after_it_was_done_and_what_is_left_out_is_counted(farm: Farm) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from deploy.local import LocalSystem, local_system
-from tests.gateway_process import until
 from tests.socketio_clients import connected
 from tests.system_clients import Person, coap_post, http_post, mqtt_publish, reading
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
 

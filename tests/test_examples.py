@@ -18,8 +18,8 @@ import pytest
 from deploy.installation import LISTENERS
 from deploy.local import LocalSystem, local_system
 from deploy.programs import REPOSITORY, get
-from tests.gateway_process import until
 from tests.system_clients import Person
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 SOON_SECONDS = 20.0

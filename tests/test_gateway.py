@@ -21,7 +21,8 @@ from notifications.messages import Message, Protocol
 from notifications.models import Delivery
 from notifications.publisher import Entry, append
 from tests import builders
-from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running, until
+from tests.gateway_process import REPOSITORY, GatewayProcess, memory, new_message, operator, running
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("empty_redis")
 MQTT = "mqtt"

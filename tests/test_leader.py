@@ -9,8 +9,8 @@ import pytest
 
 from aemos.lib import leader, redis
 from aemos.lib.leader import Leader
-from tests.gateway_process import until
 from tests.test_monitoring import redis_away
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("empty_redis")
 

@@ -114,10 +114,11 @@ def test_a_slow_chain_is_told_by_code_and_name_and_its_slot_goes_on(farm: Farm, 
     settings.RULE_CHAIN_TIMEOUT_MS = 30_000
     letters = DeadLetter.objects.order_by("chain__name")
     assert [(letter.chain, letter.node) for letter in letters] == [(farm.simple, "low"), (farm.wide, "both")]
-    assert {letter.error for letter in letters} == {"RULE_CHAIN_TIMEOUT: the chain took too long and was stopped here"}
+    assert all(letter.error.startswith("RULE_CHAIN_TIMEOUT: ") for letter in letters)
     statistics.shared().flush(force=True)
     counted = ChainStatistics.objects.get(chain=farm.simple)
-    assert (counted.failures, counted.last_error) == (1, "low: the chain took too long and was stopped here")
+    assert counted.failures == 1
+    assert counted.last_error.startswith("low: ")
     assert timeouts(ErrorCode.RULE_CHAIN_TIMEOUT) == 2
 
     farm.append(5.1)
@@ -134,9 +135,8 @@ def test_chains_whose_data_is_not_read_in_time_fail_and_the_others_run(farm: Far
 
     letter = DeadLetter.objects.get()
     assert letter.chain == farm.wide
-    assert letter.error == (
-        f"DATA_COLLECTION_TIMEOUT: not read within -1 ms: the latest values of sensor {farm.other.uuid} ph"
-    )
+    assert letter.error.startswith("DATA_COLLECTION_TIMEOUT: ")
+    assert f"sensor {farm.other.uuid} ph" in letter.error
     assert (farm.is_on(farm.pump), farm.is_on(farm.lamp)) == (True, False)
     assert timeouts(ErrorCode.DATA_COLLECTION_TIMEOUT) == 1
 
@@ -171,7 +171,7 @@ def test_an_event_that_holds_its_worker_too_long_is_put_aside_and_the_others_act
     assert time.monotonic() - began < 20
     letter = DeadLetter.objects.get()
     assert letter.event_id == stuck.id
-    assert letter.error == "the worker died 3 times while it processed this event"
+    assert "died 3 times" in letter.error
     assert StateChange.objects.count() == 1
     # The first was committed by a turn that then was stopped.
     assert ledger.audit(farm.slot) == Account(accepted=3, processed=1, duplicate=1, dead=1)

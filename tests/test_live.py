@@ -15,7 +15,8 @@ from gateway import live_readings
 from gateway.live_readings import Gathered, LiveReadings, Watched
 from notifications import live_channel
 from tests import builders
-from tests.gateway_process import operator, running, until
+from tests.gateway_process import operator, running
+from tests.waiting import until
 
 BEGAN_US = 1_767_323_045_000_000
 PH = Watched("u", "s", "ph", "pH", "number")
@@ -104,7 +105,7 @@ class Audience:
     def watched_variables(self) -> set[str]:
         return self.watched
 
-    def tell_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None:
+    def send_to_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None:
         self.heard.append((variable_uuid, event, body.get("value", body.get("count"))))
 
 
@@ -160,7 +161,7 @@ def test_more_than_so_many_variables_are_not_told_and_that_is_said(
     readings = LiveReadings(Audience(*(str(each.uuid) for each in variables(3))))
     readings.look()
     assert len(live_channel.WatchedVariables().ids()) == 2
-    assert "1 variables are not told live" in caplog.text
+    assert "1 variables are not sent live" in caplog.text
 
 
 @pytest.mark.usefixtures("empty_redis")

@@ -12,9 +12,9 @@ import pytest
 
 from deploy.local import LocalSystem, local_system
 from tests import socketio_clients
-from tests.gateway_process import until
 from tests.listeners import COAP, LISTENERS, MQTT, SOCKETIO, Device, Heard, Listener, listening
 from tests.system_clients import Person, coap_get, http_post, mqtt_grants, reading
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 SOON_SECONDS = 15.0

@@ -38,7 +38,8 @@ from gateway.transport import DeliveryReport, Pending, Status, TransportError
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
 from rules.ingest import Receipt
 from tests import builders
-from tests.mqtt_clients import Client, device, operator, patient, until
+from tests.mqtt_clients import Client, device, operator, patient
+from tests.waiting import until
 
 Test = TypeVar("Test", bound=Callable[..., None])
 ORGANIZATION, DEVICE = str(uuid4()), str(uuid4())

@@ -22,9 +22,10 @@ from gateway.mqtt.transport import MqttTransport
 from notifications.messages import Message
 from notifications.state_messages import message_of
 from tests import builders
-from tests.mqtt_clients import Client, device, operator, until
+from tests.mqtt_clients import Client, device, operator
 from tests.test_device_commands import said, state_of, wished
 from tests.test_mqtt import _clean_broker, needs_broker, running
+from tests.waiting import until
 
 __all__ = ["_clean_broker"]
 

@@ -18,10 +18,11 @@ import pytest
 from deploy.processes import has_ended
 from deploy.servers import Server
 from gateway.mqtt import topics
-from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.gateway_process import GatewayProcess, operator, running
 from tests.mqtt_clients import Client
 from tests.mqtt_clients import operator as mqtt_operator
 from tests.test_mqtt import forget_sessions
+from tests.waiting import until
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("empty_redis", "_clean_sessions")]
 MOMENTS = 20

@@ -76,9 +76,7 @@ def test_a_document_holds_everything_but_what_is_of_its_place(farm: Farm) -> Non
 
 def test_what_is_imported_is_the_same_chain_switched_off(farm: Farm) -> None:
     document = exported(farm)
-    assert farm.imported(document).json() == {
-        "name": ["There is already a rule chain with this name for this organization."]
-    }
+    assert farm.imported(document).json().keys() == {"name"}
     answer = farm.imported(document, name="Acid again")
     assert answer.status_code == 201
     assert (answer.json()["enabled"], answer.json()["nextRunAt"]) == (False, None)
@@ -98,7 +96,7 @@ def test_a_uuid_that_the_organization_lacks_is_a_problem_at_each_place(farm: Far
     ]
     first = told["nodes[0].config.expressions[0].UUID"]
     assert first["value"] == str(farm.sensor.uuid)
-    assert first["message"] == "is no sensor of this organization; the document calls it 'Reservoir A'"
+    assert "'Reservoir A'" in first["message"]
     assert not RuleChain.objects.filter(organization=other.organization).exists()
 
 
@@ -166,4 +164,5 @@ def test_importing_takes_the_role_in_that_organization(farm: Farm) -> None:
     )
     Membership.objects.create(user=person, organization=other.organization, role="viewer")
     answer = farm.client.post(f"{API}/import", {"organization": str(other.organization.uuid), "document": document})
-    assert (answer.status_code, "yours in this organization is viewer" in answer.json()["detail"]) == (403, True)
+    assert answer.status_code == 403
+    assert "viewer" in answer.json()["detail"]

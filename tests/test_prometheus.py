@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from rules.processing import index
 from tests import builders
 from tests.system_clients import coap_post, reading
 from tests.test_monitoring import redis_away
+from tests.waiting import until
 
 PAGE = REPOSITORY / "docs" / "monitoring.md"
 # Of the families of django-prometheus and Python, which describe the web process itself.
@@ -284,13 +285,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
         # One that is still starting gives up when Redis hangs, and whoever runs it would have to start it again.
         until(lambda: (value(scrape(running), "rule_engine_workers") or 0) >= 1)
         yield running
-
-
-def until(reached: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.1)
 
 
 def scrape(system: LocalSystem) -> dict[str, Metric]:

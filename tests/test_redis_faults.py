@@ -24,13 +24,14 @@ from deploy.processes import Process, kill, spawn
 from deploy.servers import Server
 from gateway.mqtt import topics
 from notifications import messages
-from tests.gateway_process import REPOSITORY, GatewayProcess, operator, running, until
+from tests.gateway_process import REPOSITORY, GatewayProcess, operator, running
 from tests.listeners import AIOCOAP, Lines
 from tests.mqtt_clients import operator as mqtt_operator
 from tests.tcp_relay import Relay
 from tests.test_mqtt import forget_sessions
 from tests.test_mqtt_faults import MQTT, Pump
 from tests.test_socketio_faults import Follower
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("empty_redis", "_clean_sessions")
 MOMENTS = 20

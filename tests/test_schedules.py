@@ -36,8 +36,8 @@ from rules.journal.ledger import Account, audit
 from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain
 from rules.processing import index, schedules
 from tests import builders
-from tests.mqtt_clients import until
 from tests.test_drain import make_due
+from tests.waiting import until
 from tests.worker import drain_all, ledger
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]

@@ -71,7 +71,7 @@ def test_a_chain_is_one_sentence_with_names_and_both_branches() -> None:
         ({"operation": "scale", "key": "t", "factor": 2}, "take t times 2, plus 0"),
         ({"operation": "rename", "key": "t", "target": "f"}, "call t f"),
         (command(valueFrom="x", force=True), "set Doser power to the value of x, also when it is so already"),
-        ({"type": "notify", "title": "Leak", "severity": "critical"}, "tell people “Leak” (critical)"),
+        ({"type": "notify", "title": "Leak", "severity": "critical"}, "notify people “Leak” (critical)"),
         ({"type": "raise_alarm", "alarm": "pH too high"}, "raise the alarm “pH too high”"),
         ({"type": "clear_alarm", "alarm": "pH too high"}, "clear the alarm “pH too high”"),
     ],
@@ -98,8 +98,8 @@ def test_branches_that_meet_are_told_once_and_failures_in_brackets() -> None:
         node("tell", {"type": "notify", "title": "Look"}),
     ]
     assert TELLER.chain(nodes) == (
-        "When Reservoir A pH is above 6.5, set Doser power to on (if that fails: tell people “Look”); "
-        "otherwise go on with “tell”."
+        "When Reservoir A pH is above 6.5, set Doser power to on (if that fails: notify people “Look”); "
+        "otherwise continue with “tell”."
     )
 
 

@@ -20,9 +20,10 @@ from aemos.lib import keys, metrics, redis
 from gateway.socketio.sessions import Session
 from gateway.socketio.transport import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.messages import decode
-from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.gateway_process import GatewayProcess, operator, running
 from tests.servers import redis_that_was_empty
 from tests.socketio_clients import Client, connected, events, messages, raw_websocket, text_frame, url
+from tests.waiting import until
 
 Farm = dict[str, Any]
 

@@ -14,7 +14,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.programs import REPOSITORY
 from tests.browser import Page, browser
-from tests.gateway_process import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
 PAGE = "/static/notifications/socketio.html"

@@ -17,9 +17,10 @@ import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import redis
-from tests.gateway_process import operator, running, until
+from tests.gateway_process import operator, running
 from tests.socketio_clients import javascript_client, messages, open_websocket
 from tests.tcp_relay import Relay
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("empty_redis")
 CUTS = 20

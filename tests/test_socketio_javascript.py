@@ -11,9 +11,10 @@ import pytest
 
 from deploy import javascript
 from deploy.debian import FetchError
-from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.gateway_process import GatewayProcess, operator, running
 from tests.servers import redis_that_was_empty
 from tests.socketio_clients import JAVASCRIPT, JavaScriptClient, javascript_client, url
+from tests.waiting import until
 
 Farm = dict[str, Any]
 TRANSPORTS = [["websocket"], ["polling"], ["polling", "websocket"]]

@@ -14,8 +14,9 @@ import pytest
 from aemos.lib import keys, metrics, redis
 from deploy.servers import Server
 from gateway.socketio import replay
-from tests.gateway_process import GatewayProcess, operator, running, until
+from tests.gateway_process import GatewayProcess, operator, running
 from tests.socketio_clients import connected, events, messages, raw_websocket
+from tests.waiting import until
 
 Farm = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("empty_redis")

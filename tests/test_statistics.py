@@ -223,7 +223,7 @@ def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm(
     assert [each.id for each in index] == [other.id]
     reason = "pH down is suspended: it failed 3 times in a row, the last time at dose: no value, -"
     assert (Alarm.objects.get().chain_id, Alarm.objects.get().message) == (bound.id, reason)
-    assert "it failed 3 times in a row" in caplog.text
+    assert reason in caplog.text
 
 
 def test_a_chain_is_suspended_once_however_many_workers_find_it_failing(clock: Clock, settings: Any) -> None:
@@ -349,7 +349,7 @@ def test_a_worker_writes_what_its_chains_did_before_it_ends(settings: Any) -> No
     of = {row.chain_id: row for row in ChainStatistics.objects.all()}
     assert (of[good.pk].executions, of[good.pk].failures) == (3, 0)
     assert (of[bad.pk].executions, of[bad.pk].failures, of[bad.pk].failures_in_a_row) == (3, 3, 3)
-    assert "has no state 'renamed meanwhile' any more" in of[bad.pk].last_error
+    assert "renamed meanwhile" in of[bad.pk].last_error
     assert of[good.pk].seconds > 0
     assert RuleChain.objects.exclude(suspended_at=None).get() == bad
 

@@ -80,7 +80,7 @@ def test_bad_input_names_item_and_field(sensor: Sensor) -> None:
 
     body = answer.json()
     assert (body["index"], body["field"]) == (1, "values.ph")
-    assert body["detail"] == "events[1].values.ph must be a number, not a string"
+    assert "events[1].values.ph" in body["detail"]
 
 
 @pytest.mark.parametrize("token", ["", "nonsense", "aemos_aaaaaaaaaaaaaa_bbbb", "aemos__", "aemos_\u00e9"])
@@ -165,7 +165,7 @@ def test_a_wrong_redis_password_is_reported_as_such_and_not_shown(sensor: Sensor
     per_process.forget_all()
 
     body = refused_by_redis(post(READING, token))
-    assert "refuses the password: check REDIS_PASSWORD" in body["detail"]
+    assert "REDIS_PASSWORD" in body["detail"]
     assert "not-the-password" not in json.dumps(body)
 
 

@@ -14,7 +14,8 @@ from gateway.mqtt.transport import MqttTransport
 from gateway.socketio.transport import SocketIoTransport
 from gateway.transport import DeliveryReport, Transport, TransportError
 from notifications.messages import Message, Protocol
-from tests.gateway_process import new_message, until
+from tests.gateway_process import new_message
+from tests.waiting import until
 
 
 def no_ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:

@@ -10,7 +10,7 @@ from django.db.models import QuerySet
 from aemos.lib import redis
 
 CHUNK_ROWS = 1_000
-# The scheduler has other duties every second; what is left goes on at its next tick.
+# The scheduler has other tasks every second; what is left is deleted at its next tick.
 CHUNKS_PER_TURN = 5
 EVERY_SECONDS = 3_600
 

@@ -236,7 +236,7 @@ class Message:
 
     @property
     def observation(self) -> tuple[Source, bytes]:
-        """What RFC 7641 tells observations apart by."""
+        """What identifies an observation (RFC 7641)."""
         return self.source, self.header.token
 
     @property

@@ -21,7 +21,7 @@ class Backoff:
 class Limits:
     """Every bound of an endpoint. Sums at the defaults: about 18 MB of replies, 8 MB of bodies, 5 MB of observers."""
 
-    # A handler mostly waits for the journal; more at once than this only queue up there, so the rest is told 5.03.
+    # A handler mostly waits for the journal; more at once than this only queue up there, so the rest is answered 5.03.
     max_handlers: int = 256
     # Whoever asks for what takes long (or hangs) leaves room for everybody else.
     max_handlers_per_source: int = 128
@@ -31,8 +31,8 @@ class Limits:
     # A farm has some thousand devices, each observing itself; one host may stand for all devices behind a router.
     max_observers: int = 4096
     max_observers_per_source: int = 1024
-    # An observer is told again what it knows after so long, changed or not: whoever hears nothing for longer knows that
-    # it is no longer on the list, and whoever went away is found out and forgotten.
+    # An observer is sent the state again after so long, changed or not: one that hears nothing for longer knows that it
+    # is no longer on the list, and one that left is found out and forgotten.
     refresh_seconds: float = 45.0
     # Bodies in either direction. A batch of some hundred events; larger ones belong on HTTP.
     max_body_bytes: int = 64 * 1024
@@ -69,7 +69,7 @@ class Limits:
         return Backoff(self.ack_timeout_seconds * factor, self.max_retransmits)
 
     def next_refresh_seconds(self) -> float:
-        """Who registered at the same time is not to be told at the same time for ever."""
+        """Observers that registered at the same time are not to be notified at the same time for ever."""
         return self.refresh_seconds * random.uniform(0.8, 1.0)  # noqa: S311  spreads the load, guards nothing
 
     @property

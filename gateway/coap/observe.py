@@ -151,14 +151,14 @@ class Notifications:
     def notify(self, path: tuple[str, ...]) -> int:
         observers = self.observers.of(path)
         for observer in observers:
-            self._tell(observer)
+            self._mark_stale(observer)
         return len(observers)
 
     def refresh(self, *, now: float) -> None:
-        """Has those told again who have not been told anything for long."""
+        """Notifies again the observers that have not been sent anything for long."""
         for observer in self.observers:
             if observer.refresh_at <= now and not observer.busy:
-                self._tell(observer)
+                self._mark_stale(observer)
 
     def settle(self, source: Source, mid: int, *, reset: bool) -> bool:
         """ACK or RST to something sent: the end of its repetition; a RST to a notification ends the observation.
@@ -205,7 +205,7 @@ class Notifications:
         if observer.stale:
             self._enqueue(observer)
 
-    def _tell(self, observer: Observer) -> None:
+    def _mark_stale(self, observer: Observer) -> None:
         observer.stale = True
         if not observer.busy:
             self._enqueue(observer)

@@ -104,7 +104,7 @@ class MessageIds:
         return number
 
     def _first(self, source: Source) -> int:
-        """A source that had to make room for others goes on further on."""
+        """A source that had to make room for others starts again."""
         own = blake2b(repr(source).encode(), key=self._key, digest_size=2).digest()
         return (self._count + int.from_bytes(own, "big")) & 0xFFFF
 

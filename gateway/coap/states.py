@@ -1,4 +1,4 @@
-"""What devices' states are, for many who ask at the same time: a uuid in, a document out, one query for all of them."""
+"""Read the states of devices for many clients that ask at the same time, with one query for all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Document = dict[str, Any]
 
 
 class States:
-    """Reads from the database: it has a change before anybody is told of it, and also when Redis has lost everything.
+    """Reads from the database: it has a change before anybody is notified, and also when Redis has lost everything.
 
     One greenlet asks for all, since every greenlet that asks opens a connection of its own, which costs more than the query.
     While one query is under way the next ones gather; nobody is given what was read before they asked.
@@ -57,7 +57,7 @@ class States:
     def _answer(self, asked: dict[str, AsyncResult[Document]]) -> None:
         try:
             found = _read(list(asked))
-        except Exception as error:  # noqa: BLE001  whatever it is, those who wait must be told
+        except Exception as error:  # noqa: BLE001  whatever it is, those who wait must get it
             for result in asked.values():
                 result.set_exception(error)
             if isinstance(error, DatabaseError):

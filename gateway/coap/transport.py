@@ -1,11 +1,11 @@
-"""The CoAP transport: takes telemetry, and sends observers the states of devices.
+"""The CoAP transport: receive telemetry, and send observers the states of devices.
 
     POST /devices/{uuid}/datastream?token=...   telemetry of the sensor or device whose token it is
     GET  /devices/{uuid}/state?token=...        what the device's states are; may be observed
 
-Both speak JSON and CBOR. An observer is told every change and, changed or not, something before COAP_MAX_AGE_SECONDS is over.
+Both speak JSON and CBOR. An observer is notified of every change and, changed or not, once before COAP_MAX_AGE_SECONDS is over.
 The state is shown to the device itself (its own token) and to people of its organization (an access token). The right is
-looked at for every notification, and every few seconds in between, so that an observation ends with its right.
+checked for every notification, and every few seconds in between, so that an observation ends with its right.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ class CoapTransport(Transport):
         self._count()
 
     def deliver(self, message: Message, on_report: OnReport) -> None:
-        """Observers are sent the newest state, not the message: CoAP carries states, and nothing else to tell."""
+        """Observers get the newest state, not the message: the endpoint calls `handle` again for each of them."""
         if device := message.changed_device:
             self.endpoint.notify(_state_path(device))
         on_report(DeliveryReport(message))
 
     def on_gap(self) -> None:
-        """The stream has lost messages: whatever they told of, every observer is sent the newest state."""
+        """The stream has lost messages: whatever they were about, every observer is sent the newest state."""
         for uuid in {watch.uuid for watch in self._watches.values()}:
             self.endpoint.notify(_state_path(uuid))
 
@@ -181,7 +181,7 @@ class CoapTransport(Transport):
 
 
 def _watch(uuid: str, token: str) -> Watch:
-    """The right of whoever holds the token; Unauthorized or Forbidden, which do not tell whether the device exists."""
+    """The right of whoever holds the token; Unauthorized or Forbidden, which do not reveal whether the device exists."""
     credential = catalogue.shared().credential(token)
     if credential is not None:
         owner = credential.originator

@@ -252,7 +252,7 @@ def _failures(
 
 
 class BrokerSync:
-    """Keeps the broker in step until it is told to stop. Several processes may run it; one at a time does the work."""
+    """Keeps the broker in step until it is stopped. Several processes may run it; one at a time does the work."""
 
     def __init__(
         self,

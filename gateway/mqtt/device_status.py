@@ -16,8 +16,8 @@ from notifications.messages import DEVICE_STATUS, Message, Protocol
 log = logging.getLogger(__name__)
 
 
-def tell(said: Mapping[UUID, bool]) -> None:
-    """Device uuid -> whether it is connected. Saying the same again changes nothing and tells nobody. Raises django.db.Error."""
+def record(said: Mapping[UUID, bool]) -> None:
+    """Device uuid -> whether it is connected. The same again changes nothing and notifies nobody. Raises django.db.Error."""
     if not said:
         return
     with transaction.atomic():
@@ -29,9 +29,9 @@ def tell(said: Mapping[UUID, bool]) -> None:
 
 
 def end(uuids: Collection[UUID]) -> None:
-    """The broker was told to let these go, and of those it tells no last will."""
+    """The broker's account of these was deleted, and of those it publishes no last will."""
     connected = Device.objects.filter(uuid__in=list(uuids), connected=True).values_list("uuid", flat=True)
-    tell(dict.fromkeys(connected, False))
+    record(dict.fromkeys(connected, False))
 
 
 def _message(device: Device) -> Message:

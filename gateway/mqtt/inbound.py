@@ -1,6 +1,6 @@
-"""What devices say over MQTT: messages of a channel's topics in, calls of its taker out; acknowledged when they are kept.
+"""Receive what sensors and devices publish over MQTT, hand it on, and acknowledge it once the next store has it.
 
-Telemetry and reports (mqtt_reports) are two channels with a session each, so that one never waits for the other's store.
+Telemetry and reports (gateway.mqtt.reports) are two channels with a session each, so that one never waits for the other's store.
 The broker holds back what is not acknowledged, and sends it again after a lost connection. One gateway at a time listens, in
 a session that lasts: Mosquitto (2.0) gives the messages of a shared subscription to members that are away, too, and drops
 them when such a session ends, so that sharing would lose messages whenever a gateway goes. What waits in the broker is
@@ -70,7 +70,7 @@ class Channel:
     topics: Mapping[str, int]
 
 
-# Retained telemetry would be old telemetry, told again at every connection.
+# Retained telemetry would be old telemetry, received again at every connection.
 TELEMETRY = Channel(
     name="telemetry",
     leader_key=keys.MQTT_TELEMETRY_LEADER,
@@ -197,7 +197,7 @@ class Inbound:
             except Exception:  # process loop: the channel would stand still without a word
                 self.counts["failed"] += 1
                 metrics.GATEWAY_FAILURES.labels("mqtt").inc()
-                log.exception("Taking %s over MQTT failed and goes on", self._channel.name)
+                log.exception("Receiving %s over MQTT failed and is tried again", self._channel.name)
                 self._stopping.wait(TICK_SECONDS)
         while self._under_way:
             self._settle()

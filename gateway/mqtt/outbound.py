@@ -1,6 +1,6 @@
 """Publish messages over MQTT, and know which of them the broker has acknowledged.
 
-The broker may lose in a crash what it has acknowledged, so a gateway that connects again tells the newest states again, and
+The broker may lose in a crash what it has acknowledged, so a gateway that connects again publishes the newest states again, and
 the commands that no device has acknowledged. A device knows a repetition by its id.
 """
 
@@ -46,7 +46,7 @@ MAXIMUM_WAITING = 1_000
 WAIT_FOR_ROOM_SECONDS = 5.0
 # A publication that the broker refused is tried again: its reasons, such as a quota, pass.
 REFUSED_AGAIN_SECONDS = 5.0
-# What has to be told again is asked for again when the database was away.
+# What has to be published again is read again when the database was unavailable.
 REPEAT_AGAIN_SECONDS = 2.0
 TICK_SECONDS = 1.0
 
@@ -113,7 +113,7 @@ class Outbound:
         self._reports = reports
         self._leads = False
         self._is_open = False
-        # How often there was a connection, since the commands under way were told again: once it broke, they may be lost.
+        # How often there was a connection, since the commands under way were published again: once it broke, they may be lost.
         self._connections = 0
         self._repeat_at = float("inf")
         self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | None] = queue.Queue()
@@ -200,7 +200,7 @@ class Outbound:
             except Exception:  # process loop: messages would wait for ever without a word
                 self.counts["failed"] += 1
                 metrics.GATEWAY_FAILURES.labels("mqtt").inc()
-                log.exception("Publishing over MQTT failed and goes on")
+                log.exception("Publishing over MQTT failed and is tried again")
                 self._stopping.wait(TICK_SECONDS)
             if self._stopping.is_set() and not self.connected:
                 return
@@ -248,7 +248,7 @@ class Outbound:
             states = republish.newest_states()
             commands = republish.commands_under_way() if self._connections > 1 else []
         except DatabaseError as error:
-            self._log.log("repeat", logging.WARNING, "States wait to be told again: %s", error)
+            self._log.log("repeat", logging.WARNING, "States wait to be published again: %s", error)
             self._repeat_at = time.monotonic() + REPEAT_AGAIN_SECONDS
             return
         finally:

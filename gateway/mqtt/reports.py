@@ -170,7 +170,7 @@ class Reports:
         for report in taken:
             report.written = True
         try:
-            device_status.tell(_statuses(taken))
+            device_status.record(_statuses(taken))
             presence.note_seen({each.device_uuid for each in taken if each.is_alive}, at=timezone.now())
             _refuse(taken, commands.acknowledge([each.acknowledgement for each in taken if each.acknowledgement]))
         except Exception as error:  # noqa: BLE001  whatever it is, each message hears of it and comes again

@@ -52,7 +52,7 @@ def addresses(message: Message) -> list[Address]:
     """Where a message goes, in this order; never empty.
 
     A change of a device's state that a rule or a person made goes to its state topic and to its commands. What the device
-    itself reported goes to neither: it would be told as a wish what it said, and would find that as its desired state when
+    itself reported goes to neither: it would receive its own report as a desired value, and find it as its desired state when
     it starts again. All else is for the organization, also an alert about one device: the body names the device.
 
     The state is retained, so that a device that was away or starts without memory learns its desired state as it subscribes.

@@ -36,7 +36,7 @@ from aemos.lib import metrics
 log = logging.getLogger(__name__)
 # A client whose connection takes nothing for so long is cut off; its messages wait in its own queue until then.
 WRITE_SECONDS = 20.0
-# So long a request may take to go on, and the next one on the same connection to begin: who says nothing costs a socket.
+# How long a request may pause, and the next one on the same connection wait: a client that says nothing costs a socket.
 REQUEST_SECONDS = 20.0
 # Packets of one client. The burst lets it join every room it may be in at once.
 PACKETS_PER_SECOND, PACKETS_AT_ONCE = 20.0, 300.0
@@ -83,7 +83,7 @@ class WholeWrites:
 
 class _Connection(simple_websocket.Server):
     def handshake(self) -> None:
-        self.sock.settimeout(None)  # from here on pings tell whether somebody is there
+        self.sock.settimeout(None)  # from here on pings show whether somebody is there
         self.sock: Any = WholeWrites(self.sock)
         super().handshake()
 
@@ -115,7 +115,7 @@ class RequestHandler(WSGIHandler):
 
     def handle(self) -> None:
         self.socket.settimeout(REQUEST_SECONDS)
-        # A client that goes before it has its answer is nothing to tell anybody.
+        # A client that leaves before it has its answer needs no log line.
         with suppress(OSError):
             super().handle()
 

@@ -2,8 +2,8 @@
 
 A session that is replayed to is in no room: the live messages of that time reach it from the stream, in their order. It
 goes live at a moment when it has been given everything that the gateway has delivered, so nothing overtakes and nothing is
-left out. What the stream holds no more is read from the table of notifications; what that has deleted is a gap, which the
-client is told of together with the states of its devices.
+left out. What the stream holds no more is read from the table of notifications; what that has deleted is a gap, which is
+sent to the client together with the states of its devices.
 
 One greenlet serves all replays in turn, slice by slice, and rests as long as it works: clients that all come back at
 once share what is read, and leave half of the processor to live messages. A client that does not fetch what it was given
@@ -63,7 +63,7 @@ class Outlet(Protocol):
 class Replay:
     """One session and how far it has come.
 
-    `past` is what the table still has to give, `rows` what it gave and the client has not; then the stream goes on
+    `past` is what the table still has to give, `rows` what it gave and the client has not; then the stream continues
     after `position`. `sent` are messages from the table that the stream may hold, too. `checked`: the table was asked, so
     the stream may begin anywhere.
     """
@@ -228,7 +228,7 @@ class Replayer:
             until=until + history.margin() if until else None,
         )
         replay.checked = not begins_later
-        # The stream goes on from here when the table has given all.
+        # The stream continues from here when the table has given all.
         replay.position = (cursors.before(part.oldest) if begins_later and part.oldest else part.newest).decode()
 
     def _give_past(self, replay: Replay, past: history.Published) -> None:
@@ -282,12 +282,12 @@ class Replayer:
 
 
 def body(message: Message) -> dict[str, Any]:
-    """What Socket.IO sends: the body of all protocols, and the position to go on from."""
+    """What Socket.IO sends: the body of all protocols, and the position to resume from."""
     return {**messages.body(message), "position": message.position}
 
 
 def _reaches_further(position: str, part: StreamSlice) -> bool:
-    """Whether the stream alone cannot tell what followed the position."""
+    """Whether the stream alone does not hold all that followed the position."""
     begins_later = not part.follows(position.encode())
     return begins_later or position == BEGINNING or cursors.is_after(position, part.newest)
 

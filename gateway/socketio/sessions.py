@@ -21,7 +21,7 @@ class Session:
     """One connected person.
 
     `organizations` are those whose rooms may be joined, uuid -> the person's role; `rooms` the joined ones with their
-    organization. While `is_live` is false messages reach the session through a replay, and it is told nothing else.
+    organization. While `is_live` is false messages reach the session through a replay, and it receives nothing else.
     """
 
     user_id: int
@@ -50,7 +50,7 @@ def rooms_of(message: Message) -> list[str]:
 
 
 def roles_of(message: Message) -> list[str]:
-    """The roles whose holders alone are told; empty when everybody is. TransportError when that cannot be made out."""
+    """The roles whose holders alone are notified; empty: everybody is. TransportError when they are no list of roles."""
     roles = message.payload.get("roles") or []
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
         raise TransportError(f"payload.roles must be a list of roles, not {roles!r}", permanent=True)

@@ -1,6 +1,6 @@
 """The Socket.IO transport: people log in with access tokens and receive events in the rooms of their organizations.
 
-Rooms: `organization-{uuid}` holds everything an organization is told and is joined on connection for every membership;
+Rooms: `organization-{uuid}` receives everything for an organization and is joined on connection for every membership;
 `device-uuid-{uuid}` and `telemetry-{variable uuid}` are asked for with `subscribe`, and any room is left with
 `unsubscribe`. A client in several rooms of a message receives it once; one that wants a single device leaves the room of
 the organization. Rooms are granted here and nowhere else, and rights are looked at again every few seconds. A message
@@ -163,7 +163,7 @@ class SocketIoTransport(Transport):
             self._server.enter_room(sid, room)
 
     def connect(self, sid: str, environ: Mapping[str, Any], auth: object = None) -> None:
-        """Lets a person with a live access token in; the refusal tells the client why."""
+        """Lets a person with a live access token in; the refusal says why."""
         try:
             returns = isinstance(auth, Mapping) and auth.get("position") is not None
             position = _position(auth) if returns else None
@@ -194,7 +194,7 @@ class SocketIoTransport(Transport):
             raise Refused(f"One person can have {SESSIONS_PER_PERSON} connections to a gateway at most.")
 
     def _tell_position(self, sid: str) -> None:
-        """A client that is cut off before its first message needs to know where to go on, too."""
+        """A client that is cut off before its first message needs to know where to resume, too."""
         if sid in self.sessions:
             self.send("position", {"position": self.position}, [sid])
 
@@ -258,7 +258,7 @@ class SocketIoTransport(Transport):
         rooms = {room for session in self.sessions.values() for room in session.rooms}
         return {room.removeprefix(TELEMETRY) for room in rooms if room.startswith(TELEMETRY)}
 
-    def tell_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None:
+    def send_to_watchers(self, variable_uuid: str, event: str, body: dict[str, Any]) -> None:
         """Live readings of a variable, to those in its room. Not part of the notifications that can be resumed."""
         self._server.emit(event, body, to=TELEMETRY + variable_uuid)
 
@@ -300,7 +300,7 @@ class SocketIoTransport(Transport):
             self._server.disconnect(sid)
 
     def _end_busy(self, connection: str) -> None:
-        """A client that sends more than it may is told so; one that was not let in is cut off."""
+        """A client that sends more than it may gets an error; one that was not let in is cut off."""
         sid = self._server.manager.sid_from_eio_sid(connection, "/")
         if sid in self.sessions:
             self._end(sid, "too-many-events", "The client sent too much: connect again and ask less often.")
@@ -330,7 +330,7 @@ class SocketIoTransport(Transport):
         session.organizations = organizations
 
     def _forget_the_gone(self) -> None:
-        """The library does not tell of a connection that ended while its token was checked."""
+        """The library does not report a connection that ended while its token was checked."""
         for sid in list(self.sessions):
             if self._server.manager.eio_sid_from_sid(sid, "/") not in self._engine.sockets:
                 self.disconnect(sid)

@@ -158,7 +158,7 @@ class RuleChainAdmin(ScopedAdmin):
 
     def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
         (formset,) = formsets
-        formset.save(commit=False)  # fills in what the admin's log tells of
+        formset.save(commit=False)  # fills in what the admin's log shows
         nodes = [node_form.instance for node_form in formset.kept_forms()] if formset.must_be_judged() else None
         editing.save(form.instance, nodes, by=request.user.get_username())
         for warning in lint.warnings_of(form.instance, list(form.instance.nodes.all())):

@@ -1,4 +1,4 @@
-"""The admin's pages of rejected events, dead letters and replays: to look, to decide, and to watch a replay go on."""
+"""The admin's pages of rejected events, dead letters and replays: to look, to decide, and to follow a replay."""
 
 from __future__ import annotations
 

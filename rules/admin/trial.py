@@ -100,12 +100,12 @@ class TrialForm(forms.Form):
 
 
 def _field(field: Field, place: Place) -> forms.Field:
-    told = "" if place.known is not None else "Has no value yet."
+    hint = "" if place.known is not None else "Has no value yet."
     options: dict[str, Any] = {
         "label": place.label,
         "required": False,
         "initial": place.known,
-        "help_text": told,
+        "help_text": hint,
     }
     if field.allowed_values:
         return forms.TypedChoiceField(

@@ -19,7 +19,7 @@ HARD_SHARE = 1.2  # of critical: the cap that holds for urgent events, too
 FLOOR_SHARE = 0.1  # of critical: thresholds shrink no further, however slow the workers are
 # While the queue is above warning, no organization may hold more of it; with fewer than four, an equal share.
 ORGANIZATION_SHARE = 0.25
-# One sample above critical may be a burst that is already being worked off; the second is a queue.
+# One sample above critical may be a burst that is already being processed; the second is a queue.
 SAMPLES_TO_OPEN = 2
 # Counted from the last sample at critical, so that a circuit that swings does so at most every few seconds.
 OPEN_SECONDS = 5.0

@@ -44,7 +44,7 @@ def move(seen: Stored, to: State, reason: str, *, queue_depth: int | None, actor
 
 
 def force(to: State, *, actor: str, queue_depth: int | None, reason: str = Reason.MANUAL) -> None:
-    """A person sets the state; written down also when it is the same. Automatic transitions go on from there."""
+    """A person sets the state; written down also when it is the same. Automatic transitions continue from there."""
     while not move(load(), to, reason, queue_depth=queue_depth, actor=actor):
         pass  # somebody was faster: look again
 

@@ -33,7 +33,7 @@ from rules.journal.tickets import BUDGET_SECONDS
 
 log = logging.getLogger(__name__)
 SNAPSHOT_SECONDS = 0.25
-# While one request renews the snapshot the others go on with the old one, up to this age; then they wait for the new one.
+# While one request renews the snapshot the others use the old one, up to this age; then they wait for the new one.
 TRUST_SECONDS = 1.0
 WARN_EVERY_SECONDS = 30.0
 
@@ -115,7 +115,7 @@ class Admission:
             self._snapshot = replace(self._snapshot, depth=self._snapshot.depth + count)
 
     def refusal(self, verdict: Verdict, priority: int) -> Overloaded:
-        """What the sender is told."""
+        """The refusal as the sender gets it."""
         now = self._snapshot
         wait = rates.retry_after(
             verdict.queue_depth,

@@ -268,7 +268,7 @@ def counts() -> dict[str, int]:
 
 
 def record(refusal: Refusal, payload: bytes, *, credential: Credential | None, protocol: str, uuid: str | None) -> None:
-    """Counts a request that held no event that could be told, and keeps the first 4 KB of what was sent."""
+    """Counts a request in which no event could be recognised, and keeps the first 4 KB of what was sent."""
     metrics.INGESTED.labels(protocol, refusal.reason).inc()
     recorder = shared()
     recorder.count(refusal.reason, 1)

@@ -201,7 +201,7 @@ def _room() -> tuple[int, str]:
         return 0, f"the circuit is {now.circuit.state}"
     warning = now.thresholds.warning
     if not verdict.accept or now.depth >= warning:
-        return 0, f"the queue holds {now.depth} events, a replay goes on below {warning}"
+        return 0, f"the queue holds {now.depth} events, a replay continues below {warning}"
     return warning - now.depth, ""
 
 

@@ -108,7 +108,7 @@ def organization_for(access: Access, resource: str, uuid: Any) -> Organization |
 
 @extend_schema_view(replay=extend_schema(request=RejectedReplayWishSerializer, responses={202: ReplaySerializer}))
 class RejectedEventViewSet(DecidableViewSet[RejectedEvent]):
-    """What was sent and not accepted, newest first. What no organization could be told for is shown to superusers."""
+    """What was sent and not accepted, newest first. Requests whose organization is unknown are shown to superusers."""
 
     kind = Replay.Kind.REJECTED
     resource = "rejected-events"

@@ -53,7 +53,7 @@ class ChainRefused(APIException):
 
 
 def serialize_problems(problems: Iterable[Problem]) -> list[Any]:
-    """Problems as the API tells them."""
+    """Problems as the API answers them."""
     return [ProblemSerializer(problem).data for problem in problems]
 
 

@@ -111,7 +111,7 @@ def _accepted(receipt: Receipt) -> Answer:
 
 
 def body_of(refusal: Refusal) -> dict[str, Any]:
-    """What a refused sender is told."""
+    """The answer to a refused sender."""
     body: dict[str, Any] = {"error": refusal.reason, "detail": refusal.detail, "accepted": 0}
     if isinstance(refusal, BadPayload):
         body |= {"index": refusal.index, "field": refusal.field or None}

@@ -14,7 +14,7 @@ from rules.authoring import trial
 from rules.authoring.trial import KnownValue, TrialInput
 from rules.engine.conditions import SOURCE_TYPES
 
-# What a trial reckons with may lie a year after the time that is given, and is told as a date.
+# What a trial reckons with may lie a year after the time that is given, and is answered as a date.
 LATEST = datetime(9000, 1, 1, tzinfo=UTC)
 
 

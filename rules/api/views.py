@@ -154,7 +154,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     @extend_schema(responses=ValidationSerializer)
     @action(detail=True, methods=["get"])
     def validate(self, request: Request, **_: Any) -> Response:
-        """Judges the chain as it would be judged if it were saved now, and tells what looks wrong besides."""
+        """Validates the chain as if it were saved now, and adds lint warnings."""
         chain = self.get_object()
         nodes = list(chain.nodes.all())
         problems = schedules.problems_of(chain) + validation.problems_of(chain, nodes)
@@ -351,7 +351,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
 
 @extend_schema_view(create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer}))
 class StateInstanceViewSet(ScopedViewSet[DeviceState]):
-    """A person switches a device; all protocols tell it."""
+    """A person switches a device; the change goes out on all protocols."""
 
     resource = "state-changes"
     organization_path = "device__organization"

@@ -171,7 +171,7 @@ def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
         for index, part in enumerate(parts) if config.get("type") == "AND" else ():
             here = satisfiability.where_true(part)
             if not here:
-                break  # told of the part itself
+                break  # reported for the part itself
             before = satisfiability.meet(before, here)
             if not before:
                 text = "can never be true together with the conditions before it, so all of them together never are"

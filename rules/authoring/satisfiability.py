@@ -1,6 +1,6 @@
-"""For which values conditions can be true: the configurations of filters in, regions out that can be met and found empty. Pure.
+"""Find for which values the conditions of filters can be true, as regions that can be intersected and found empty. Pure.
 
-A region is a list of alternatives, each a span per reference; an empty list is never true. What cannot be told for sure is
+A region is a list of alternatives, each a span per reference; an empty list is never true. What cannot be known for sure is
 left open, so a region may be too large, never too small: an empty one is certain, an overlap is a "may".
 """
 

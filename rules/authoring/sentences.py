@@ -46,7 +46,7 @@ class ChainDescriber:
         start = next((node for node in nodes if node.name not in pointed_to), nodes[0] if nodes else None)
         if start is None:
             return ""
-        text = self._from(start, by_name, told=set())
+        text = self._from(start, by_name, seen=set())
         shown = text if len(text) <= MAXIMUM_CHARACTERS else text[:MAXIMUM_CHARACTERS] + "…"
         return shown[0].upper() + shown[1:] + ("" if shown.endswith("…") else ".")
 
@@ -94,41 +94,41 @@ class ChainDescriber:
         text += known.predicate.format(**operand) if known else f"{operator} {value}"
         return text + "".join(phrase.format(_duration(leaf[key])) for key, phrase in _OVER_TIME.items() if key in leaf)
 
-    def _from(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], told: set[str]) -> str:
+    def _from(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], seen: set[str]) -> str:
         """What happens from here on. Where branches meet, the second refers to the first."""
-        if node.name in told:
-            return f"go on with “{node.name}”"
-        if len(told) >= MAXIMUM_NODES:
+        if node.name in seen:
+            return f"continue with “{node.name}”"
+        if len(seen) >= MAXIMUM_NODES:
             return "…"
-        told.add(node.name)
-        text, node = self._joined(node, by_name, told)
+        seen.add(node.name)
+        text, node = self._joined(node, by_name, seen)
         following = by_name.get(node.next or "")
         if node.type == "filter":
-            return self._branches(text, node, by_name, told)
+            return self._branches(text, node, by_name, seen)
         failing = by_name.get(node.on_failure or "")
         if failing:
-            text += f" (if that fails: {self._from(failing, by_name, told)})"
+            text += f" (if that fails: {self._from(failing, by_name, seen)})"
         if following is None:
             return text
-        rest = self._from(following, by_name, told)
+        rest = self._from(following, by_name, seen)
         return f"{text}, then {rest}" if following.type != "filter" else f"{text}; then {rest}"
 
-    def _joined(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], told: set[str]) -> tuple[str, NodeSpec]:
+    def _joined(self, node: NodeSpec, by_name: Mapping[str, NodeSpec], seen: set[str]) -> tuple[str, NodeSpec]:
         """Filters that follow one another and go nowhere when false are one condition."""
         texts = [self.node(node)]
         while node.type == "filter" and not node.on_false:
             following = by_name.get(node.next or "")
-            if following is None or following.type != "filter" or following.on_false or following.name in told:
+            if following is None or following.type != "filter" or following.on_false or following.name in seen:
                 break
-            told.add(following.name)
+            seen.add(following.name)
             texts.append(self.node(following))
             node = following
         return " and ".join(f"({text})" if len(texts) > 1 and " or " in text else text for text in texts), node
 
-    def _branches(self, text: str, node: NodeSpec, by_name: Mapping[str, NodeSpec], told: set[str]) -> str:
+    def _branches(self, text: str, node: NodeSpec, by_name: Mapping[str, NodeSpec], seen: set[str]) -> str:
         branches = [by_name.get(node.next or ""), by_name.get(node.on_false or "")]
         yes, no = (
-            (self._from(each, by_name, told), each.type == "filter") if each else ("do nothing", False)
+            (self._from(each, by_name, seen), each.type == "filter") if each else ("do nothing", False)
             for each in branches
         )
         then = f"when {text}, {_bracketed(*yes)}"
@@ -142,7 +142,7 @@ class ChainDescriber:
         )
 
     def _notify(self, config: Mapping[str, object]) -> str:
-        text = f"tell people “{_value(config.get('title') or config.get('message'))}”"
+        text = f"notify people “{_value(config.get('title') or config.get('message'))}”"
         return f"{text} ({_value(config['severity'])})" if "severity" in config else text
 
     def _raise_alarm(self, config: Mapping[str, object]) -> str:
@@ -179,8 +179,8 @@ def _transform(config: Mapping[str, object]) -> str:
     if phrase is None:
         return f"{operation} {_value(key)}"
     renamed = f" as {_value(target)}" if target is not None and target != key else ""
-    told = {name: _value(config.get(name)) for name in ("key", "value", "factor")}
-    return phrase.format(**told, offset=_value(config.get("offset", 0)), target=renamed, target_name=_value(target))
+    texts = {name: _value(config.get(name)) for name in ("key", "value", "factor")}
+    return phrase.format(**texts, offset=_value(config.get("offset", 0)), target=renamed, target_name=_value(target))
 
 
 def _range(leaf: Mapping[str, object]) -> str:

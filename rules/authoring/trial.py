@@ -279,12 +279,12 @@ class _Report:
 
     def _effect(self, effect: Effect) -> dict[str, Any]:
         own = {"effect_key", "chain_uuid", "timestamp_us", "cooldown_us"}
-        told = {
+        fields = {
             camel(each.name): getattr(effect, each.name)
             for each in msgspec.structs.fields(effect)
             if each.name not in own
         }
-        found = {"type": _kind(effect), "text": self._teller.node(self._nodes[effect.node][1]), **told}
+        found = {"type": _kind(effect), "text": self._teller.node(self._nodes[effect.node][1]), **fields}
         if isinstance(effect, DeviceCommand):
             found["deviceName"] = self._names.get(("device", effect.device_uuid), "")
         return found | {"held": self._held.reason(effect)}

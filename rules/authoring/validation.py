@@ -29,8 +29,8 @@ def problems_of(chain: RuleChain, nodes: Sequence[RuleNode]) -> list[Problem]:
         return found
     if not found:
         found.extend(_text_problems(nodes))
-    told = {problem.path for problem in found}
-    return found + [problem for problem in _stranger_problems(chain, nodes) if problem.path not in told]
+    paths = {problem.path for problem in found}
+    return found + [problem for problem in _stranger_problems(chain, nodes) if problem.path not in paths]
 
 
 def compile_problems(chain: RuleChain, nodes: Sequence[RuleNode]) -> Sequence[Problem]:

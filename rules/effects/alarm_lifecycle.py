@@ -25,7 +25,7 @@ Key = tuple[int, str, str, str]
 
 
 class Change(StrEnum):
-    """What is told of an alarm."""
+    """What may happen to an alarm; `change` in its messages."""
 
     RAISED = "raised"
     SEVERITY_RAISED = "severity-raised"
@@ -67,7 +67,7 @@ class Clear(AlarmRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmEvent:
-    """Something to tell of an alarm, as it was at that moment."""
+    """Something that happened to an alarm, with the alarm as it was at that moment."""
 
     effect_key: str
     key: Key
@@ -99,7 +99,7 @@ class Written:
 
 
 class AlarmLifecycle:
-    """One alarm. `rows` are the open one and those cleared not long ago, locked; requests are worked off in order."""
+    """One alarm. `rows` are the open one and those cleared not long ago, locked; requests are processed in order."""
 
     def __init__(self, rows: Iterable[Alarm], policy: FlappingPolicy) -> None:
         self.written = Written()

@@ -62,18 +62,18 @@ def apply(requests: Sequence[Raise | Clear], permits: CooldownGate = no_cooldown
     for _ in range(ATTEMPTS):
         if not waiting:
             return _write(alarm_events)
-        told, lost = _apply(waiting, policy)
-        alarm_events += told
+        events_of_alarms, lost = _apply(waiting, policy)
+        alarm_events += events_of_alarms
         waiting = defaultdict(list, {key: waiting[key] for key in lost})
     raise RuntimeError(f"alarms cannot be stored: {', '.join(f'{key[3]!r} of {key[2]}' for key in waiting)}")
 
 
 def publish(outgoing: Sequence[Message]) -> None:
-    """After the commit. What fails here the sweep makes good."""
+    """After the commit. What fails here, the sweep publishes."""
     for message in outgoing:
-        told = message.payload
-        metrics.ALARM_CHANGES.labels(told["change"]).inc()
-        log.info("alarm %s: %s at %s %s", told["change"], told["type"], told["sourceType"], told["originator"])
+        body = message.payload
+        metrics.ALARM_CHANGES.labels(body["change"]).inc()
+        log.info("alarm %s: %s at %s %s", body["change"], body["type"], body["sourceType"], body["originator"])
     outbox.publish(outgoing)
 
 
@@ -120,7 +120,7 @@ def clear_for_chain(chain: RuleChain, *, by: str) -> bool:
 
 
 def end_flapping() -> int:
-    """Alarms that were flapping and have been quiet since: told as they are now. A periodic task; gives how many.
+    """Publishes alarms that were flapping and have been quiet since, as they are now. A periodic task; gives how many.
 
     Raises django.db.Error.
     """
@@ -254,22 +254,22 @@ def _names(sources: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
-def _decide(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], told: Change, *, by: str) -> int:
+def _decide(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], kind: Change, *, by: str) -> int:
     """What a person decides about rows, as far as they are still there to be decided about; some at a time."""
     number = 0
-    while decided := _decide_some(rows, change, told, by=by):
+    while decided := _decide_some(rows, change, kind, by=by):
         number += decided
     return number
 
 
 @transaction.atomic
-def _decide_some(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], told: Change, *, by: str) -> int:
+def _decide_some(rows: QuerySet[Alarm], change: Callable[[Alarm, datetime], None], kind: Change, *, by: str) -> int:
     now = timezone.now()
     locked = list(_locked(rows)[:CHUNK_ROWS])
     for row in locked:
         change(row, now)
     Alarm.objects.bulk_update(locked, _CHANGED)
-    alarm_events = [alarm_event(told, row, effect_key=f"person:{uuid4()}", by=by, at=now) for row in locked]
+    alarm_events = [alarm_event(kind, row, effect_key=f"person:{uuid4()}", by=by, at=now) for row in locked]
     _publish_on_commit(_write(alarm_events))
     return len(locked)
 

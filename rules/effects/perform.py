@@ -1,7 +1,7 @@
-"""Effects: what chains ask for in, done in the caller's transaction, and after its commit told to everybody who listens.
+"""Apply the effects that chains ask for in the caller's transaction, and publish them after its commit.
 
 An effect has a key derived from its event and node, and the database takes each key once: StateChange for commands,
-Notification for all that is told. An alarm also knows by the event's time what it has seen (rules.effects.alarm_lifecycle).
+Notification for every message. An alarm also knows by the event's time what it has seen (rules.effects.alarm_lifecycle).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rules.events import Event
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotificationDraft:
-    """Something to be told: to a device, or without one to its organization."""
+    """A notification to be written: about a device, or without one for its organization."""
 
     effect_key: str
     organization_id: int
@@ -202,7 +202,7 @@ def _cooldown(effect: Effect, bound: DeployedChain, event: Event) -> Cooldown | 
 
 
 def _not_applied_before(effects: Sequence[OtherEffect]) -> list[OtherEffect]:
-    """Without those that were told of before: a sender that missed the answer sends its event again, with its id."""
+    """Without those that have a notification: a sender that missed the answer sends its event again, with its id."""
     if not effects:
         return []
     keys = [each.effect_key for each in effects]

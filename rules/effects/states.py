@@ -54,7 +54,7 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change that was made, and the message that tells of it."""
+    """A change that was made, and the message that reports it."""
 
     row: StateChange
     message: Message
@@ -156,7 +156,7 @@ def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]
 
 
 def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) -> StateChange:
-    """A person sets a state. It is told even when the value is the same: who presses a switch again wants it sent again.
+    """A person sets a state. It is sent even when the value is the same: somebody who presses a switch again wants that.
 
     Raises ValidationError when the state does not allow the value.
     """

@@ -1,4 +1,4 @@
-"""Suspend chains that fail again and again: they leave every worker's index, and an alarm tells people."""
+"""Suspend chains that fail again and again: they leave every worker's index, and an alarm notifies people."""
 
 from __future__ import annotations
 

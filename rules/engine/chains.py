@@ -366,7 +366,7 @@ def _triggers(order: list[int], edges: Edges, parts: list[_Part], problems: list
 
 
 def _made_by_transform(position: int, watch: TemporalCondition) -> Problem:
-    """Conditions over time are told of every reading, whether or not a run comes by the transform."""
+    """Conditions over time observe every reading, whether or not a run comes by the transform."""
     message = "is made by a transform before it, which a condition over time does not see: ask for the original value"
     return Problem(f"nodes[{position}].config", watch.reference.key, message)
 

@@ -31,7 +31,7 @@ class DeviceCommand(Effect, frozen=True, kw_only=True):
 
 
 class Notify(Effect, frozen=True, kw_only=True):
-    """Something is to be told: to the members with these roles, or to all; about a device, or about none.
+    """A notification to the members with these roles, or to all; about a device, or about none.
 
     `originator` is the name of what the event comes from.
     """

@@ -29,7 +29,7 @@ class Template(NamedTuple):
     names: tuple[str, ...]
 
     def fill(self, values: Mapping[str, Value], originator: str, *, maximum: int = MAXIMUM_LENGTH) -> str:
-        """The text, cut to `maximum` characters; a value that there is not is called unknown: the rest is worth telling."""
+        """The text, cut to `maximum` characters; a value that is missing is called unknown: the rest is worth sending."""
         parts = [self.literals[0]]
         for name, literal in zip(self.names, self.literals[1:], strict=True):
             parts += (_shown(originator if name == ORIGINATOR else values.get(name)), literal)

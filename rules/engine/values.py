@@ -39,7 +39,7 @@ class TemporalCondition(NamedTuple):
     """What a condition over time remembers of the source that it names, from reading to reading.
 
     `key` is the same as long as the condition is, so that an edit elsewhere in the chain forgets nothing. What is remembered
-    is as JSON holds it; `observe(remembered or None, sample)` gives what to remember after this sample, of which it is told
+    is as JSON holds it; `observe(remembered or None, sample)` gives what to remember after this sample; it sees samples
     in the order of arrival, late ones too. When it was lost, the readings of the last `window_us` are observed again, at most
     the newest `maximum`.
     """

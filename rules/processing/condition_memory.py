@@ -2,7 +2,7 @@
 
 It is kept in Redis, in the same step that acknowledges the events it comes from. So after a crash the events are observed
 again on what was remembered before them, exactly once. What Redis has lost is observed again from the stored readings, and
-so is what has missed some: no event tells the conditions of a chain that is switched off, or that only the clock runs.
+so is what has missed some: the conditions of a chain that is switched off, or that only the clock runs, see no event.
 """
 
 from __future__ import annotations

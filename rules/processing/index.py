@@ -197,7 +197,7 @@ def load() -> None:
     """Builds the index of this process before its work begins. Raises django.db.Error.
 
     What is loaded stays: the collector of cycles, which would look through all of it again and again, for 0.4 s each time
-    at 10,000 chains, is told to pass it over.
+    at 10,000 chains, is made to pass it over.
     """
     gc.disable()
     try:

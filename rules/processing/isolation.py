@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 AWAY = (OperationalError, InterfaceError, RedisError)
 
 
-def process(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart) -> BatchResult:
+def process_with_isolation(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart) -> BatchResult:
     """The batch in one transaction, or, when something in it raises, event by event, so that one cannot stop the others."""
     try:
         return _together(due, work, on_event_start=on_event_start)
@@ -30,7 +30,7 @@ def process(due: Sequence[Event], work: Work, *, on_event_start: OnEventStart) -
         raise
     except Exception:
         if len(due) > 1:
-            log.exception("a batch of %d events failed, going on event by event", len(due))
+            log.exception("a batch of %d events failed, processing it event by event", len(due))
     return process_one_by_one(due, work, on_event_start=on_event_start)
 
 

@@ -1,7 +1,7 @@
-"""Schedules: chains whose time has come in, one event per chain and time in the journal out; and runs that people ask for.
+"""Schedules: put one event into the journal for each chain whose time has come, and for each run that a person asks for.
 
 An event's id follows from chain and time, and the chain moves on to its next time only when the journal has the event. So a
-crash in between, or a second scheduler, brings the same event again, which `already_ran` tells from a new one.
+crash in between, or a second scheduler, brings the same event again, which `already_ran` recognises.
 """
 
 from __future__ import annotations

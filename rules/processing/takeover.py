@@ -13,7 +13,7 @@ from rules.events import Event
 from rules.journal.lease import Lease
 from rules.processing.batch import BatchResult
 from rules.processing.failures import Failure
-from rules.processing.isolation import AWAY, dead_letter, process, process_one_by_one
+from rules.processing.isolation import AWAY, dead_letter, process_one_by_one, process_with_isolation
 from rules.processing.work import BATCH_EVENTS, Work
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def take_over(lease: Lease) -> tuple[Work, BatchResult] | None:
                 result.add(dead_letter(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
         due = [event for event in work.events if str(event.id) != suspect]
     # Dying again without a checkpoint means dying before or after the decisions; one by one it shows which event it is.
-    process_all = process if deliveries <= TOGETHER_DELIVERIES else process_one_by_one
+    process_all = process_with_isolation if deliveries <= TOGETHER_DELIVERIES else process_one_by_one
     try:
         result.add(process_all(due, work, on_event_start=partial(_checkpoint, lease, deaths={suspect: deaths})))
     except AWAY:

@@ -41,7 +41,7 @@ end
 
 
 class Waiting(NamedTuple):
-    """A chain that waits for time to pass over a source. `conditions` tells its conditions over time from those of an edit."""
+    """A chain that waits for time to pass over a source. `conditions` identifies its conditions over time: an edit changes it."""
 
     chain_uuid: str
     conditions: str
@@ -141,7 +141,7 @@ def _look_at_stirred() -> None:
     }
     if wanted:
         redis.client().zadd(keys.TIMERS, wanted)
-    # What is stirred in between is told by then, too: the runs come later than this.
+    # What is stirred in between is in the database by then, too: the runs come later than this.
     redis.client().srem(keys.TIMERS_DIRTY, *members)
 
 
@@ -167,7 +167,7 @@ def _not_overtaken(due: Mapping[Waiting, int], oldest: dict[int, float]) -> dict
 
 
 def _oldest_ms(partition: int) -> float:
-    """When the oldest event of the partition was accepted that is not worked off; infinity when there is none."""
+    """When the oldest event of the partition was accepted that is not processed; infinity when there is none."""
     client = redis.journal_client(partition)
     with client.pipeline(transaction=False) as pipeline:
         for lane in Lane:

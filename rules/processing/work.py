@@ -34,7 +34,7 @@ class Work:
         return bool(self.entries or self.retries)
 
     def add(self, entry: Entry) -> None:
-        """An entry that cannot be read becomes a dead letter as it is, and the slot goes on."""
+        """An entry that cannot be read becomes a dead letter as it is, and the slot continues."""
         self.entries.append(entry.id)
         try:
             self.events += events.decode_entry(entry.data)

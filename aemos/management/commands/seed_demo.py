@@ -78,7 +78,7 @@ def _device(organization: Organization, name: str, state: str, values: list[str]
 
 
 def _speaker(owner: Sensor | Device) -> dict[str, str]:
-    """Name, uuid and the demo token, which the server can tell again because it derives it from the prefix."""
+    """Name, uuid and the demo token, which the server can show again because it derives it from the prefix."""
     row = owner.tokens.live().filter(name="demo").first()
     token = tokens.token_for(row.prefix) if row else DeviceToken.objects.issue(owner, name="demo")[1]
     return {"name": owner.name, "uuid": str(owner.uuid), "token": token}

@@ -88,14 +88,14 @@ class Command(BaseCommand):
         try:
             ended = self._follow(started)
         except KeyboardInterrupt:
-            self.stdout.write(f"\nThe replay goes on. To stop it: manage.py replay_rejected --stop {started.uuid}")
+            self.stdout.write(f"\nThe replay continues. To stop it: manage.py replay_rejected --stop {started.uuid}")
             return
         self.stdout.write(
             f"{ended.state}: {ended.replayed:,} replayed, {ended.failed:,} could not be. {ended.note}".strip()
         )
 
     def _follow(self, started: Replay) -> Replay:
-        moved_at, told, before = time.monotonic(), "", started
+        moved_at, shown, before = time.monotonic(), "", started
         with ProgressBar(self.stdout, draw_seconds=0) as bar:
             while True:
                 now = Replay.objects.get(pk=started.pk)
@@ -106,9 +106,9 @@ class Command(BaseCommand):
                     moved_at = time.monotonic()
                 idle = time.monotonic() - moved_at > IDLE_SECONDS
                 note = now.note or ("Nothing moves: is a worker and the scheduler running?" if idle else "")
-                if note and note != told:
+                if note and note != shown:
                     self.stdout.write(f"\n{note}" if self.stdout.isatty() else note)
-                    told = note
+                    shown = note
                 before = now
                 time.sleep(LOOK_SECONDS)
 

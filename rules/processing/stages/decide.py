@@ -106,7 +106,7 @@ def decide(
 class KnownValues:
     """The latest values as the events of a batch see them one after the other: those ahead must not see what is behind.
 
-    `of_sensors`: the part that Redis is to be told after the commit.
+    `of_sensors`: the part that is written to Redis after the commit.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -119,9 +119,9 @@ class KnownValues:
         return Sample(*found) if found else None
 
     def update(self, event: Event, names: Sequence[str] | None) -> None:
-        """With what the event says.
+        """Takes in what the event says.
 
-        Of telemetry also when it is a duplicate: the run that stored it may have died before it told Redis. What a device
+        Of telemetry also when it is a duplicate: the run that stored it may have died before it wrote to Redis. What a device
         reports reaches Redis with the change that it is.
         """
         if event.source_type == "sensor":
