@@ -66,7 +66,7 @@ def _tell(session: requests.Session, web: str, organization: str, options: argpa
     body = {name: getattr(options, name) for name in ("title", "message", "severity", "type")}
     told = _post(session, f"{web}/api/v1/notifications", {"organization": organization, **body})
     protocols = ", ".join(delivery["protocol"] for delivery in told["deliveries"])
-    connection.say(f"told: {options.title}, over {protocols}")
+    connection.say(f"sent: {options.title}, over {protocols}")
 
 
 def _post(session: requests.Session, url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_allowed_values_are_of_the_state_s_datatype(
 def test_a_membership_needs_a_person_who_exists_and_is_not_a_member_yet(farm: Organization, admin: Any) -> None:
     member = builders.member(farm)
     body = {"organization": str(farm.uuid), "user": member.username, "role": "operator"}
-    assert admin.post(f"{API}/memberships", body).json().keys() == {"nonFieldErrors"}
+    assert admin.post(f"{API}/memberships", body).json().keys() == {"organization"}
     assert admin.post(f"{API}/memberships", body | {"user": "nobody"}).json().keys() == {"user"}
     assert admin.post(f"{API}/memberships", body | {"role": "king"}).json().keys() == {"role"}
     assert admin.delete(f"{API}/memberships/{farm.uuid}/{member.username}").status_code == 204

@@ -132,8 +132,8 @@ def test_a_gateway_gathers_what_its_clients_watch_and_tells_it_once() -> None:
     readings.gather(encoded((one, 1.0), (other, 2.0)))
     readings.gather(encoded((two, 3.0), (two, 4.0), (two, 5.0)))
     readings.gather(b"\xc1")
-    readings.tell()
-    readings.tell()
+    readings.send()
+    readings.send()
     assert audience.heard == [(str(one.uuid), "new-datastream", 1.0), (str(two.uuid), "datastream-batch", 3)]
 
 
@@ -148,7 +148,7 @@ def test_who_stops_watching_is_told_nothing_more(django_assert_num_queries: Call
     readings.gather(encoded((one, 1.0)))
     with django_assert_num_queries(0):
         readings.look()
-    readings.tell()
+    readings.send()
     assert audience.heard == []
 
 

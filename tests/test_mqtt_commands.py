@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -177,6 +178,28 @@ def test_gateway_says_that_it_is_online_and_its_last_will_that_it_is_not(broker:
         with operator(broker) as late:
             assert late.subscribe(topic)
             until(lambda: statuses(late, topic) == ["offline"])
+        listener.publish(topic, "", retain=True)
+
+
+@needs_broker
+def test_a_gateway_that_stops_says_so_although_nothing_is_under_way(
+    broker: Server, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.GATEWAY_NAME = "greenhouse-2"
+    topic = topics.gateway_status("greenhouse-2")
+    with operator(broker) as listener:
+        assert listener.subscribe(topics.GATEWAY_STATUSES)
+        with running() as transport:
+            until(lambda: statuses(listener, topic) == ["online"])
+            put = transport._outbound._news.put
+
+            def put_late(news: object) -> None:
+                monkeypatch.undo()
+                time.sleep(outbound.TICK_SECONDS + 0.2)  # by then the loop has looked, and has found nothing to do
+                put(news)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(transport._outbound._news, "put", put_late)
+        until(lambda: statuses(listener, topic) == ["online", "offline"])
         listener.publish(topic, "", retain=True)
 
 

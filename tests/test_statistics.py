@@ -223,7 +223,7 @@ def test_a_chain_that_fails_too_often_in_a_row_is_suspended_with_an_alarm(
     assert [each.id for each in index] == [other.id]
     reason = "pH down is suspended: it failed 3 times in a row, the last time at dose: no value, -"
     assert (Alarm.objects.get().chain_id, Alarm.objects.get().message) == (bound.id, reason)
-    assert reason in caplog.text
+    assert f"({bound.uuid}) is suspended: it failed 3 times in a row" in caplog.text
 
 
 def test_a_chain_is_suspended_once_however_many_workers_find_it_failing(clock: Clock, settings: Any) -> None:

@@ -162,22 +162,22 @@ class Connection:
     def _connected(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
         if reason.is_failure:
             hint = ": check MQTT_USERNAME and MQTT_PASSWORD" if str(reason) in _BAD_CREDENTIALS else ""
-            self._tell("refused", logging.ERROR, f"refuses the connection ({reason}){hint}")
+            self._log_once("refused", logging.ERROR, f"refuses the connection ({reason}){hint}")
             return
-        self._tell("connected", logging.INFO, "is connected")
+        self._log_once("connected", logging.INFO, "is connected")
         self.receive_maximum = getattr(properties, "ReceiveMaximum", 65_535)
         self.connected = True
         self._on_ready()
 
     def _unreachable(self, _client: mqtt.Client, _data: Any) -> None:
         # paho calls this while it handles the exception that says why.
-        self._tell("away", logging.WARNING, f"cannot be reached, trying again ({sys.exception()})")
+        self._log_once("away", logging.WARNING, f"cannot be reached, trying again ({sys.exception()})")
 
     def _disconnected(
         self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any
     ) -> None:
         if self.connected:
-            self._tell("away", logging.WARNING, f"closed the connection, trying again ({reason})")
+            self._log_once("away", logging.WARNING, f"closed the connection, trying again ({reason})")
         self._lose()
 
     def _lose(self) -> None:
@@ -185,7 +185,7 @@ class Connection:
             self.connected = False
             self._on_lost()
 
-    def _tell(self, state: str, level: int, text: str) -> None:
+    def _log_once(self, state: str, level: int, text: str) -> None:
         if self._state not in (state, "stopped"):
             self._state = state
             where = f"{settings.MQTT_HOST}:{settings.MQTT_PORT}"

@@ -101,6 +101,10 @@ class _Lead:
     """This gateway begins to deliver."""
 
 
+class _Stop:
+    """Nothing of ours comes after it: what came before is finished, then the loop ends."""
+
+
 class Outbound:
     """One loop owns all bookkeeping; deliver and paho's thread only put things into its queue.
 
@@ -116,14 +120,15 @@ class Outbound:
         # How often there was a connection, since the commands under way were published again: once it broke, they may be lost.
         self._connections = 0
         self._repeat_at = float("inf")
-        self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | None] = queue.Queue()
+        self._news: queue.Queue[_Publication | _Acknowledgement | _Lost | _Ready | _Lead | _Stop | None] = queue.Queue()
         self._room = threading.BoundedSemaphore(MAXIMUM_WAITING)
         self._waiting: deque[_Publication] = deque()
         self._in_flight: dict[int, _Publication] = {}
         # By topic, with the time of the next attempt: what follows on the topic waits behind what was refused.
         self._refused: dict[str, tuple[float, deque[_Publication]]] = {}
-        self._idle = threading.Event()
         self._stopping = threading.Event()
+        self._is_last = False
+        self._finished = threading.Event()
         self._thread: threading.Thread | None = None
         self._log = RateLimitedLog(log)
         # Not a lasting session: with one, paho would finish a QoS 2 hand-over that the broker may have forgotten, and the
@@ -153,9 +158,9 @@ class Outbound:
         if self._connection.connected and not self._stopping.is_set():
             self._say("offline")
         self._stopping.set()
-        self._news.put(None)
+        self._news.put(_Stop())
         if self._connection.connected:
-            self._idle.wait(timeout_seconds)
+            self._finished.wait(timeout_seconds)
         self._connection.stop()
         self._news.put(None)
         if self._thread:
@@ -166,7 +171,6 @@ class Outbound:
             raise TransportError("the MQTT transport is stopping")
         if not self._room.acquire(timeout=WAIT_FOR_ROOM_SECONDS if self.connected else 0):
             raise TransportError(f"{MAXIMUM_WAITING} messages wait for the MQTT broker")
-        self._idle.clear()
         for publication in _publications(message, topics.addresses(message), partial(self._finish, message, on_report)):
             self._news.put(publication)
 
@@ -176,9 +180,8 @@ class Outbound:
             self._news.put(_Lead())
 
     def _say(self, status: str) -> None:
-        """Tells everybody whether this gateway is online; retained, and `offline` is its last will."""
+        """Publishes whether this gateway is online; retained, and `offline` is its last will."""
         address = Address(topics.gateway_status(settings.GATEWAY_NAME), 1, retain=True)
-        self._idle.clear()
         self._news.put(_Publication(_Delivery(uuid4(), 1, _said), address, _gateway_status(status)))
 
     def _on_ready(self) -> None:
@@ -194,7 +197,7 @@ class Outbound:
         self._news.put(_Acknowledgement(mid, str(reason) if reason.is_failure else ""))
 
     def _run(self) -> None:
-        while not (self._stopping.is_set() and self._idle.is_set()):
+        while not self._finished.is_set():
             try:
                 self._step()
             except Exception:  # process loop: messages would wait for ever without a word
@@ -222,6 +225,8 @@ class Outbound:
         elif isinstance(news, _Ready):
             self._is_open = True
             self._connections += 1
+        elif isinstance(news, _Stop):
+            self._is_last = True
         if isinstance(news, _Ready | _Lead):
             self._repeat_at = time.monotonic()
         if self._is_open and self._leads and self._repeat_at <= time.monotonic():
@@ -230,8 +235,8 @@ class Outbound:
         in_flight = min(MAXIMUM_IN_FLIGHT, self._connection.receive_maximum)
         while self._is_open and self._waiting and len(self._in_flight) < in_flight and self._publish(self._waiting[0]):
             self._waiting.popleft()
-        if not (self._waiting or self._in_flight or self._refused or self._news.qsize()):
-            self._idle.set()
+        if self._is_last and not (self._waiting or self._in_flight or self._refused):
+            self._finished.set()
 
     def _try_the_refused_again(self) -> None:
         now = time.monotonic()
@@ -239,7 +244,7 @@ class Outbound:
             self._waiting.extendleft(reversed(self._refused.pop(topic)[1]))
 
     def _repeat(self) -> None:
-        """Tells the newest states again, and after a lost connection first the commands that no device has acknowledged.
+        """Publishes the newest states again, and after a lost connection first the commands that no device has acknowledged.
 
         Read here, when its turn has come: what was published before is in the database, what comes later is newer.
         """
@@ -255,7 +260,7 @@ class Outbound:
             database.close()  # outside a request nobody else would give it back
         self._connections, self._repeat_at = 1, float("inf")
         first = [each for message in commands for each in _again(message, topics.addresses(message)[1:])]
-        others = [each for each in self._waiting if each.delivery.finish is not _told_again]
+        others = [each for each in self._waiting if each.delivery.finish is not _repeated]
         last = [each for message in states for each in _again(message, topics.addresses(message)[:1])]
         self._waiting = deque([*first, *others, *last])
 
@@ -339,14 +344,14 @@ def _publications(
 
 
 def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]:
-    return _publications(message, addresses, _told_again)
+    return _publications(message, addresses, _repeated)
 
 
 def _said(_: _Delivery) -> None:
     """What a gateway says of itself: nobody waits for it."""
 
 
-def _told_again(_: _Delivery) -> None:
+def _repeated(_: _Delivery) -> None:
     """What is repeated: nobody waits for it, and a later repetition takes its place."""
 
 

@@ -87,7 +87,7 @@ class Migration(migrations.Migration):
                 ('raised_at', models.DateTimeField(help_text='When it began, by the event that raised it.')),
                 ('last_raised_at', models.DateTimeField(help_text='The last event that would have raised it.')),
                 ('times_raised', models.PositiveIntegerField(default=1, help_text='Raised again while it was not cleared, or soon after.')),
-                ('is_flapping', models.BooleanField(default=False, help_text='It comes and goes too often to be told every time.')),
+                ('is_flapping', models.BooleanField(default=False, help_text='It comes and goes too often for a notification every time.')),
                 ('acknowledged_at', models.DateTimeField(blank=True, null=True)),
                 ('acknowledged_by', models.CharField(blank=True, max_length=150)),
                 ('cleared_at', models.DateTimeField(blank=True, null=True)),
