@@ -401,7 +401,7 @@ def switch_and_die(*, device: str) -> int:
 
 
 def measure(*, variable: str, values: Sequence[float]) -> int:
-    """Live readings of a variable, a microsecond apart, as a worker tells them; how many somebody watches."""
+    """Live readings of a variable, a microsecond apart, as a worker sends them; how many somebody watches."""
     from devices.models import Variable
     from notifications import live_channel
 

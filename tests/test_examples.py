@@ -73,7 +73,10 @@ class Terminal:
     def interrupt(self) -> None:
         """Ctrl-C, as the terminal sends it: to everything that runs in it."""
         os.killpg(self.child.pid, signal.SIGINT)
-        self.child.wait(15)
+        try:
+            self.child.wait(30)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"Ctrl-C did not end in 30 s what printed\n{self.text}") from None
 
     def kill(self) -> None:
         if self.child.poll() is None:
