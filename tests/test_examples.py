@@ -61,7 +61,8 @@ class Terminal:
         self._log = log
         with log.open("wb") as output:
             self.child = subprocess.Popen(
-                ["bash", "-euc", commands],
+                # A suite that a script runs in the background ignores SIGINT, and what it starts would, too.
+                ["env", "--default-signal=INT", "bash", "-euc", commands],
                 cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
