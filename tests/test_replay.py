@@ -198,8 +198,8 @@ def test_a_variable_that_was_deleted_fails_its_events(farm: Farm) -> None:
 
 
 def test_only_what_matches_and_was_there_is_replayed(farm: Farm) -> None:
-    farm.refuse(6.0, 6.1)
-    RejectedEvent.objects.filter(payload__contains="6.1").update(reason="queue-critical")
+    _, second = farm.refuse(6.0, 6.1)
+    RejectedEvent.objects.filter(pk=second.pk).update(reason="queue-critical")
     RejectedEvent.objects.create(organization=farm.organization, protocol="http", reason="circuit-open", payload="{")
     row = replay.start(request_for(farm, criteria={"reason__exact": "circuit-open"}))
     farm.refuse(6.2)
@@ -463,8 +463,8 @@ def command(*arguments: str) -> str:
 
 
 def test_the_command_with_dry_run_counts_by_reason_and_changes_nothing(farm: Farm) -> None:
-    farm.refuse(6.0, 6.1, 6.2)
-    RejectedEvent.objects.filter(payload__contains="6.2").update(reason="enqueue-error")
+    *_, last = farm.refuse(6.0, 6.1, 6.2)
+    RejectedEvent.objects.filter(pk=last.pk).update(reason="enqueue-error")
     shown = command("--since", "2h", "--dry-run").split("\n")
     assert [line.split() for line in shown[:3]] == [["2", "circuit-open"], ["1", "enqueue-error"], ["3", "in", "all"]]
     assert command("--reason", "enqueue-error", "--until", "2026-01-01", "--dry-run").split()[0] == "0"
