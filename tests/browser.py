@@ -1,4 +1,4 @@
-"""StateWrite a headless Chromium over its DevTools protocol: open a page, ask its scripts, take a picture."""
+"""Drive a headless Chromium over its DevTools protocol: open a page, ask its scripts, take a picture."""
 
 from __future__ import annotations
 
