@@ -153,8 +153,12 @@ def test_a_killed_supervisor_leaves_nothing_behind(supervise: Supervise) -> None
     assert_gone(*pids)
 
 
-def test_a_process_that_ends_before_it_answers_stops_everything_and_shows_why(supervise: Supervise) -> None:
-    supervisor = supervise(redis=SLEEPS, deaf="raise SystemExit('no such database')")
+def test_a_process_that_ends_before_it_answers_stops_everything_and_shows_why(
+    supervise: Supervise, tmp_path: Path
+) -> None:
+    log = tmp_path / "log" / "redis.log"
+    ends = f"while 'pid' not in open({str(log)!r}).read(): pass\nraise SystemExit('no such database')"
+    supervisor = supervise(redis=SLEEPS, deaf=ends)
     pid = pid_shown(supervisor)
     output, _ = supervisor.communicate(timeout=10)
     assert output.endswith("deaf ended with code 1:\nno such database\n")
