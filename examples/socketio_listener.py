@@ -21,6 +21,17 @@ class Listener:
         self._login = login
         self._position = ""
 
+    def client(self) -> socketio.Client:
+        """A client for one connection: the library would come back with the token that it began with, or, when the
+        connection drops while it is made, take itself for connected and never come back."""
+        client = socketio.Client(reconnection=False)
+        for event in EVENTS:
+            client.on(event, self.printer(event))
+        client.on("position", self.reached)
+        client.on("gap", self.gap)
+        client.on("snapshot", self.snapshot)
+        return client
+
     def auth(self) -> dict[str, str]:
         answer = requests.post(f"{self._web}/api/v1/auth/login", json=self._login, timeout=5)
         answer.raise_for_status()
@@ -54,13 +65,8 @@ def main() -> None:
     parser.add_argument("--gateway", default=connection.socketio_url(), help="Socket.IO address (default: %(default)s)")
     options = parser.parse_args()
     listener = Listener(options.web, connection.farm(options)["admin"])
-    client = socketio.Client(reconnection=False)  # it would come back with the token that it began with
-    for event in EVENTS:
-        client.on(event, listener.printer(event))
-    client.on("position", listener.reached)
-    client.on("gap", listener.gap)
-    client.on("snapshot", listener.snapshot)
     while True:
+        client = listener.client()
         try:
             client.connect(options.gateway, auth=listener.auth())
         except (socketio.exceptions.ConnectionError, requests.RequestException) as error:

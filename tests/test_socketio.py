@@ -7,6 +7,7 @@ import queue
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -387,10 +388,12 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_cut_off(gateway: Gat
     with (
         raw_websocket(gateway, token=farm["access_token"], receive_buffer=4096),
         raw_websocket(gateway, token=farm["access_token"]) as reading,
+        ThreadPoolExecutor(max_workers=1) as pool,
     ):
         frames = messages(reading)
+        received = pool.submit(lambda: [each["id"] for each in itertools.islice(frames, 9_000)])
         sent = operator().ask("publish_many", organization=farm["organization"], count=9_000, size=1_000)
-        assert [next(frames)["id"] for _ in sent] == sent
+        assert received.result() == sent
         gateway.wait_for(lambda: "Cut off a Socket.IO client that does not read" in gateway.text)
         (last,) = operator().ask("publish_many", organization=farm["organization"], count=1, size=1)
         assert next(frames)["id"] == last

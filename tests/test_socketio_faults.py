@@ -137,24 +137,28 @@ def test_the_python_client_loses_nothing(relays: list[Relay], transport: str) ->
     farm, moments = operator().ask("seed"), random.Random(5)
     seen: dict[str, str] = {}
     ended = threading.Event()
-    # Cut while it reconnects, the library takes itself for connected and stays away for good.
-    io = socketio.Client(reconnection=False)
-    io.on("alert", lambda data: seen.update({data["id"]: data["position"]}))
-    io.on("position", lambda data: seen.update({"": data["position"]}))
 
     def auth() -> dict[str, str]:
         newest = max(list(seen.values()), key=lambda position: [int(part) for part in position.split("-")], default="")
         return {"token": farm["access_token"], **({"position": newest} if newest else {})}
 
-    def follow(io: socketio.Client) -> None:
+    def connection() -> None:
+        """One client for each: cut while it connects, the library may take itself for connected for good."""
+        io = socketio.Client(reconnection=False)
+        io.on("alert", lambda data: seen.update({data["id"]: data["position"]}))
+        io.on("position", lambda data: seen.update({"": data["position"]}))
+        with suppress(NotConnected):
+            io.connect(moments.choice(relays).url, auth=auth, transports=[transport], wait_timeout=2)
+            while io.eio.state == "connected" and not ended.is_set():
+                time.sleep(0.02)
+        io.shutdown()
+
+    def follow() -> None:
         while not ended.is_set():
-            with suppress(NotConnected, ValueError):  # ValueError: the connection before is not quite over
-                url = moments.choice(relays).url
-                io.connect(url, auth=auth, transports=[transport], wait_timeout=2)
-                io.eio.wait()
+            connection()
             time.sleep(0.05)
 
-    follower = threading.Thread(target=follow, args=[io])
+    follower = threading.Thread(target=follow)
     follower.start()
     try:
         until(lambda: seen)
@@ -168,8 +172,5 @@ def test_the_python_client_loses_nothing(relays: list[Relay], transport: str) ->
         assert sorted(sent, key=lambda each: [int(part) for part in seen[each].split("-")]) == sent
     finally:
         ended.set()
-        io.disconnect()
         follower.join(30)
-        io.shutdown()
-        del io
         gc.collect()
