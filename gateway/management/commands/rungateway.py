@@ -18,7 +18,8 @@ from gateway.transport import Ingest, Transport
 from notifications.messages import Protocol
 
 STOP_SECONDS = 6.0
-_TITLES = {Protocol.SOCKETIO: "Socket.IO", Protocol.MQTT: "MQTT", Protocol.COAP: "CoAP"}
+# In the order of the start. Socket.IO is last: whoever can connect to its port finds the others started.
+_TITLES = {Protocol.MQTT: "MQTT", Protocol.COAP: "CoAP", Protocol.SOCKETIO: "Socket.IO"}
 
 
 class Command(BaseCommand):
