@@ -22,8 +22,11 @@ class Listener:
         self._position = ""
 
     def client(self) -> socketio.Client:
-        """A client for one connection: the library would come back with the token that it began with, or, when the
-        connection drops while it is made, take itself for connected and never come back."""
+        """A client for one connection.
+
+        The library's own reconnection would send the first token again, which has run out by then. And a client whose
+        connection drops during the handshake may report that it is connected, and never reconnect.
+        """
         client = socketio.Client(reconnection=False)
         for event in EVENTS:
             client.on(event, self.printer(event))

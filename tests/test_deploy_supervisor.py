@@ -157,7 +157,7 @@ def test_a_process_that_ends_before_it_answers_stops_everything_and_shows_why(
     supervise: Supervise, tmp_path: Path
 ) -> None:
     log = tmp_path / "log" / "redis.log"
-    ends = f"while 'pid' not in open({str(log)!r}).read(): pass\nraise SystemExit('no such database')"
+    ends = f"import time\nwhile 'pid' not in open({str(log)!r}).read(): time.sleep(0.02)\nraise SystemExit('no such database')"
     supervisor = supervise(redis=SLEEPS, deaf=ends)
     pid = pid_shown(supervisor)
     output, _ = supervisor.communicate(timeout=10)

@@ -387,8 +387,9 @@ def test_rungateway_says_what_it_serves_and_stops_on_sigterm(tmp_path: Path) -> 
     ports = {"SOCKETIO_PORT": str(free_port()), "COAP_PORT": "0", "MQTT_ENABLED": "false"}
     gateway = GatewayProcess(MANAGE, tmp_path / "log", **ports)
     try:
-        gateway.wait_for(lambda: "CoAP: listening on coap://127.0.0.1:" in gateway.text)
-        assert f"Socket.IO: listening on http://127.0.0.1:{ports['SOCKETIO_PORT']}" in gateway.text
+        socketio = f"Socket.IO: listening on http://127.0.0.1:{ports['SOCKETIO_PORT']}"
+        gateway.wait_for(lambda: socketio in gateway.text)
+        assert "CoAP: listening on coap://127.0.0.1:" in gateway.text.partition(socketio)[0]
         assert "MQTT: off (MQTT_ENABLED=false)" in gateway.text
         assert gateway.stop() == 0
     finally:

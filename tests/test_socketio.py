@@ -391,8 +391,9 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_cut_off(gateway: Gat
         ThreadPoolExecutor(max_workers=1) as pool,
     ):
         frames = messages(reading)
-        received = pool.submit(lambda: [each["id"] for each in itertools.islice(frames, 9_000)])
-        sent = operator().ask("publish_many", organization=farm["organization"], count=9_000, size=1_000)
+        count = 9_000
+        received = pool.submit(lambda: [each["id"] for each in itertools.islice(frames, count)])
+        sent = operator().ask("publish_many", organization=farm["organization"], count=count, size=1_000)
         assert received.result() == sent
         gateway.wait_for(lambda: "Cut off a Socket.IO client that does not read" in gateway.text)
         (last,) = operator().ask("publish_many", organization=farm["organization"], count=1, size=1)

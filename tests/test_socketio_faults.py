@@ -13,12 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import redis
 from tests.gateway_process import operator, running
-from tests.socketio_clients import javascript_client, messages, open_websocket
+from tests.socketio_clients import Client, connected, javascript_client, messages, open_websocket
 from tests.tcp_relay import Relay
 from tests.waiting import until
 
@@ -135,42 +134,48 @@ def _published_until_received(farm: dict[str, Any], client: Any) -> list[str]:
 def test_the_python_client_loses_nothing(relays: list[Relay], transport: str) -> None:
     """It runs a thread for each message, so the order in which handlers run is not the order of arrival."""
     farm, moments = operator().ask("seed"), random.Random(5)
-    seen: dict[str, str] = {}
+    clients: list[Client] = []
     ended = threading.Event()
 
-    def auth() -> dict[str, str]:
-        newest = max(list(seen.values()), key=lambda position: [int(part) for part in position.split("-")], default="")
-        return {"token": farm["access_token"], **({"position": newest} if newest else {})}
+    def place(position: str) -> list[int]:
+        return [int(part) for part in position.split("-")]
 
-    def connection() -> None:
-        """One client for each: cut while it connects, the library may take itself for connected for good."""
-        io = socketio.Client(reconnection=False)
-        io.on("alert", lambda data: seen.update({data["id"]: data["position"]}))
-        io.on("position", lambda data: seen.update({"": data["position"]}))
-        with suppress(NotConnected):
-            io.connect(moments.choice(relays).url, auth=auth, transports=[transport], wait_timeout=2)
-            while io.eio.state == "connected" and not ended.is_set():
+    def seen() -> dict[str, str]:
+        """The position of each message by its id."""
+        return {data["id"]: data["position"] for each in clients for _, data in list(each.received) if "id" in data}
+
+    def auth() -> dict[str, str]:
+        reached = [*seen().values(), *(position for each in clients for position in each.positions)]
+        return {"token": farm["access_token"], **({"position": max(reached, key=place)} if reached else {})}
+
+    def connect() -> None:
+        """One client for each connection: after a cut in the handshake it may report that it is connected, and stay away."""
+        url = moments.choice(relays).url
+        with suppress(NotConnected), connected(url, "", transport=transport, auth=auth, wait_timeout=2) as client:
+            clients.append(client)
+            while client.io.eio.state == "connected" and not ended.is_set():
                 time.sleep(0.02)
-        io.shutdown()
 
     def follow() -> None:
         while not ended.is_set():
-            connection()
+            connect()
             time.sleep(0.05)
 
     follower = threading.Thread(target=follow)
     follower.start()
     try:
-        until(lambda: seen)
+        until(lambda: clients and clients[0].positions)
         sent: list[str] = []
         for _ in range(10):
             sent += operator().ask("publish_many", organization=farm["organization"], count=25, size=2_000)
             time.sleep(moments.uniform(0.0, 0.3))
             for relay in relays:
                 relay.cut()
-        until(lambda: set(sent) <= set(seen), seconds=30)
-        assert sorted(sent, key=lambda each: [int(part) for part in seen[each].split("-")]) == sent
+        until(lambda: set(sent) <= set(seen()), seconds=30)
+        positions = seen()
+        assert sorted(sent, key=lambda each: place(positions[each])) == sent
     finally:
         ended.set()
         follower.join(30)
+        assert not follower.is_alive()
         gc.collect()
