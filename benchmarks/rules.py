@@ -212,7 +212,7 @@ def scaling(indexes: Sequence[RuleIndex], events: Sequence[Event]) -> list[float
 def events_of(sensors: Sequence[str], count: int, *, organization_id: int) -> list[Event]:
     return [
         Event(
-            id=uuid4(),
+            id=str(uuid4()),
             type="telemetry-data",
             priority=5,
             source_type="sensor",

@@ -701,7 +701,7 @@ def test_the_worker_runs_only_functions_that_are_listed_and_only_json() -> None:
 
 def test_the_final_failure_depends_on_the_chains_own_retries() -> None:
     event = Event(
-        id=UUID(int=1), type="telemetry-data", priority=5, source_type="sensor", originator_uuid=str(UUID(int=2)),
+        id=str(UUID(int=1)), type="telemetry-data", priority=5, source_type="sensor", originator_uuid=str(UUID(int=2)),
         organization_id=1, values={}, timestamp_us=0, received_us=0, protocol="http", attempt=2,
     )  # fmt: skip
     failure = failures.Failure(event=event, error="x")

@@ -60,7 +60,7 @@ class Farm:
         """A reading so many seconds after noon."""
         taken_us = events.microseconds(NOON + timedelta(seconds=after))
         known: dict[str, Any] = {
-            "id": uuid4(), "type": EventType.TELEMETRY_DATA, "priority": 5, "source_type": "sensor",
+            "id": str(uuid4()), "type": EventType.TELEMETRY_DATA, "priority": 5, "source_type": "sensor",
             "originator_uuid": str(self.sensor.uuid), "organization_id": self.organization.pk, "values": {"ph": ph},
             "timestamp_us": taken_us, "received_us": taken_us, "protocol": "http",
         }  # fmt: skip

@@ -57,7 +57,8 @@ def test_a_single_event_takes_time_and_id_from_the_server_when_it_has_none() -> 
     (event,) = decode(b'{"values": {"ph": 6.1}}')
 
     assert event.timestamp_us == event.received_us == events.microseconds(NOW)
-    assert event.id.version == 4
+    assert UUID(event.id).version == 4
+    assert str(UUID(event.id)) == event.id
     assert (event.type, event.priority, event.lane) == (EventType.TELEMETRY_DATA, 5, Lane.NORMAL)
     assert (event.source_type, event.originator_uuid, event.organization_id) == ("sensor", SENSOR, 7)
 
@@ -73,7 +74,7 @@ def test_the_senders_time_and_id_are_kept() -> None:
     (event,) = decode(payload)
 
     assert events.moment(event.timestamp_us) == datetime(2026, 5, 1, 11, 0, 0, 250_000, tzinfo=UTC)
-    assert event.id == UUID(SENSOR)
+    assert event.id == SENSOR
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class Farm:
     def append(self, *values: float) -> list[Event]:
         made = [
             Event(
-                id=uuid4(),
+                id=str(uuid4()),
                 type=events.EventType.TELEMETRY_DATA,
                 priority=5,
                 source_type="sensor",

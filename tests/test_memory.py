@@ -49,7 +49,7 @@ class Farm:
 
     def event(self, second: int, value: float, kind: str = EventType.TELEMETRY_DATA) -> Event:
         return Event(
-            id=uuid4(),
+            id=str(uuid4()),
             type=kind,
             priority=events.PRIORITIES[kind],
             source_type="sensor",

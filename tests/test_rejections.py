@@ -43,7 +43,7 @@ def organization() -> Organization:
 
 def event(of: Organization, **fields: Any) -> Event:
     told = {
-        "id": uuid4(), "type": "telemetry-data", "priority": 5, "source_type": "sensor", "originator_uuid": str(uuid4()),
+        "id": str(uuid4()), "type": "telemetry-data", "priority": 5, "source_type": "sensor", "originator_uuid": str(uuid4()),
         "organization_id": of.pk, "values": {"ph": 6.1}, "timestamp_us": events.microseconds(WHEN),
         "received_us": events.microseconds(WHEN + timedelta(seconds=1)), "protocol": "mqtt",
     }  # fmt: skip

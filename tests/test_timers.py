@@ -348,7 +348,7 @@ class TestInProcess:
 def reading(farm: Farm) -> events.Event:
     now = events.microseconds(datetime.now(UTC))
     return events.Event(
-        id=uuid4(),
+        id=str(uuid4()),
         type=events.EventType.TELEMETRY_DATA,
         priority=5,
         source_type="sensor",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import gevent
 from django.db import Error as DatabaseError
@@ -203,7 +203,7 @@ class Recorder:
 class Row(NamedTuple):
     """A RejectedEvent as it is stored, without the cost of a model's object: the columns in the order of the statement."""
 
-    event_id: UUID | None
+    event_id: str | None
     organization_id: int | None
     protocol: str
     source_type: str
@@ -252,7 +252,7 @@ def _parameters(row: Row) -> list[Any]:
     row = row._replace(timestamp=timestamp, received_at=adapt(row.received_at))  # type: ignore[arg-type]
     if connection.features.has_native_uuid_field:
         return [uuid4(), *row]
-    return [uuid4().hex, row.event_id.hex if row.event_id else None, *row[1:]]
+    return [uuid4().hex, row.event_id and row.event_id.replace("-", ""), *row[1:]]
 
 
 @per_process

@@ -223,7 +223,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
             event = schedules.trigger(chain, protocol="http")
         except Overloaded as refusal:
             raise QueueRefuses(refusal) from refusal
-        return Response({"eventId": str(event.id)}, status=status.HTTP_202_ACCEPTED)
+        return Response({"eventId": event.id}, status=status.HTTP_202_ACCEPTED)
 
     def _detail(self, chain: RuleChain, *, code: int = status.HTTP_200_OK) -> Response:
         return Response(self.get_serializer(self.get_queryset().get(pk=chain.pk)).data, status=code)

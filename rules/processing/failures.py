@@ -74,7 +74,7 @@ def keep_unreadable(entry: Entry, *, lane: str, error: str) -> None:
 
 def next_attempts(failures: Iterable[Failure]) -> list[tuple[int, bytes]]:
     """Due time in ms and event, for each event of which something is to be tried again: only the chains that failed."""
-    again: dict[uuid.UUID, list[Failure]] = {}
+    again: dict[str, list[Failure]] = {}
     for failure in failures:
         if not is_final(failure):
             again.setdefault(failure.event.id, []).append(failure)

@@ -136,7 +136,7 @@ def _event(
     chain: RuleChain, *, identifier: UUID, happened: datetime, protocol: str, values: Mapping[str, Any] | None = None
 ) -> Event:
     return Event(
-        id=identifier,
+        id=str(identifier),
         type=EventType.SCHEDULED,
         priority=synthetic.PRIORITY,
         source_type=events.CHAIN,

@@ -40,10 +40,10 @@ def take_over(lease: Lease) -> tuple[Work, BatchResult] | None:
     result, due = BatchResult(), work.events
     if deaths >= DEATHS:
         for event in work.events:
-            if str(event.id) == suspect:
+            if event.id == suspect:
                 error = f"the worker died {deaths} times while it processed this event"
                 result.add(dead_letter(Failure(event=event, error=error, permanent=True), lane=lease.slot.lane))
-        due = [event for event in work.events if str(event.id) != suspect]
+        due = [event for event in work.events if event.id != suspect]
     # Dying again without a checkpoint means dying before or after the decisions; one by one it shows which event it is.
     process_all = process_with_isolation if deliveries <= TOGETHER_DELIVERIES else process_one_by_one
     try:
@@ -73,5 +73,5 @@ def _checkpoint(lease: Lease, event: Event | None, *, deaths: Mapping[str, int])
     if event is None:
         lease.clear_checkpoint()
     else:
-        lease.checkpoint(str(event.id), deaths=deaths.get(str(event.id), 0))
+        lease.checkpoint(event.id, deaths=deaths.get(event.id, 0))
     lease.renew()

@@ -180,7 +180,7 @@ def _event(waiting: Waiting, due_ms: int) -> Event:
     bound = _chain(waiting)
     assert bound is not None  # noqa: S101  fire_due has looked
     return Event(
-        id=uuid5(UUID(waiting.chain_uuid), f"{waiting}|{due_ms}"),
+        id=str(uuid5(UUID(waiting.chain_uuid), f"{waiting}|{due_ms}")),
         type=EventType.SCHEDULED,
         priority=synthetic.PRIORITY,
         source_type=waiting.source_type,

@@ -198,7 +198,7 @@ def decide_event(
 def _trigger(event: Event, known: KnownValues) -> Trigger:
     """One for all chains of the event; see `_begin`."""
     return Trigger(
-        event_id=str(event.id),
+        event_id=event.id,
         source_type=event.source_type,
         uuid=event.originator_uuid,
         values=event.values,

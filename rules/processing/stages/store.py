@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from uuid import UUID
 
 from devices.models import StateChange
 from notifications import live_channel
@@ -92,10 +91,10 @@ def _taken(rows: Mapping[str, Row], new: set[tuple[int, int]]) -> list[str]:
     return names
 
 
-def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[UUID, list[str]]]:
+def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[str, list[str]]]:
     """What devices report becomes their state; gives the changes, and by event the names that changed."""
     requests: list[states.StateChangeRequest] = []
-    reports: dict[str, tuple[UUID, str]] = {}
+    reports: dict[str, tuple[str, str]] = {}
     for event in batch:
         originator = inputs.originator(event)
         if originator is None or event.source_type != "device" or event.chains is not None:
@@ -106,7 +105,7 @@ def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.
             reports[request.effect_key] = (event.id, name)
     # States that chains of the batch may set later are locked at once with these, in the one order.
     changes = states.apply(requests, also_lock=inputs.commanded)
-    changed: dict[UUID, list[str]] = {}
+    changed: dict[str, list[str]] = {}
     for change in changes:
         event_id, name = reports[change.row.effect_key]
         changed.setdefault(event_id, []).append(name)
