@@ -9,6 +9,7 @@ class DevicesConfig(AppConfig):
     name = "devices"
 
     def ready(self) -> None:
-        from devices import catalogue
+        from devices import catalogue, variable_locks
 
         catalogue.connect_signals()
+        variable_locks.connect_signals()

@@ -170,7 +170,7 @@ def test_an_event_that_holds_its_worker_too_long_is_put_aside_and_the_others_act
 
     assert time.monotonic() - began < 20
     letter = DeadLetter.objects.get()
-    assert letter.event_id == stuck.id
+    assert str(letter.event_id) == stuck.id
     assert "died 3 times" in letter.error
     assert StateChange.objects.count() == 1
     # The first was committed by a turn that then was stopped.

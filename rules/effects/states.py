@@ -67,14 +67,44 @@ def apply(
 
     `also_lock`: ids of states that the same transaction may change later. They are locked at once, in the one order.
     """
-    settled = _settled(requests)
-    requests = [request for request in requests if request.state_id not in settled]
     if not requests:
         return []
     states = _locked({request.state_id for request in requests}.union(also_lock))
     decided = _decide(requests, states, permits, done=_effect_keys_done(requests))
     _write(decided)
     return decided.changes
+
+
+class SettledStates:
+    """Which requests of a batch's rules ask for what is so already, as most do: those are not made at all.
+
+    The states are read at the first question and without a lock, so that a batch that changes nothing locks and writes no row:
+    its requests then count as made at that moment, before whatever another transaction is about to change.
+    """
+
+    def __init__(self, ids: Collection[int]) -> None:
+        """`ids`: the states that may be asked for."""
+        self._ids = ids
+        self._values: dict[int, Any] | None = None
+        self._open: set[int] = set()
+
+    def has(self, request: StateChangeRequest) -> bool:
+        """After a request that is to be made, those of the same state after it are to be made, too, in their order."""
+        if self._values is None:
+            self._values = DeviceState.objects.newest_values(self._ids)
+        state_id = request.state_id
+        if request.always or state_id in self._open or self._values.get(state_id, _NOTHING) != request.value:
+            self._open.add(state_id)
+            return False
+        return True
+
+    def forget(self) -> None:
+        """To be called when the requests so far were made."""
+        self._values, self._open = None, set()
+
+
+_NOTHING = object()
+"""Equals no value: not that of a state that was deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,23 +209,6 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) 
         raise ValidationError({"stateName": f"{state.name} was deleted"})
     publish(changes)
     return changes[0].row
-
-
-def _settled(requests: Sequence[StateChangeRequest]) -> set[int]:
-    """Ids of states that are already what every request for them asks for, which is so for most readings.
-
-    They are read without a lock, so that a batch that changes nothing locks and writes no row: its requests then count as made
-    at this moment, before whatever another transaction is about to change.
-    """
-    open_ids = {each.state_id for each in requests if each.always or each.newer_only}
-    wanted = [each for each in requests if each.state_id not in open_ids]
-    if not wanted:
-        return set()
-    rows = DeviceState.objects.filter(pk__in={each.state_id for each in wanted})
-    values = {row.pk: row.newest[0] for row in rows}
-    return values.keys() - {
-        each.state_id for each in wanted if each.state_id in values and values[each.state_id] != each.value
-    }
 
 
 def _locked(ids: set[int]) -> dict[int, DeviceState]:

@@ -52,9 +52,12 @@ class _Place(NamedTuple):
     path: str
     cooldown_us: int
 
+    def effect_key(self, run: Run) -> str:
+        return f"{run.trigger.event_id}:{self.chain_uuid}:{self.node}"
+
     def about(self, run: Run) -> dict[str, Any]:
         return {
-            "effect_key": f"{run.trigger.event_id}:{self.chain_uuid}:{self.node}",
+            "effect_key": self.effect_key(run),
             "chain_uuid": self.chain_uuid,
             "node": self.node,
             "timestamp_us": run.trigger.timestamp_us,
@@ -98,8 +101,17 @@ def _device_command(fields: Fields, place: _Place) -> Action:
             raise place.failed(f"the event has no value for {source!r}")
         if refusal := run.trigger.refuses(device_uuid, state_name, found):
             raise place.failed(refusal)
+        # As `place.about`, spelled out: commands are what most chains ask for at every reading.
         return DeviceCommand(
-            **place.about(run), device_uuid=device_uuid, state_name=state_name, value=found, force=force
+            effect_key=place.effect_key(run),
+            chain_uuid=place.chain_uuid,
+            node=place.node,
+            timestamp_us=run.trigger.timestamp_us,
+            cooldown_us=place.cooldown_us,
+            device_uuid=device_uuid,
+            state_name=state_name,
+            value=found,
+            force=force,
         )
 
     return Action(act, (Command(place.path, device_uuid, state_name, value),))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from rules.engine.actions import Command, compile_action
 from rules.engine.conditions import compile_condition
 from rules.engine.context import Run, Trigger
@@ -62,7 +64,7 @@ class ChainSpec:
     is_scheduled: bool = False
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct, frozen=True):
     """What a run came to: its effects in order, the references it found without a value (each once), its steps.
 
     `filters_true` and `filters_false` are how many of the steps were filters that said so; `stopped_at` is the filter that

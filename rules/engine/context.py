@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from rules.engine.effect_types import Effect
 from rules.engine.values import Lookup, Reference, Sample, Source, Value
@@ -39,8 +40,7 @@ def refuses_nothing(device_uuid: str, state_name: str, value: Value) -> str:
     return ""
 
 
-@dataclass(slots=True, kw_only=True)
-class Trigger:
+class Trigger(msgspec.Struct, kw_only=True):
     """The event that a chain runs for; `uuid` is in lower case, `timestamp_us` in microseconds since 1970 (UTC).
 
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
@@ -56,7 +56,7 @@ class Trigger:
     values: Mapping[str, Value]
     timestamp_us: int
     lookup: Lookup
-    memory: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = msgspec.field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
     originator: str = ""
     deadline: float = math.inf

@@ -26,7 +26,18 @@ SHORTEST_STEP_US = SECOND_US
 
 def alone(leaf: Evaluate) -> Test:
     """Make a test of single samples from a leaf, so that a comparison means over time what it means at once."""
-    return lambda sample: leaf(Scope(lambda _reference: sample, sample.timestamp_us))
+    held: list[Sample] = []
+    # One for all samples: to make it takes longer than to compare.
+    scope = Scope(lambda _reference: held[0], 0)
+
+    def test(sample: Sample) -> bool:
+        held[:] = (sample,)
+        scope.now_us = sample.timestamp_us
+        if scope.missing or scope.wakes:
+            scope.missing, scope.wakes = [], {}
+        return leaf(scope)
+
+    return test
 
 
 def deciding(key: str, reference: Reference, decide: Decide) -> Evaluate:

@@ -75,10 +75,13 @@ class ConditionStateStore:
 
     def observe(self, watch: TemporalCondition, sample: Sample) -> None:
         """Tells the watch of a sample of its own source."""
-        _, samples = self._observed.setdefault(watch.key, (watch, []))
-        samples.append(sample)
-        kept = ConditionState(self._seen_us[watch.key], self.values[watch.key]).observe(watch, sample)
-        self._seen_us[watch.key], self.values[watch.key] = kept.seen_us, kept.value
+        key = watch.key
+        observed = self._observed.get(key)
+        if observed is None:
+            observed = self._observed[key] = (watch, [])
+        observed[1].append(sample)
+        self._seen_us[key] = max(self._seen_us[key], sample.timestamp_us)
+        self.values[key] = watch.observe(self.values[key], sample)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from django.db import connection
 
 from aemos.lib.batched import batched
+from devices import variable_locks
 from devices.catalogue import Field
 from devices.models import Reading
 from devices.values import measured
@@ -33,11 +35,15 @@ def row_of(variable_id: int, timestamp_us: int, value: float | str | bool) -> Ro
 
 
 def store(rows: Sequence[Row]) -> set[tuple[int, int]]:
-    """Stores the rows in the current transaction; gives (variable id, timestamp in us) of those that were new."""
+    """Stores the rows in the current transaction; gives (variable id, timestamp in us) of those that were new.
+
+    Raises VariableDeleted when a variable does not exist any more.
+    """
     if not rows:
         return set()
+    variable_locks.hold({row.variable_id for row in rows})
     # Always in the same order, so that two workers that store the same readings wait for each other instead of deadlocking.
-    ordered = sorted(rows, key=lambda row: row[:2])
+    ordered = sorted(rows, key=itemgetter(0, 1))
     return _store_postgresql(ordered) if connection.vendor == "postgresql" else _store_sqlite(ordered)
 
 

@@ -68,14 +68,13 @@ class Runs:
         self._timeouts: Counter[str] = Counter()
 
     def completed(self, bound: DeployedChain, outcome: Outcome, *, seconds: float) -> None:
-        count = self._count(bound, seconds)
-        count.failures_in_a_row = 0
+        self._count(bound.id, seconds).failures_in_a_row = 0
         self._actions += len(outcome.effects)
         self._filters_true += outcome.filters_true
         self._filters_false += outcome.filters_false
 
     def failed(self, bound: DeployedChain, error: ChainFailed, *, seconds: float, is_retry: bool) -> None:
-        count = self._count(bound, seconds)
+        count = self._count(bound.id, seconds)
         count.failures += 1
         # When Redis is slow, every chain fails: switching them all off would turn a bad minute into a dry greenhouse.
         count.failures_in_a_row += not is_retry and error.code != ErrorCode.DATA_COLLECTION_TIMEOUT
@@ -83,10 +82,10 @@ class Runs:
         if error.code:
             self._timeouts[error.code] += 1
 
-    def _count(self, bound: DeployedChain, seconds: float) -> Count:
-        count = self.by_chain.get(bound.id)
+    def _count(self, chain_id: int, seconds: float) -> Count:
+        count = self.by_chain.get(chain_id)
         if count is None:
-            count = self.by_chain[bound.id] = Count()
+            count = self.by_chain[chain_id] = Count()
         count.executions += 1
         count.seconds += seconds
         self._seconds.append(seconds)

@@ -15,7 +15,7 @@ from rules.processing.condition_memory import ConditionStateStore
 
 log = logging.getLogger(__name__)
 # Large enough to share a transaction among many, small enough to end well within a lease.
-BATCH_EVENTS = 1_000
+BATCH_EVENTS = 2_000
 
 
 @dataclass(slots=True, kw_only=True)

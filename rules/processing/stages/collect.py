@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from django.conf import settings
 from django.utils import timezone
@@ -18,7 +19,7 @@ from devices.latest import Key, Latest
 from notifications import live_channel
 from rules import events
 from rules.engine.bound import DeployedChain
-from rules.engine.values import TemporalCondition
+from rules.engine.values import Reference, TemporalCondition
 from rules.events import Event
 from rules.processing import index
 from rules.processing.condition_memory import ConditionStateStore
@@ -27,13 +28,62 @@ from rules.processing.condition_memory import ConditionStateStore
 RECALL_AT_ONCE = 1_000
 
 
+class Audience(NamedTuple):
+    """What events with the same new values of one source reach: chains to run, and conditions over time that observe them.
+
+    `references`: all that the chains read.
+    """
+
+    chains: Sequence[DeployedChain]
+    watches: Sequence[TemporalCondition]
+    references: frozenset[Reference]
+
+
+class Audiences:
+    """Of the events of a batch, looked up once for all events that are alike."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], Audience] = {}
+
+    def of(self, event: Event, names: tuple[str, ...]) -> Audience:
+        """`names`: the values that are new. The chains that the event names, or those that wait for one of these values."""
+        key = (event.originator_uuid, names, event.source_type, event.chains, event.organization_id)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = _audience(event, names)
+        return found
+
+    def chains(self) -> dict[int, DeployedChain]:
+        """All chains that were found, by id."""
+        return {bound.id: bound for audience in self._found.values() for bound in audience.chains}
+
+
+def _audience(event: Event, names: tuple[str, ...]) -> Audience:
+    named, source = events.named(event), (event.source_type, event.originator_uuid)
+    if named is None:
+        chains = index.shared().triggered(source, names, organization_id=event.organization_id)
+    else:
+        chains = index.shared().named(named, organization_id=event.organization_id)
+    watches: dict[str, TemporalCondition] = {}
+    if event.chains is None:  # another attempt, or a timer's: its values were observed
+        watches = {
+            watch.key: watch
+            for bound in chains
+            for watch in bound.compiled.watches
+            if watch.reference[:2] == source and watch.reference.key in names
+        }
+    references = frozenset(reference for bound in chains for reference in bound.compiled.references)
+    return Audience(chains, tuple(watches.values()), references)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """A batch with what is known before it.
 
     `latest`: values of what its chains read. `unread`: references that DATA_COLLECTION_TIMEOUT_MS left no time to read; a
     chain that needs one fails with that code. `commanded`: ids of the states that its chains may set. `watched`: ids of the
-    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970.
+    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970. `chain_seconds`: how
+    long one chain may run.
     """
 
     batch: Sequence[Event]
@@ -44,6 +94,8 @@ class Inputs:
     commanded: frozenset[int]
     watched: frozenset[int]
     now_us: int
+    chain_seconds: float
+    audiences: Audiences
 
     def originator(self, event: Event) -> Originator | None:
         return self.originators.get((event.source_type, event.originator_uuid))
@@ -53,7 +105,10 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     """Raises RedisError when latest values cannot be read, and what the database raises."""
     began = time.monotonic()
     index.shared().refresh_if_missing(uuid for event in batch for uuid in events.named(event) or ())
-    chains = {bound.id: bound for event in batch for bound in chains_of(event, event.values)}
+    audiences = Audiences()
+    for event in batch:
+        audiences.of(event, tuple(event.values))
+    chains = audiences.chains()
     latest, unread = _read_latest(chains.values(), deadline=began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000)
     watches: dict[str, TemporalCondition] = {
         watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
@@ -69,18 +124,11 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         commanded=frozenset(state_id for bound in chains.values() for state_id in bound.commanded),
         watched=live_channel.shared().ids(),
         now_us=events.microseconds(timezone.now()),
+        chain_seconds=settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
+        audiences=audiences,
     )
     metrics.COLLECTION_SECONDS.observe(time.monotonic() - began)
     return inputs
-
-
-def chains_of(event: Event, names: Iterable[str]) -> Sequence[DeployedChain]:
-    """The chains that the event is for: those it names, or those that wait for one of these values of its source."""
-    named = events.named(event)
-    if named is not None:
-        return index.shared().named(named, organization_id=event.organization_id)
-    source = (event.source_type, event.originator_uuid)
-    return index.shared().triggered(source, names, organization_id=event.organization_id)
 
 
 def _read_latest(chains: Iterable[DeployedChain], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:

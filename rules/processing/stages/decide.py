@@ -21,12 +21,13 @@ from rules.engine.chains import Outcome
 from rules.engine.context import Trigger
 from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed, ErrorCode
-from rules.engine.values import Reference, Sample
+from rules.engine.values import Reference, Sample, TemporalCondition, Value
 from rules.events import Event
 from rules.models import RuleChain
 from rules.processing import statistics, timers
+from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.failures import Failure
-from rules.processing.stages.collect import Inputs, chains_of
+from rules.processing.stages.collect import Inputs
 from rules.processing.stages.store import Stored
 from rules.processing.timers import Waiting
 
@@ -37,11 +38,10 @@ OnEventStart = Callable[[Event | None], None]
 
 @dataclass(slots=True, kw_only=True)
 class Decision:
-    """What one event led to. `sets`: the device states that its effects set."""
+    """What one event led to."""
 
     failures: list[Failure]
-    effects: list[perform.ResolvedEffect] = field(default_factory=list)
-    sets: set[Reference] = field(default_factory=set)
+    effects: list[tuple[Effect, perform.ResolvedEffect]] = field(default_factory=list)
     next_timers: dict[Waiting, int] = field(default_factory=dict)
 
 
@@ -83,10 +83,10 @@ def decide(
             if redelivered:
                 next_timers |= _replay_condition_state(event, known)
             continue
-        chains = chains_of(event, names)
-        pending.apply_if_read(chains)
-        _observe(event, names, chains, inputs)
-        decision = decide_event(event, chains, known, chain_runs)
+        audience = inputs.audiences.of(event, names)
+        pending.apply_if_read(audience.references)
+        _observe(event, audience.watches, inputs.memory)
+        decision = decide_event(event, audience.chains, known, chain_runs)
         if not decision.failures:
             completed.append(event)
         failures += decision.failures
@@ -113,6 +113,7 @@ class KnownValues:
         self.inputs = inputs
         self.of_sensors: dict[Key, Latest] = {}
         self._latest = dict(inputs.latest)
+        self._refusals: dict[tuple[str, str, type, Value], str] = {}
 
     def look_up(self, reference: Reference) -> Sample | None:
         found = self._latest.get(reference)
@@ -127,20 +128,32 @@ class KnownValues:
         if event.source_type == "sensor":
             for name, value in event.values.items():
                 key = (event.source_type, event.originator_uuid, name)
-                _put_if_newer(self._latest, key, value, event.timestamp_us)
-                _put_if_newer(self.of_sensors, key, value, event.timestamp_us)
+                if latest := _put_if_newer(self._latest, key, value, event.timestamp_us):
+                    self.of_sensors[key] = latest
         elif event.source_type == "device" and event.chains is None:
             for name in names or ():
                 key = (event.source_type, event.originator_uuid, name)
                 _put_if_newer(self._latest, key, event.values[name], min(event.timestamp_us, self.inputs.now_us))
 
+    def refuses(self, device_uuid: str, state_name: str, value: Value) -> str:
+        """As `perform.refuses`, which a batch is asked for few different values."""
+        key = (device_uuid, state_name, type(value), value)
+        found = self._refusals.get(key)
+        if found is None:
+            found = self._refusals[key] = perform.refuses(device_uuid, state_name, value)
+        return found
+
     def update_states(self, changes: Iterable[states.Change]) -> None:
         self._latest.update(states.latest_of(change.row.state) for change in changes)
 
 
-def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> None:
-    if key not in known or known[key].timestamp_us <= at_us:
-        known[key] = Latest(value, at_us)
+def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> Latest | None:
+    """Gives what was put."""
+    before = known.get(key)
+    if before is not None and before.timestamp_us > at_us:
+        return None
+    latest = known[key] = Latest(value, at_us)
+    return latest
 
 
 class PendingEffects:
@@ -151,18 +164,25 @@ class PendingEffects:
         self.applied = Applied()
         self._known = known
         self._sets: set[Reference] = set()
+        self._settled = states.SettledStates(known.inputs.commanded)
 
     def add(self, decision: Decision) -> None:
-        self.effects += decision.effects
-        self._sets |= decision.sets
+        for effect, resolved in decision.effects:
+            if isinstance(effect, DeviceCommand) and isinstance(resolved, states.StateChangeRequest):
+                if self._settled.has(resolved):
+                    continue
+                self._sets.add(Reference("device", effect.device_uuid, effect.state_name))
+            self.effects.append(resolved)
 
-    def apply_if_read(self, chains: Sequence[DeployedChain]) -> None:
-        if not self._sets or not any(self._sets & bound.compiled.references for bound in chains):
+    def apply_if_read(self, references: frozenset[Reference]) -> None:
+        """`references`: what the chains of the next event read."""
+        if self._sets.isdisjoint(references):
             return
         applied = perform.apply(self.effects)
         self._known.update_states(applied.changes)
         self.applied += applied
         self.effects, self._sets = [], set()
+        self._settled.forget()
 
 
 def decide_event(
@@ -172,31 +192,34 @@ def decide_event(
     decision = Decision(failures=_not_run(event, chains))
     if not chains:
         return decision
-    too_late = bool(event.command_deadline_us) and known.inputs.now_us > event.command_deadline_us
-    trigger = _trigger(event, known)
+    inputs = known.inputs
+    too_late = bool(event.command_deadline_us) and inputs.now_us > event.command_deadline_us
+    trigger, originator = _trigger(event, known), inputs.originator(event)
     for bound in chains:
-        began = time.perf_counter()
-        _begin(trigger, bound, event, known)
+        began = time.monotonic()
+        trigger.deadline = began + inputs.chain_seconds
+        trigger.originator = originator.name if originator else bound.name
         try:
-            _require_read(bound, event, known.inputs)
+            if inputs.unread:
+                _require_read(bound, event, inputs)
             outcome = bound.compiled.run(trigger)
-            effects = [perform.resolve(effect, bound, event) for effect in outcome.effects]
+            effects = [(effect, perform.resolve(effect, bound, event)) for effect in outcome.effects]
         except ChainFailed as error:
-            chain_runs.failed(bound, error, seconds=time.perf_counter() - began, is_retry=event.attempt > 0)
+            chain_runs.failed(bound, error, seconds=time.monotonic() - began, is_retry=event.attempt > 0)
             decision.failures.append(_failure(error, bound, event))
             continue
-        chain_runs.completed(bound, outcome, seconds=time.perf_counter() - began)
-        decision.next_timers.update(_next_timers(bound, outcome))
+        chain_runs.completed(bound, outcome, seconds=time.monotonic() - began)
+        if bound.timers:
+            decision.next_timers.update(_next_timers(bound, outcome))
         if too_late:
             log.info("%s would have done %d actions for an event that is too old now", bound.name, len(effects))
             continue
-        decision.effects.extend(effects)
-        decision.sets.update(_sets(outcome.effects))
+        decision.effects += effects
     return decision
 
 
 def _trigger(event: Event, known: KnownValues) -> Trigger:
-    """One for all chains of the event; see `_begin`."""
+    """One for all chains of the event; the name of the originator and the deadline are still to be set for each."""
     return Trigger(
         event_id=event.id,
         source_type=event.source_type,
@@ -205,32 +228,16 @@ def _trigger(event: Event, known: KnownValues) -> Trigger:
         timestamp_us=event.timestamp_us,
         lookup=known.look_up,
         memory=known.inputs.memory.values,
-        refuses=perform.refuses,
+        refuses=known.refuses,
     )
 
 
-def _begin(trigger: Trigger, bound: DeployedChain, event: Event, known: KnownValues) -> None:
-    """Sets what is the chain's own: by when it has to end, and a name for an event that no sensor or device sent."""
-    originator = known.inputs.originator(event)
-    trigger.originator = originator.name if originator else bound.name
-    trigger.deadline = time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000
-
-
-def _sets(effects: Sequence[Effect]) -> list[Reference]:
-    commands = (effect for effect in effects if isinstance(effect, DeviceCommand))
-    return [Reference("device", command.device_uuid, command.state_name) for command in commands]
-
-
 def _next_timers(bound: DeployedChain, outcome: Outcome) -> dict[Waiting, int]:
-    if not bound.timers:
-        return {}
     return {timers.of(bound.compiled, source): due_us for source, due_us in outcome.wakes.items()}
 
 
 def _require_read(bound: DeployedChain, event: Event, inputs: Inputs) -> None:
     """Raises ChainFailed when a value that the chain needs, and the event does not bring, was not read in time."""
-    if not inputs.unread:
-        return
     missed = [
         f"{source_type} {uuid} {name}"
         for source_type, uuid, name in bound.compiled.references & inputs.unread
@@ -242,19 +249,10 @@ def _require_read(bound: DeployedChain, event: Event, inputs: Inputs) -> None:
         raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
 
-def _observe(event: Event, names: Sequence[str], chains: Sequence[DeployedChain], inputs: Inputs) -> None:
+def _observe(event: Event, watches: Iterable[TemporalCondition], memory: ConditionStateStore) -> None:
     """Shows the event to conditions over time, to each once, whatever way the chains then take."""
-    if event.chains is not None:
-        return
-    source = (event.source_type, event.originator_uuid)
-    watches = {
-        watch.key: watch
-        for bound in chains
-        for watch in bound.compiled.watches
-        if watch.reference[:2] == source and watch.reference.key in names
-    }
-    for watch in watches.values():
-        inputs.memory.observe(watch, Sample(event.values[watch.reference.key], event.timestamp_us))
+    for watch in watches:
+        memory.observe(watch, Sample(event.values[watch.reference.key], event.timestamp_us))
 
 
 def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, int]:
@@ -262,13 +260,14 @@ def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, i
 
     The chains run for what they say of time alone, and their effects are dropped: the first run has had them.
     """
-    names = list(event.values)
-    chains = [bound for bound in chains_of(event, names) if bound.compiled.watches or bound.compiled.timers]
-    _observe(event, names, chains, known.inputs)
+    audience = known.inputs.audiences.of(event, tuple(event.values))
+    _observe(event, audience.watches, known.inputs.memory)
     next_timers: dict[Waiting, int] = {}
     trigger = _trigger(event, known)
-    for bound in chains:
-        _begin(trigger, bound, event, known)
+    for bound in audience.chains:
+        if not bound.timers:
+            continue
+        trigger.deadline = time.monotonic() + known.inputs.chain_seconds
         with contextlib.suppress(ChainFailed):  # the first run has reported it
             next_timers |= _next_timers(bound, bound.compiled.run(trigger))
     return next_timers

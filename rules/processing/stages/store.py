@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devices.models import StateChange
@@ -24,7 +24,7 @@ class Stored:
     `failures`: events that could not be stored. `live_readings`: new readings of variables that people look at.
     """
 
-    events: Sequence[tuple[Event, Sequence[str] | None]]
+    events: Sequence[tuple[Event, tuple[str, ...] | None]]
     failures: Sequence[Failure]
     changes: Sequence[states.Change]
     live_readings: Sequence[Reading]
@@ -41,20 +41,21 @@ def store(inputs: Inputs) -> Stored:
     batch = [event for event in inputs.batch if event.id not in failed] if failed else inputs.batch
     ran_before = schedules.already_ran(batch)
     rows = [_rows_of(event, inputs) for event in batch]
-    all_rows = [row for of_event in rows for row in of_event.values()]
+    all_rows = [row for of_event in rows for row in of_event]
     new = readings.store(all_rows)
     live_readings = live_channel.select(all_rows, new, wanted=inputs.watched)
     changes, reported = _apply_reports(batch, inputs)
-    stored: list[tuple[Event, Sequence[str] | None]] = []
+    stored: list[tuple[Event, tuple[str, ...] | None]] = []
     for position, event in enumerate(batch):
-        names: Sequence[str] | None
+        names: tuple[str, ...] | None
         if events.is_run(event):
             names = None if position in ran_before else ()
         elif event.chains is not None:  # another attempt: its values are stored, and some chains are still to run
-            names = list(event.values)
+            names = tuple(event.values)
+        elif event.source_type == "device":
+            names = tuple(reported.pop(event.id, ())) or None
         else:
-            names = reported.pop(event.id, []) + _taken(rows[position], new)
-            names = names or None
+            names = _taken(event, rows[position], new) or None
         stored.append((event, names))
     return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
 
@@ -66,29 +67,32 @@ def _without_originator(event: Event, inputs: Inputs) -> Failure | None:
     originator = inputs.originator(event)
     if originator is None:
         deleted = f"{event.source_type} {event.originator_uuid}"
-    elif unknown := event.values.keys() - originator.fields.keys():
-        deleted = f"{', '.join(sorted(unknown))} of {originator.name}"
-    else:
+    elif event.values.keys() <= originator.fields.keys():
         return None
+    else:
+        unknown = event.values.keys() - originator.fields.keys()
+        deleted = f"{', '.join(sorted(unknown))} of {originator.name}"
     return Failure(event=event, error=f"{deleted} was deleted after the event was accepted", permanent=True)
 
 
-def _rows_of(event: Event, inputs: Inputs) -> dict[str, Row]:
-    """By name, the readings that an event of a sensor brings."""
+def _rows_of(event: Event, inputs: Inputs) -> list[Row]:
+    """The readings that an event of a sensor brings, in the order of its values."""
     originator = inputs.originator(event)
     if originator is None or event.source_type != "sensor" or event.chains is not None:
-        return {}
-    return {
-        name: readings.row_of(originator.fields[name].id, event.timestamp_us, value)
-        for name, value in event.values.items()
-    }
+        return []
+    fields, at_us = originator.fields, event.timestamp_us
+    return [readings.row_of(fields[name].id, at_us, value) for name, value in event.values.items()]
 
 
-def _taken(rows: Mapping[str, Row], new: set[tuple[int, int]]) -> list[str]:
+def _taken(event: Event, rows: Sequence[Row], new: set[tuple[int, int]]) -> tuple[str, ...]:
     """The names whose reading is new. Of two events of one batch with the same reading, the second is the duplicate."""
-    names = [name for name, row in rows.items() if row[:2] in new]
-    new.difference_update(rows[name][:2] for name in names)
-    return names
+    names = []
+    for name, row in zip(event.values, rows, strict=True):
+        key = row[:2]
+        if key in new:
+            new.remove(key)
+            names.append(name)
+    return tuple(names)
 
 
 def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[str, list[str]]]:
