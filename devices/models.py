@@ -144,8 +144,15 @@ class DeviceState(Identified):
 
     objects: ClassVar = DeviceStateQuerySet.as_manager()
 
-    # What `wish` and `report` set.
-    VALUE_FIELDS: ClassVar = ("value", "changed_at", "command_uuid", "reported_value", "reported_at", "differs_since")
+    # What `set_desired` and `report` set, with the types of PostgreSQL.
+    VALUE_FIELDS: ClassVar = {
+        "value": "jsonb",
+        "changed_at": "timestamptz",
+        "command_uuid": "uuid",
+        "reported_value": "jsonb",
+        "reported_at": "timestamptz",
+        "differs_since": "timestamptz",
+    }
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["device", "name"], name="state_name_in_device")]

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from django.db import transaction
@@ -19,7 +20,7 @@ from django.db.models import Max, Q, QuerySet
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import redis
+from aemos.lib import bulk, redis
 from notifications import messages
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
@@ -40,34 +41,68 @@ def write(outgoing: Sequence[tuple[Message, int, int | None]]) -> list[Message]:
     """
     if not outgoing:
         return []
+    now = time.time()
+    unique: dict[str, tuple[Message, int, int | None]] = {}
+    for entry in outgoing:
+        unique.setdefault(entry[0].effect_key, entry)
     # Two workers may do the same effect at once. The database lets one of them in, and neither may fail over it.
-    Notification.objects.bulk_create([_row(*entry) for entry in outgoing], ignore_conflicts=True)
-    ids = _ids_of([message.id for message, *_ in outgoing])
-    fresh = [message for message, *_ in outgoing if message.id in ids]
-    Delivery.objects.bulk_create(
-        Delivery(notification_id=ids[message.id], protocol=protocol)
+    written = bulk.insert(
+        "notifications_notification",
+        _NOTIFICATION,
+        [_row(*entry, now=now) for entry in unique.values()],
+        conflict="DO NOTHING",
+        returning=("effect_key", "id"),
+    )
+    ids = dict(written)
+    fresh = [message for message, *_ in unique.values() if message.effect_key in ids]
+    pending = [
+        (ids[message.effect_key], protocol, Delivery.State.PENDING, 0, "", _moment(now))
         for message in fresh
         for protocol in message.protocols
-    )
+    ]
+    bulk.insert("notifications_delivery", _DELIVERY, pending)
     return fresh
 
 
-def _ids_of(uuids: Sequence[UUID]) -> dict[UUID, int]:
-    return dict(Notification.objects.filter(uuid__in=uuids).values_list("uuid", "pk"))
+_NOTIFICATION = {
+    "uuid": "uuid",
+    "effect_key": "text",
+    "organization_id": "bigint",
+    "device_id": "bigint",
+    "event": "text",
+    "priority": "bigint",
+    "payload": "jsonb",
+    "timestamp": "timestamptz",
+    "created_at": "timestamptz",
+    "expires_at": "timestamptz",
+}
+_DELIVERY = {
+    "notification_id": "bigint",
+    "protocol": "text",
+    "state": "text",
+    "attempts": "bigint",
+    "last_error": "text",
+    "updated_at": "timestamptz",
+}
 
 
-def _row(message: Message, organization_id: int, device_id: int | None) -> Notification:
-    return Notification(
-        uuid=message.id,
-        effect_key=message.effect_key,
-        organization_id=organization_id,
-        device_id=device_id,
-        event=message.event,
-        priority=message.priority,
-        payload=message.payload,
-        timestamp=datetime.fromisoformat(message.timestamp),
-        expires_at=datetime.fromtimestamp(expiry(message, time.time()), UTC),
+def _row(message: Message, organization_id: int, device_id: int | None, *, now: float) -> tuple[Any, ...]:
+    return (
+        message.id,
+        message.effect_key,
+        organization_id,
+        device_id,
+        message.event,
+        message.priority,
+        message.payload,
+        datetime.fromisoformat(message.timestamp),
+        _moment(now),
+        _moment(expiry(message, now)),
     )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def publish(outgoing: Sequence[Message]) -> None:
@@ -93,10 +128,19 @@ def _unpublished(outgoing: Sequence[Message]) -> list[Entry]:
         device__uuid__in={device for message in mine.values() if (device := message.changed_device)},
     )
     # What does not fit waits for the sweep, and so does what comes after it.
-    rows = oldest(unpublished, maximum=SWEEP_BATCH + len(mine))
-    pending = _pending_protocols([row for row in rows if row.uuid not in mine], tuple(Protocol))
-    known = [(row.pk, mine.get(row.uuid) or message_of(row, pending.get(row.pk, ()))) for row in rows]
-    return [Entry(message, number, unless_above=number - 1) for number, message in known]
+    ids = list(unpublished.order_by("id").values_list("pk", "uuid")[: SWEEP_BATCH + len(mine)])
+    others = _messages([pk for pk, uuid in ids if uuid not in mine])
+    known = [(pk, mine.get(uuid) or others.get(pk)) for pk, uuid in ids]
+    return [Entry(message, number, unless_above=number - 1) for number, message in known if message]
+
+
+def _messages(ids: Sequence[int]) -> dict[int, Message]:
+    """By id, those that are still there."""
+    if not ids:
+        return {}
+    rows = oldest(Notification.objects.filter(pk__in=ids), maximum=len(ids))
+    pending = _pending_protocols(rows, tuple(Protocol))
+    return {row.pk: message_of(row, pending.get(row.pk, ())) for row in rows}
 
 
 def _put(entries: Sequence[Entry]) -> None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from aemos.lib import metrics
+from aemos.lib import bulk, metrics
 from devices import catalogue
 from devices.models import Organization, StateChange
 from notifications import messages, outbox
 from notifications.messages import Message, Protocol
-from notifications.models import Notification
 from rules import events
 from rules.effects import alarms, states
 from rules.effects.alarm_lifecycle import Clear, Raise
@@ -205,8 +204,7 @@ def _not_applied_before(effects: Sequence[OtherEffect]) -> list[OtherEffect]:
     """Without those that have a notification: a sender that missed the answer sends its event again, with its id."""
     if not effects:
         return []
-    keys = [each.effect_key for each in effects]
-    known = set(Notification.objects.filter(effect_key__in=keys).values_list("effect_key", flat=True))
+    known = bulk.present("notifications_notification", "effect_key", [each.effect_key for each in effects])
     fresh: dict[str, OtherEffect] = {}
     for each in effects:
         if each.effect_key not in known:

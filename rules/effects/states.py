@@ -6,6 +6,7 @@ A change, its StateChange and its Notification are written in one transaction, a
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from django.db import transaction
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import metrics, redis
+from aemos.lib import bulk, metrics, redis
 from devices import commands, latest
 from devices.catalogue import Field
 from devices.latest import Latest
@@ -137,23 +138,45 @@ def _decide(
 
 def _write(decided: _Decided) -> None:
     changes = decided.changes
-    StateChange.objects.bulk_create([change.row for change in changes])
+    _insert([change.row for change in changes])
     changed = decided.reporting | {change.row.state.pk: change.row.state for change in changes}
-    DeviceState.objects.bulk_update(changed.values(), DeviceState.VALUE_FIELDS)
+    columns = {"id": "bigint"} | DeviceState.VALUE_FIELDS
+    bulk.update("devices_devicestate", columns, [[getattr(row, name) for name in columns] for row in changed.values()])
     commands.note_applied(decided.fulfilled)
     outbox.write([(c.message, c.row.state.device.organization_id, c.row.state.device_id) for c in changes])
+
+
+_COLUMNS = {
+    "uuid": "uuid",
+    "effect_key": "text",
+    "state_id": "bigint",
+    "value": "jsonb",
+    "previous": "jsonb",
+    "source": "text",
+    "actor": "text",
+    "timestamp": "timestamptz",
+    "command_state": "text",
+    "deadline": "timestamptz",
+    "command_error": "text",
+}
+
+
+def _insert(rows: Sequence[StateChange]) -> None:
+    values = [[getattr(row, name) for name in _COLUMNS] for row in rows]
+    ids = bulk.insert("devices_statechange", _COLUMNS, values, returning=("effect_key", "id"))
+    by_key = dict(ids)
+    for row in rows:
+        row.pk = by_key[row.effect_key]
 
 
 def publish(changes: Sequence[Change]) -> None:
     """After the commit: refreshes what rules see, then publishes the messages. What fails here, or is cut off, `sweep` does
     again; it finds the changes by messages that are not published, so these come last.
     """
-    for change in changes:
-        row = change.row
-        metrics.STATE_CHANGES.labels(row.source).inc()
-        if row.source == StateChange.Source.RULE:
-            log.info("rule fired: %s", row.actor)
-        log.info("state changed: %s: %s -> %s by %s", row.state, row.previous, row.value, row.source)
+    for source, number in Counter(change.row.source for change in changes).items():
+        metrics.STATE_CHANGES.labels(source).inc(number)
+    for row in (change.row for change in changes):
+        log.info("state changed: %s: %s -> %s by %s %s", row.state, row.previous, row.value, row.source, row.actor)
     try:
         latest.remember(dict(latest_of(change.row.state) for change in changes))
     except RedisError as error:
@@ -218,8 +241,7 @@ def _locked(ids: set[int]) -> dict[int, DeviceState]:
 
 
 def _effect_keys_done(requests: Sequence[StateChangeRequest]) -> set[str]:
-    wanted = [request.effect_key for request in requests]
-    return set(StateChange.objects.filter(effect_key__in=wanted).values_list("effect_key", flat=True))
+    return bulk.present("devices_statechange", "effect_key", [request.effect_key for request in requests])
 
 
 def _is_wanted(request: StateChangeRequest, state: DeviceState) -> bool:
