@@ -9,7 +9,7 @@ class DevicesConfig(AppConfig):
     name = "devices"
 
     def ready(self) -> None:
-        from devices import catalogue, variable_locks
+        from devices import catalogue, row_locks
 
         catalogue.connect_signals()
-        variable_locks.connect_signals()
+        row_locks.connect_signals()

@@ -288,7 +288,7 @@ class Reading(models.Model):
 
     id = models.BigAutoField(primary_key=True)
     # No constraint in the database: it would look the variable up for each row, a third of the cost of storing one. Who stores
-    # readings locks their variables once for all of them, and so does who deletes one.
+    # readings locks their variables once for all of them, and so does who deletes one (devices.row_locks).
     variable = models.ForeignKey(
         Variable, on_delete=models.CASCADE, related_name="readings", db_index=False, db_constraint=False
     )
@@ -332,7 +332,8 @@ class StateChange(models.Model):
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     effect_key = models.CharField(max_length=200, unique=True)
-    state = models.ForeignKey(DeviceState, on_delete=models.CASCADE, related_name="changes")
+    # No constraint in the database: who writes a change has locked the state, and so has who deletes one (devices.row_locks).
+    state = models.ForeignKey(DeviceState, on_delete=models.CASCADE, related_name="changes", db_constraint=False)
     value = models.JSONField(null=True)
     previous = models.JSONField(null=True)
     source = models.CharField(max_length=10, choices=Source.choices)

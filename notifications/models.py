@@ -71,7 +71,10 @@ class Delivery(models.Model):
         FAILED = "failed", "failed for good"
         EXPIRED = "expired", "expired: nobody could be told in time"
 
-    notification = models.ForeignKey(Notification, on_delete=models.CASCADE, related_name="deliveries")
+    # Written in the transaction of its notification, so a constraint could never find anything; the unique index serves look-ups.
+    notification = models.ForeignKey(
+        Notification, on_delete=models.CASCADE, related_name="deliveries", db_constraint=False, db_index=False
+    )
     protocol = models.CharField(max_length=10, choices=PROTOCOL_CHOICES)
     state = models.CharField(max_length=12, choices=State.choices, default=State.PENDING)
     attempts = models.PositiveIntegerField(default=0)

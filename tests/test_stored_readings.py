@@ -9,7 +9,7 @@ import pytest
 from django.db import connection, transaction
 
 from devices.models import Reading, Variable
-from devices.variable_locks import VariableDeleted
+from devices.row_locks import VariableDeleted
 from rules.processing import readings
 from rules.processing.readings import Row
 from tests import builders

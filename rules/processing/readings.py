@@ -9,7 +9,7 @@ from typing import NamedTuple
 from django.db import connection
 
 from aemos.lib.batched import batched
-from devices import variable_locks
+from devices import row_locks
 from devices.catalogue import Field
 from devices.models import Reading
 from devices.values import measured
@@ -41,7 +41,7 @@ def store(rows: Sequence[Row]) -> set[tuple[int, int]]:
     """
     if not rows:
         return set()
-    variable_locks.hold({row.variable_id for row in rows})
+    row_locks.hold_variables({row.variable_id for row in rows})
     # Always in the same order, so that two workers that store the same readings wait for each other instead of deadlocking.
     ordered = sorted(rows, key=itemgetter(0, 1))
     return _store_postgresql(ordered) if connection.vendor == "postgresql" else _store_sqlite(ordered)
