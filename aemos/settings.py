@@ -234,7 +234,7 @@ SPECTACULAR_SETTINGS = {
 
 # RQ: one queue per lane, in this order. The functions that a job may name are listed in rules.journal.tickets.
 RQ = {
-    "WORKER_CLASS": "rules.processing.worker.DrainWorker",
+    "WORKER_CLASS": "rules.worker.DrainWorker",
     "JOB_CLASS": "rules.journal.tickets.AllowedJob",
     "COMMIT_MODE": "auto",
 }

@@ -1,8 +1,9 @@
 """Measures how many readings a second go through a whole system, beside what the machine can do at all.
 
-One web process, one worker and one scheduler on PostgreSQL and Redis that sync every write; wrk sends the readings of 100
-sensors, each with a rule chain. In the same run: the least that the same web server can do ("hello"), readings inserted without
-anything else, and entries appended to Redis one by one. Compare the ratios: absolute figures are those of the machine.
+One web process, one worker, one gateway and one scheduler on PostgreSQL and Redis that sync every write, and Mosquitto; wrk and
+mosquitto_pub send the readings of 100 sensors, each with a rule chain. In the same run: the least that the same web server can do
+("hello"), readings inserted without anything else, and entries appended to Redis one by one. Compare the ratios: absolute figures
+are those of the machine.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 SENSORS = 100
 CONNECTIONS = 50
 BATCH = 100
+PUBLISHERS = 10
+# Of each publisher and second of load. All of them are sent, however long it takes.
+PUBLISHED_EACH = 800
 WORKER_CLASS = "gunicorn.workers.ggevent.GeventPyWSGIWorker"
 # Admission is not what is measured: the queue may grow as long as readings are sent.
 UNLIMITED = {
@@ -55,6 +59,7 @@ from rules.models import RuleChain, RuleNode
 from tests import builders
 farm = Organization.objects.create(name="throughput")
 tokens = []
+uuids = []
 for number in range({SENSORS}):
     sensor, pump = builders.sensor(farm), builders.device(farm)
     builders.chain(farm, [
@@ -63,7 +68,8 @@ for number in range({SENSORS}):
         builders.node("off", builders.command(pump, "off")),
     ])
     tokens.append(DeviceToken.objects.issue(sensor)[1])
-print(json.dumps(tokens))
+    uuids.append(str(sensor.uuid))
+print(json.dumps([tokens, uuids]))
 """
 # Every request has the token of the next sensor. Of `share` of the readings each is on the other side of the dead band than the
 # one before it of the same sensor, so that it changes a state.
@@ -117,7 +123,8 @@ def main() -> int:
         say(name)
         figures.append(measure(seconds))
     for share in (0.0, 0.18):
-        figures += whole_system(seconds, share)
+        figures += over_http(seconds, share)
+    figures.append(over_mqtt(seconds))
     write(options.output, figures, seconds)
     return 0
 
@@ -181,37 +188,100 @@ def raw_appends(seconds: float) -> Figure:
         return Figure(name="raw appends", rate=done / (time.monotonic() - began), unit="entries")
 
 
-def whole_system(seconds: float, share: float) -> Iterator[Figure]:
-    """Single events as far as their answers, then batches end to end: accepted, stored, decided, nothing left in the queue."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Farm:
+    """A running system with sensors that have a chain each."""
+
+    system: LocalSystem
+    database: Server
+    tokens: list[str]
+    uuids: list[str]
+
+
+@contextmanager
+def farm(*processes: str) -> Iterator[Farm]:
     with durable_postgresql() as server:
         settings = connection_of(server)
         database = {f"DB_{name.upper()}": str(settings[key]) for name, key in DATABASE.items()}
         with own_system(DB_ENGINE="postgresql", **database, **UNLIMITED) as system:
-            system.start("web", "worker", "scheduler")
-            tokens = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
-            kind = f"{share:.0%} of events change a state" if share else "no state changes"
-            if not share:
-                say("single events")
-                yield measured(system, "HTTP, single events", tokens, seconds, size=1, share=0.0, drained=False)
-                until(lambda: depth(system) == 0, seconds=300)
-            say(f"batches of {BATCH}, {kind}")
-            name = f"HTTP, batches of {BATCH}, end to end, {kind}"
-            yield measured(system, name, tokens, seconds, size=BATCH, share=share, drained=True)
+            system.start(*processes)
+            tokens, uuids = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
+            yield Farm(system=system, database=server, tokens=tokens, uuids=uuids)
 
 
-def measured(
-    system: LocalSystem, name: str, tokens: list[str], seconds: float, *, size: int, share: float, drained: bool
-) -> Figure:
+def over_http(seconds: float, share: float) -> Iterator[Figure]:
+    """Single events as far as their answers, then batches end to end: accepted, stored, decided, nothing left in the queue."""
+    with farm("web", "worker", "scheduler") as running:
+        kind = f"{share:.0%} of events change a state" if share else "no state changes"
+        if not share:
+            say("single events")
+            yield measured(running, "HTTP, single events", seconds, size=1, share=0.0, drained=False)
+            until(lambda: depth(running.system) == 0, seconds=300)
+        say(f"batches of {BATCH}, {kind}")
+        name = f"HTTP, batches of {BATCH}, end to end, {kind}"
+        yield measured(running, name, seconds, size=BATCH, share=share, drained=True)
+
+
+def over_mqtt(seconds: float) -> Figure:
+    """QoS 1, from the first message until all are stored and decided."""
+    say("MQTT")
+    with farm("web", "worker", "scheduler", "gateway") as running, tempfile.TemporaryDirectory() as folder:
+        system, each = running.system, int(PUBLISHED_EACH * seconds)
+        senders = list(zip(running.uuids, running.tokens, strict=True))[:PUBLISHERS]
+        until(lambda: all(may_publish(system, *sender) for sender in senders))
+        until(lambda: depth(system) == 0)
+        before, began, waiting = processors(running), time.monotonic(), accepted(system)
+        publishers = [publisher(system, *sender, each, Path(folder)) for sender in senders]
+        for process in publishers:
+            if process.wait(timeout=600):
+                raise RuntimeError(f"mosquitto_pub ended with {process.returncode}")
+        acknowledged = time.monotonic() - began
+        count = each * PUBLISHERS
+        until(lambda: accepted(system) - waiting >= count and depth(system) == 0, seconds=600)
+        elapsed, used = time.monotonic() - began, processors(running)
+        return Figure(
+            name=f"MQTT QoS 1, {PUBLISHERS} publishers, end to end",
+            rate=count / elapsed,
+            unit="messages",
+            processor_ms={process: (used[process] - before[process]) / count * 1_000 for process in used},
+            memory_mb={process: max(memory_mb(system.pid(process), field="VmHWM")) for process in system.running()},
+            note=f"acknowledged by the broker at {count / acknowledged:,.0f} a second",
+        )
+
+
+def may_publish(system: LocalSystem, uuid: str, token: str) -> bool:
+    """Whether the broker knows the sensor by now."""
+    done = subprocess.run(publish(system, uuid, token, "-m", "{}"), capture_output=True, check=False, timeout=10)
+    return done.returncode == 0 and not done.stderr
+
+
+def publisher(system: LocalSystem, uuid: str, token: str, count: int, folder: Path) -> subprocess.Popen[bytes]:
+    """Sends a reading per line of a file as fast as it is acknowledged, at most 20 ahead."""
+    start = int(time.time()) - 86_400
+    moments = (datetime.fromtimestamp(start + number / 1_000, UTC).isoformat() for number in range(count))
+    lines = folder / uuid
+    lines.write_text("".join(f'{{"values":{{"ph":5.9}},"timestamp":"{moment}"}}\n' for moment in moments))
+    with lines.open("rb") as readings:
+        return subprocess.Popen(publish(system, uuid, token, "-l"), stdin=readings)
+
+
+def publish(system: LocalSystem, uuid: str, token: str, *what: str) -> list[str]:
+    broker = ["-h", system.broker.host, "-p", str(system.broker.port), "-u", token.split("_")[1], "-P", token]
+    return [str(get("mosquitto_pub").path), *broker, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
+
+
+def measured(running: Farm, name: str, seconds: float, *, size: int, share: float, drained: bool) -> Figure:
+    system, tokens = running.system, running.tokens
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         quoted = ",".join(f'"{token}"' for token in tokens)
         start = int(time.time()) - 86_400
         script.write(SCRIPT % {"tokens": quoted, "size": size, "share": share, "start": start})
         script.flush()
-        before, began = processors(system), time.monotonic()
+        before, began = processors(running), time.monotonic()
         rate, sent, refused = wrk(f"{system.web}/api/v1/telemetry", seconds, script=script.name)
         if drained:
             until(lambda: depth(system) == 0, seconds=600)
-        elapsed, used = time.monotonic() - began, processors(system)
+        elapsed, used = time.monotonic() - began, processors(running)
     events = (sent - refused) * size
     return Figure(
         name=name,
@@ -223,17 +293,29 @@ def measured(
     )
 
 
-def processors(system: LocalSystem) -> dict[str, float]:
+def processors(running: Farm) -> dict[str, float]:
+    """Seconds of each process, its children included."""
+
     def of(pid: int) -> float:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return sum(processor_seconds(each) for each in (pid, *map(int, children)))
 
-    return {name: of(system.pid(name)) for name in system.running()}
+    system = running.system
+    servers = {"PostgreSQL": running.database, "Redis": system.redis, "Mosquitto": system.broker}
+    found = {name: of(system.pid(name)) for name in system.running()}
+    return found | {name: of(server.pid) for name, server in servers.items() if server.pid}
 
 
 def depth(system: LocalSystem) -> int:
     found: int = requests.get(f"{system.web}/api/v1/metrics/queue/summary", timeout=10).json()["queueDepth"]
     return found
+
+
+def accepted(system: LocalSystem) -> int:
+    """Events by the ledger, since the system began."""
+    with redis.Redis(port=system.redis.port, password=system.redis.password) as client:
+        ledgers = client.scan_iter(match="aemos:ledger:*")
+        return sum(int(client.hget(name, "accepted") or 0) for name in ledgers)
 
 
 def wrk(url: str, seconds: float, *, script: str = "") -> tuple[float, int, int]:

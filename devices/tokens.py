@@ -8,7 +8,6 @@ row holds the HMAC of the whole token, which is what requests are checked agains
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import secrets
 import string
@@ -47,4 +46,4 @@ def matches(token: str, digest: str) -> bool:
 
 def _hmac(purpose: bytes, text: str) -> bytes:
     key = settings.DEVICE_TOKEN_KEY.encode()
-    return hmac.new(key, purpose + b":" + text.encode(), hashlib.sha256).digest()
+    return hmac.digest(key, purpose + b":" + text.encode(), "sha256")

@@ -82,6 +82,7 @@ class Delivery(models.Model):
     updated_at = models.DateTimeField(default=timezone.now)
 
     class Meta:
+        ordering = ["id"]
         constraints = [models.UniqueConstraint(fields=["notification", "protocol"], name="one_delivery_per_protocol")]
         # The scheduler asks for what is overdue; nearly all deliveries are done within a second.
         indexes = [

@@ -36,8 +36,10 @@ READ_ENTRIES = 128
 STALL_SECONDS = 1.0
 
 
-def drain(lane: str, partition: int) -> None:
+def drain(lane: str, partition: int) -> bool:
     """Processes one slot for about 200 ms, then queues a ticket for the rest behind those of the other slots.
+
+    Gives False when another worker was at it.
 
     1. `Lease.acquire`: one worker at a time drains a slot; another one's ticket ends here.
     2. `take_over`: process what a worker left that died.
@@ -50,7 +52,7 @@ def drain(lane: str, partition: int) -> None:
     """
     lease = Lease(Slot(lane, partition), uuid.uuid4().hex)
     if not lease.acquire():
-        return
+        return False
     try:
         index.shared().refresh()
         if left := take_over(lease):
@@ -68,6 +70,7 @@ def drain(lane: str, partition: int) -> None:
     finally:
         _give_back(lease)
     metrics.flush()
+    return True
 
 
 def _work(lease: Lease, *, deadline: float) -> None:

@@ -26,7 +26,7 @@ from rules.journal.tickets import AllowedJob
 from rules.models import ChainStatistics, DeadLetter
 from rules.processing import index, statistics
 from rules.processing.stages import decide
-from rules.processing.worker import DrainWorker
+from rules.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]

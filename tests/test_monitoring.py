@@ -36,7 +36,7 @@ from rules.journal import queue_stats, slots, tickets
 from rules.journal.lease import Finished, Lease
 from rules.journal.slots import Slot
 from rules.models import CircuitTransition
-from rules.processing.worker import DrainWorker
+from rules.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]

@@ -23,7 +23,7 @@ from rules.models import Alarm, ChainStatistics, RuleChain
 from rules.processing import statistics
 from rules.processing.index import RuleIndex
 from rules.processing.statistics import Runs, Statistics
-from rules.processing.worker import DrainWorker
+from rules.worker import DrainWorker
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]

@@ -58,6 +58,7 @@ def last_published(device_uuid: str) -> str:
     return f"aemos:last-published:{{{NOTIFICATIONS}}}:{device_uuid}"
 
 
+LISTENERS = "aemos:listeners"  # sorted set: workers that wait for the journal; the score says until when, in ms
 NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
 NOTIFICATIONS_MQTT_GROUP = "mqtt"
 TIMERS = (

@@ -38,9 +38,11 @@ TRUST_SECONDS = 1.0
 WARN_EVERY_SECONDS = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Snapshot:
     """What decisions are made from. Depths and thresholds in events, rates in events/s, delays in seconds.
+
+    Only `depth` changes: it counts what was accepted since.
 
     `drain_rate` and `delays` are None where they are not known yet; `stale`: the database is away, the state the last known.
     """
@@ -112,7 +114,7 @@ class Admission:
     def admitted(self, count: int) -> None:
         """Counts events accepted since the snapshot, so that a burst inside its lifetime cannot pass the limits."""
         if self._snapshot is not None:
-            self._snapshot = replace(self._snapshot, depth=self._snapshot.depth + count)
+            self._snapshot.depth += count
 
     def refusal(self, verdict: Verdict, priority: int) -> Overloaded:
         """The refusal as the sender gets it."""

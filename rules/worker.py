@@ -1,0 +1,79 @@
+"""The RQ worker of AEMOS: it runs jobs without a fork, and while no job waits it listens to the journal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from math import ceil
+from typing import Any
+
+from django.conf import settings
+from redis.exceptions import RedisError
+from rq import Queue, SimpleWorker
+from rq.exceptions import StopRequested
+from rq.job import Job
+from rq.timeouts import JobTimeoutException
+from rq.worker import WorkerStatus
+
+from rules import jobs
+from rules.journal.listening import Listener
+from rules.journal.slots import Slot
+from rules.processing import statistics
+
+log = logging.getLogger(__name__)
+# After another worker was faster, before the next look: under load that would otherwise happen all the time.
+PAUSE_SECONDS = 0.02
+
+
+class DrainWorker(SimpleWorker):
+    """Runs jobs in this process, without a fork for each: the compiled rules and the connections stay warm."""
+
+    # After Redis was away, look again soon: RQ's own pause grows to a minute.
+    max_connection_wait_time = 3.0
+
+    def dequeue_job_and_maintain_ttl(
+        self, timeout: int | None, max_idle_time: int | None = None
+    ) -> tuple[Job, Queue] | None:
+        """The next job; until there is one, events are drained as they arrive. Without `timeout` it waits for neither."""
+        if timeout is None or max_idle_time is not None:
+            waited: tuple[Job, Queue] | None = super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+            return waited
+        listener = Listener(self.name, self.queue_names())
+        while True:
+            found: tuple[Job, Queue] | None = super().dequeue_job_and_maintain_ttl(None)
+            if found is not None:
+                return found
+            self.check_for_suspension(burst=False)
+            try:
+                slot = listener.wait() or listener.unattended()
+                while slot is not None:
+                    self._drain(slot)
+                    slot = listener.unattended()
+            except RedisError as error:
+                log.debug("not listening: %s", error)  # the next look for a job says so, and waits
+
+    def _drain(self, slot: Slot) -> None:
+        """As the job of a ticket: for no longer than that, and to its end when the worker is asked to stop."""
+        self._state = WorkerStatus.BUSY
+        try:
+            with self.death_penalty_class(ceil(settings.WORKER_TIMEOUT_MS / 1_000), JobTimeoutException):
+                if not jobs.drain(slot.lane, slot.partition):
+                    time.sleep(PAUSE_SECONDS)
+        except RedisError:
+            raise
+        except Exception:  # process loop: as that of a job would, it ends the drain and not the worker
+            log.exception("%s/%d was not drained to its end", slot.lane, slot.partition)
+        finally:
+            self._state = WorkerStatus.IDLE
+        if self._stop_requested:
+            raise StopRequested
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Between two jobs, and every few seconds of an idle worker: the counts of the last events do not wait for the next."""
+        super().heartbeat(timeout, pipeline)
+        if pipeline is None:
+            statistics.shared().flush()
+
+    def teardown(self) -> None:
+        statistics.shared().flush(force=True)
+        super().teardown()
