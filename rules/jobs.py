@@ -32,6 +32,8 @@ from rules.processing.work import BATCH_EVENTS, Work
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.2
 READ_ENTRIES = 128
+# Of how many events they are is not known before: together at most a batch.
+FIRST_ENTRIES = 2
 # When the database or Redis is away, a slot waits this long before its next ticket; no attempt is spent.
 STALL_SECONDS = 1.0
 
@@ -74,28 +76,27 @@ def drain(lane: str, partition: int) -> bool:
 
 
 def _work(lease: Lease, *, deadline: float) -> None:
-    while lease.renew():
-        work = _next(lease)
-        if not work:
-            return
+    while work := _next(lease):
         _finish(lease, work, process_with_isolation(work.events, work, on_event_start=lease.renew_if_due))
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not lease.renew():
             return
 
 
 def _next(lease: Lease) -> Work:
-    retries = lease.due(_now_ms(), BATCH_EVENTS)
+    asked = FIRST_ENTRIES
+    retries, entries = lease.begin(_now_ms(), retries=BATCH_EVENTS, entries=asked)
     work = Work(lane=lease.slot.lane, events=[events.decode_retry(data) for data in retries], retries=retries)
-    while len(work.events) < BATCH_EVENTS and (entries := lease.next(_entries_to_read(work))):
+    while True:
         for entry in entries:
             work.add(entry)
-    return work
+        if len(entries) < asked or len(work.events) >= BATCH_EVENTS:
+            return work
+        asked = _entries_to_read(work)
+        entries = lease.next(asked)
 
 
 def _entries_to_read(work: Work) -> int:
     """As many as are likely to fill the batch, from the size of those read so far: an entry holds 1 to 1,000 events."""
-    if not work.entries:
-        return 1
     events_per_entry = max(1, len(work.events) // len(work.entries))
     return max(1, min(READ_ENTRIES, (BATCH_EVENTS - len(work.events)) // events_per_entry))
 

@@ -69,6 +69,14 @@ if ended > 0 and redis.call('HINCRBY', KEYS[2], 'depth', -ended) <= 0 then redis
 return 1
 """
 
+# What it does: takes the lease unless somebody holds it. The ticket flag stands with it, so that appends queue no tickets.
+# KEYS: lease, ticket. ARGV: lease token, ms. Returns: 1 or 0.
+_ACQUIRE = """
+if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 0 end
+redis.call('SET', KEYS[2], '1', 'PX', ARGV[2])
+return 1
+"""
+
 # What it does: gives the lease back. While it was held the ticket flag stood, so that appends queued no tickets; hence it
 # also says whether something arrived in the meantime.
 # KEYS: lease, stream, ticket. ARGV: lease token, lifetime of the ticket flag in ms.
@@ -144,7 +152,8 @@ class Lease:
 
     def acquire(self) -> bool:
         """False when another worker drains the slot: its `release` will see what this ticket was for."""
-        return bool(self._client.set(self._lease, self._token, nx=True, px=LEASE_MS))
+        names = [self._lease, self._ticket]
+        return bool(redis.script(_ACQUIRE)(keys=names, args=[self._token, LEASE_MS], client=self._client))
 
     def renew(self) -> bool:
         """False when the lease was lost."""
@@ -181,10 +190,19 @@ class Lease:
     def next(self, count: int) -> list[Entry]:
         return self._read(">", count)
 
-    def due(self, now_ms: int, count: int) -> list[bytes]:
-        """Events whose next attempt is due, as `events.encode_retry` made them. They stay until `finish` names them."""
-        found: list[bytes] = self._client.zrangebyscore(self._delayed, "-inf", now_ms, start=0, num=count)
-        return found
+    def begin(self, now_ms: int, *, retries: int, entries: int) -> tuple[list[bytes], list[Entry]]:
+        """At most so many events whose next attempt is due, as `events.encode_retry` made them, and so many new entries.
+
+        They stay until `finish` names them.
+        """
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.zrangebyscore(self._delayed, "-inf", now_ms, start=0, num=retries)
+            pipeline.xreadgroup(GROUP, CONSUMER, {self._stream: ">"}, count=entries)
+            due, answer = pipeline.execute(raise_on_error=False)
+        for each in (due, answer):
+            if isinstance(each, Exception) and "NOGROUP" not in str(each):
+                raise each
+        return due, self.next(entries) if isinstance(answer, Exception) else _entries(answer)
 
     def checkpoint(self, event_id: str, *, deaths: int) -> None:
         """Records the event that is decided next and how many workers have died on it, in case this one dies on it, too."""
@@ -220,5 +238,9 @@ class Lease:
                 raise
             self._client.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
             return self._read(position, count)
-        rows = answer[0][1] if answer else []
-        return [Entry(id=identifier, data=fields[b"b"], count=int(fields[b"n"])) for identifier, fields in rows]
+        return _entries(answer)
+
+
+def _entries(answer: Any) -> list[Entry]:
+    rows = answer[0][1] if answer else []
+    return [Entry(id=identifier, data=fields[b"b"], count=int(fields[b"n"])) for identifier, fields in rows]
