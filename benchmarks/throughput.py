@@ -119,14 +119,22 @@ def main() -> int:
     options = parser.parse_args()
     seconds = 4.0 if options.short else options.seconds
     figures: list[Figure] = []
+    try:
+        for figure in measure_all(seconds):
+            figures.append(figure)
+    finally:  # what was measured before something failed is shown all the same
+        if figures:
+            write(options.output, figures, seconds)
+    return 0
+
+
+def measure_all(seconds: float) -> Iterator[Figure]:
     for name, measure in (("hello", hello), ("raw inserts", raw_inserts), ("raw appends", raw_appends)):
         say(name)
-        figures.append(measure(seconds))
-    for share in (0.0, 0.18):
-        figures += over_http(seconds, share)
-    figures.append(over_mqtt(seconds))
-    write(options.output, figures, seconds)
-    return 0
+        yield measure(seconds)
+    yield from over_http(seconds, 0.0)
+    yield from over_http(seconds, 0.18)
+    yield over_mqtt(seconds)
 
 
 def say(text: str) -> None:
@@ -251,7 +259,8 @@ def over_mqtt(seconds: float) -> Figure:
 
 def may_publish(system: LocalSystem, uuid: str, token: str) -> bool:
     """Whether the broker knows the sensor by now."""
-    done = subprocess.run(publish(system, uuid, token, "-m", "{}"), capture_output=True, check=False, timeout=10)
+    command, environment = publish(system, uuid, token, "-m", "{}")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=10)
     return done.returncode == 0 and not done.stderr
 
 
@@ -261,13 +270,17 @@ def publisher(system: LocalSystem, uuid: str, token: str, count: int, folder: Pa
     moments = (datetime.fromtimestamp(start + number / 1_000, UTC).isoformat() for number in range(count))
     lines = folder / uuid
     lines.write_text("".join(f'{{"values":{{"ph":5.9}},"timestamp":"{moment}"}}\n' for moment in moments))
+    command, environment = publish(system, uuid, token, "-l")
     with lines.open("rb") as readings:
-        return subprocess.Popen(publish(system, uuid, token, "-l"), stdin=readings)
+        return subprocess.Popen(command, env=environment, stdin=readings)
 
 
-def publish(system: LocalSystem, uuid: str, token: str, *what: str) -> list[str]:
-    broker = ["-h", system.broker.host, "-p", str(system.broker.port), "-u", token.split("_")[1], "-P", token]
-    return [str(get("mosquitto_pub").path), *broker, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
+def publish(system: LocalSystem, uuid: str, token: str, *what: str) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment."""
+    program, broker = get("mosquitto_pub"), ["-h", system.broker.host, "-p", str(system.broker.port)]
+    account = ["-u", token.split("_")[1], "-P", token, "-V", "mqttv5"]
+    command = [str(program.path), *broker, *account, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
+    return command, {**os.environ, **program.environment}
 
 
 def measured(running: Farm, name: str, seconds: float, *, size: int, share: float, drained: bool) -> Figure:
