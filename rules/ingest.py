@@ -61,7 +61,13 @@ class Decision:
 
 
 def submit(
-    payload: bytes, *, credential: Credential | None, protocol: str, uuid: str | None = None, hold: bool = False
+    payload: bytes,
+    *,
+    credential: Credential | None,
+    protocol: str,
+    uuid: str | None = None,
+    hold: bool = False,
+    after: Pending | None = None,
 ) -> Pending:
     """Takes in one request; `wait` on the result before acknowledging anything.
 
@@ -72,13 +78,14 @@ def submit(
     5. `Pending.wait` returns the receipt once the journal has them.
 
     Raises devices.exceptions.Refusal, counted and recorded; then nothing of the request was accepted. With `hold` an
-    Overloaded is neither counted nor recorded: the caller keeps the request and submits it again.
+    Overloaded is neither counted nor recorded: the caller keeps the request and submits it again. `after` is the request of
+    the same sender before this one, which was not waited for: this one fails where that one does, and cannot overtake it.
     """
     request = Request(payload=payload, credential=credential, protocol=protocol, uuid=uuid)
     batch = read(request)
     decision = decide(batch)
     record(decision, hold=hold)
-    return commit(decision, hold=hold)
+    return commit(decision, hold=hold, after=after)
 
 
 def read(request: Request) -> list[Event]:
@@ -128,10 +135,10 @@ def record(decision: Decision, *, hold: bool) -> None:
         raise decision.refusals[min(decision.refusals)]
 
 
-def commit(decision: Decision, *, hold: bool) -> Pending:
+def commit(decision: Decision, *, hold: bool, after: Pending | None = None) -> Pending:
     """Sends the accepted events on their way into the journal."""
     control.shared().admitted(len(decision.accepted))
-    result = shared_commit().put(decision.accepted)
+    result = shared_commit().put(decision.accepted, after=after.result if after else None)
     return Pending(result, decision.accepted, receipt=_receipt(decision), hold=hold)
 
 
@@ -139,7 +146,7 @@ class Pending:
     """Events on their way into the journal."""
 
     def __init__(self, result: AsyncResult[None], accepted: Sequence[Event], *, receipt: Receipt, hold: bool) -> None:
-        self._result = result
+        self.result = result
         self._accepted = accepted
         self._receipt = receipt
         self._hold = hold
@@ -147,7 +154,7 @@ class Pending:
     def wait(self) -> Receipt:
         """Returns once the journal has the events. Raises Overloaded, as `submit` does, when they may not be there."""
         try:
-            self._result.get()
+            self.result.get()
         except RedisError as error:
             refusal = control.unavailable(error)
             _refuse(self._accepted, refusal, hold=self._hold)

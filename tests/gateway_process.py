@@ -238,7 +238,7 @@ def _memory_transport(
     return Announcing(Protocol(protocol), acknowledging=acknowledging)
 
 
-def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
+def _ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, **_: Any) -> Any:
     """Refuses who has no credential or another's, and takes everything else."""
     from devices.exceptions import Forbidden, Unauthorized
     from rules.ingest import Receipt

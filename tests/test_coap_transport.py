@@ -47,9 +47,7 @@ class ScriptedIngest:
         self.at_once, self.later, self.receipt = at_once, later, receipt or Receipt(accepted=1)
         self.calls: list[tuple[bytes, Any, str, str | None]] = []
 
-    def __call__(
-        self, payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False
-    ) -> Pending:
+    def __call__(self, payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, **_: Any) -> Pending:
         self.calls.append((payload, credential, protocol, uuid))
         if self.at_once:
             raise self.at_once

@@ -89,6 +89,7 @@ class Ingested:
         protocol: str,
         uuid: str | None = None,
         hold: bool = False,
+        after: Any = None,
     ) -> Pending:
         assert protocol == "mqtt"
         self.holds.append(hold)
@@ -832,14 +833,33 @@ def test_next_message_of_a_sender_is_given_when_the_one_before_it_is_done() -> N
     first, second, other = arrival("a", 1), arrival("a", 2), arrival("b", 3)
     for each in (first, second, other):
         queues.add(each)
-    assert [queues.next(0.0), queues.next(0.0), queues.next(0.0)] == [first, other, None]
+    assert [queues.next(0.0), queues.next(0.0), queues.next(0.0)] == [[first], [other], []]
     queues.done(first)
-    assert queues.next(0.0) is second
+    assert queues.next(0.0) == [second]
     assert len(queues) == 2
     queues.done(second)
     queues.done(other)
     assert len(queues) == 0
-    assert queues.next(0.0) is None
+    assert queues.next(0.0) == []
+
+
+def test_messages_that_are_given_together_keep_their_order_when_one_has_to_wait() -> None:
+    queues = SenderQueues()
+    first, second, third, fourth = (arrival("a", number) for number in range(4))
+    for each in (first, second, third):
+        queues.add(each)
+    assert queues.next(0.0, maximum=10) == [first, second, third]
+    queues.add(fourth)
+    assert queues.next(0.0) == [], "those before it are not done"
+    queues.done(first)
+    queues.again(second, at=5.0)
+    assert queues.is_held("devices/a/datastream")
+    queues.unused(third)
+    assert queues.next(4.9, maximum=10) == []
+    assert queues.next(5.0, maximum=2) == [second, third]
+    queues.done(second)
+    queues.done(third)
+    assert queues.next(5.0, maximum=2) == [fourth]
 
 
 def test_message_that_has_to_wait_comes_at_its_time_before_its_successors() -> None:
@@ -847,12 +867,12 @@ def test_message_that_has_to_wait_comes_at_its_time_before_its_successors() -> N
     first, second = arrival("a", 1), arrival("a", 2)
     queues.add(first)
     queues.add(second)
-    assert queues.next(0.0) is first
+    assert queues.next(0.0) == [first]
     queues.again(first, at=5.0)
     assert queues.seconds_until_next(1.0, longest=60.0) == 4.0
     assert queues.seconds_until_next(1.0, longest=1.0) == 1.0
-    assert queues.next(4.9) is None
-    assert queues.next(5.0) is first
+    assert queues.next(4.9) == []
+    assert queues.next(5.0) == [first]
     queues.done(first)
     assert queues.seconds_until_next(5.0, longest=1.0) == 0.0
-    assert queues.next(5.0) is second
+    assert queues.next(5.0) == [second]

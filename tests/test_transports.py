@@ -18,7 +18,7 @@ from tests.gateway_process import new_message
 from tests.waiting import until
 
 
-def no_ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, hold: bool = False) -> Any:
+def no_ingest(payload: bytes, *, credential: Any, protocol: str, uuid: str | None = None, **_: Any) -> Any:
     raise AssertionError("nobody sends telemetry here")
 
 

@@ -24,6 +24,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from aemos.lib import metrics
+from gateway.mqtt.receiving import ReceivingClient
 
 log = logging.getLogger(__name__)
 KEEPALIVE_SECONDS = 30
@@ -92,12 +93,9 @@ class Connection:
         self.client = self._client(client_id)
 
     def _client(self, client_id: str) -> mqtt.Client:
-        client = mqtt.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            protocol=mqtt.MQTTv5,
-            manual_ack=self._session.receive_maximum is not None,
-        )
+        receives = self._session.receive_maximum is not None
+        kind = ReceivingClient if receives else mqtt.Client
+        client = kind(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5, manual_ack=receives)
         client.username_pw_set(settings.MQTT_USERNAME, settings.MQTT_PASSWORD or None)
         client.connect_timeout = CONNECT_TIMEOUT_SECONDS
         client.reconnect_delay_set(SHORTEST_RECONNECT_SECONDS, LONGEST_RECONNECT_SECONDS)

@@ -16,8 +16,9 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import paho.mqtt.client as mqtt
@@ -33,6 +34,7 @@ from devices import catalogue
 from devices.exceptions import Overloaded, Refusal
 from gateway.mqtt import topics
 from gateway.mqtt.connection import Connection, Session
+from gateway.mqtt.receiving import Publication
 from gateway.mqtt.sender_queues import Arrival, SenderQueues
 from gateway.transport import Ingest, Pending
 from notifications.messages import Protocol
@@ -45,7 +47,9 @@ RECEIVE_MAXIMUM = 1_000
 MAXIMUM_PACKET_BYTES = 2 * 1024 * 1024
 # QoS 0 cannot be held back by the broker: beyond this it is dropped, as its sender allows, and counted.
 MAXIMUM_HELD = 5_000
-MAXIMUM_UNDER_WAY = 256
+MAXIMUM_UNDER_WAY = 500
+# Messages of one sender that are written to the journal together.
+TELEMETRY_TOGETHER = 50
 # Together in payloads. Beyond it nothing is read from the connection for a while, so that the broker keeps what follows; not for
 # long at a time, because the connection has to say that it lives.
 MAXIMUM_HELD_BYTES = 64 * 1024 * 1024
@@ -82,17 +86,24 @@ class Inbound:
     """Takes the messages of a channel from `start` to `stop`, while this process is the one that listens.
 
     `take` is called from one thread, in each sender's order; it and `wait` of what it gives may raise devices.exceptions.Refusal,
-    which ends the message, and anything else, after which it is tried again. `on_tick` is called about once a second, also
-    while another process listens. `counts` of messages: accepted, refused, overloaded, failed, dropped. `held_bytes`: payloads
-    of those that are not done with.
+    which ends the message, and anything else, after which it is tried again. Up to `together` messages of a sender are taken
+    without a wait in between: then `take` is given what it gave for the one before, and where that fails, this is to fail, too.
+    `on_tick` is called about once a second, also while another process listens. `counts` of messages: accepted, refused,
+    overloaded, failed, dropped. `held_bytes`: payloads of those that are not done with.
     """
 
     def __init__(
-        self, channel: Channel, take: Callable[[Arrival], Pending], *, on_tick: Callable[[], None] = lambda: None
+        self,
+        channel: Channel,
+        take: Callable[[Arrival, Pending | None], Pending],
+        *,
+        together: int = 1,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._channel = channel
         self._take = take
+        self._together = together
         self._on_tick = on_tick
         self._leader = Leader(channel.leader_key)
         self._leads = False
@@ -151,15 +162,17 @@ class Inbound:
         with self._lock:
             self._connections += 1
 
-    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: Publication) -> None:
         size = len(message.payload)
         if message.qos == 0 and self._is_full(size):
             self.counts["dropped"] += 1
             self._log.log("dropped", logging.WARNING, "Dropped a message of %s: QoS 0, too many wait", message.topic)
             return
         self._make_room(size)
-        payload, retained = bytes(message.payload), bool(message.retain)
-        self._news.put(Arrival(message.topic, payload, message.mid, message.qos, self._connections, retained=retained))
+        arrival = Arrival(
+            message.topic, message.payload, message.mid, message.qos, self._connections, retained=message.retain
+        )
+        self._news.put(arrival)
 
     def _is_full(self, size: int) -> bool:
         too_many = self._news.qsize() + len(self._sender_queues) >= MAXIMUM_HELD
@@ -209,10 +222,10 @@ class Inbound:
             self._tick()
         self._take_arrivals()
         while len(self._under_way) < MAXIMUM_UNDER_WAY:
-            arrival = self._sender_queues.next(time.monotonic())
-            if arrival is None:
+            arrivals = self._sender_queues.next(time.monotonic(), self._together)
+            if not arrivals:
                 break
-            self._submit(arrival)
+            self._submit(arrivals)
         if self._under_way:
             self._settle()
 
@@ -228,13 +241,17 @@ class Inbound:
         except queue.Empty:
             return
 
-    def _submit(self, arrival: Arrival) -> None:
-        if arrival.qos and arrival.connection != self._connections:
-            self._forget(arrival)  # the broker sends it again
-            return
-        pending = self._attempt(arrival, lambda: self._take(arrival))
-        if pending is not None:
-            self._under_way.append((arrival, pending))
+    def _submit(self, arrivals: Sequence[Arrival]) -> None:
+        """Of one sender; those after one that is to be tried again are tried after it."""
+        before: Pending | None = None
+        for arrival in arrivals:
+            if self._sender_queues.is_held(arrival.sender):
+                self._sender_queues.unused(arrival)
+            elif arrival.qos and arrival.connection != self._connections:
+                self._forget(arrival)  # the broker sends it again
+            elif pending := self._attempt(arrival, partial(self._take, arrival, before)):
+                self._under_way.append((arrival, pending))
+                before = pending
 
     def _settle(self) -> None:
         """Waits for the oldest request under way; the others, asked with it, are then mostly done as well."""
@@ -309,13 +326,15 @@ class Telemetry:
         self._ingest = ingest
         self._on_device = on_device
 
-    def take(self, arrival: Arrival) -> Pending:
+    def take(self, arrival: Arrival, before: Pending | None) -> Pending:
         uuid = topics.originator_of(arrival.topic)
         credential = catalogue.shared().credential_of(uuid) if uuid else None
         if credential is not None and credential.originator.source_type == "device":
             self._on_device(credential.originator.uuid)
         hold = time.monotonic() - arrival.held_since < HOLD_SECONDS
-        return self._ingest(arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold)
+        return self._ingest(
+            arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold, after=before
+        )
 
 
 def session_id(name: str) -> str:

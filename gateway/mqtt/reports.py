@@ -105,7 +105,7 @@ class Reports:
         self._unreported = 0
         self._flushing = threading.Lock()
 
-    def take(self, arrival: Arrival) -> Report:
+    def take(self, arrival: Arrival, _before: object = None) -> Report:
         """Raises BadPayload naming the field."""
         report = self._read(arrival)
         self._waiting.append(report)

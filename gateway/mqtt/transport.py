@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from gateway.mqtt.accounts import BrokerSync
-from gateway.mqtt.inbound import TELEMETRY, Inbound, Telemetry
+from gateway.mqtt.inbound import TELEMETRY, TELEMETRY_TOGETHER, Inbound, Telemetry
 from gateway.mqtt.outbound import Outbound
 from gateway.mqtt.reports import REPORTS, Reports
 from gateway.transport import BackgroundTask, Ingest, OnReport, Transport
@@ -26,7 +26,7 @@ class MqttTransport(Transport):
 
     def __init__(self, ingest: Ingest) -> None:
         kept = Reports()
-        self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take)
+        self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take, together=TELEMETRY_TOGETHER)
         self.reports = Inbound(REPORTS, kept.take, on_tick=kept.flush)
         self._outbound = Outbound(kept)
 
