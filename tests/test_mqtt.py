@@ -96,20 +96,27 @@ class Ingested:
         self.asked.append((uuid, payload, credential))
         if self.at_once:
             raise self.at_once.pop(0)
-        return Waiting(self, uuid, payload)
+        return Waiting(self, uuid, payload, after)
 
     def payloads(self) -> list[bytes]:
         return [payload for _, payload in self.accepted]
 
 
 class Waiting:
-    def __init__(self, ingested: Ingested, uuid: str | None, payload: bytes) -> None:
-        self._ingested, self._uuid, self._payload = ingested, uuid, payload
+    def __init__(self, ingested: Ingested, uuid: str | None, payload: bytes, after: Waiting | None) -> None:
+        self._ingested, self._uuid, self._payload, self._after = ingested, uuid, payload, after
+        self.error: Exception | None = None
 
     def wait(self) -> Receipt:
         assert self._ingested.released.wait(20)
-        if self._ingested.later:
-            raise self._ingested.later.pop(0)
+        # What is refused for good is done with, and holds nobody up.
+        before = self._after.error if self._after else None
+        if before is not None and (isinstance(before, Overloaded) or not isinstance(before, Refusal)):
+            self.error = before
+        elif self._ingested.later:
+            self.error = self._ingested.later.pop(0)
+        if self.error:
+            raise self.error
         self._ingested.accepted.append((self._uuid, self._payload))
         return Receipt(accepted=1)
 
@@ -584,7 +591,10 @@ def test_overloaded_is_tried_again_until_it_is_taken_and_keeps_the_order(
         sender.publish(topics.datastream(DEVICE), str(number))
     until(lambda: len(ingested.accepted) == 20)
     assert ingested.payloads() == [str(number).encode() for number in range(20)]
-    assert transport.telemetry.counts == {"overloaded": 3, "accepted": 20}
+    assert transport.telemetry.counts["accepted"] == 20
+    # Those behind it that were on their way with it fail with it.
+    assert transport.telemetry.counts["overloaded"] >= 3
+    assert set(transport.telemetry.counts) == {"overloaded", "accepted"}
 
 
 @needs_broker
@@ -645,7 +655,8 @@ def test_error_nobody_foresaw_is_told_and_the_message_tried_again(
     sender.publish(topics.datastream(DEVICE), "a")
     sender.publish(topics.datastream(DEVICE), "b")
     until(lambda: ingested.payloads() == [b"a", b"b"])
-    assert transport.telemetry.counts == {"failed": 2, "accepted": 2}
+    assert transport.telemetry.counts["accepted"] == 2
+    assert transport.telemetry.counts["failed"] >= 2  # the one behind it fails with it where it was on its way
     assert f"devices/{DEVICE}/datastream cannot be taken" in caplog.text
     assert "nobody foresaw this" in caplog.text
 
@@ -672,7 +683,7 @@ def test_two_thousand_messages_keep_the_order_of_each_device(
     for spoke, payload in ingested.accepted:
         heard[spoke].append(int(payload))
     assert heard == {uuid: list(range(100)) for uuid in devices}
-    assert transport.telemetry.counts["overloaded"] == 40
+    assert transport.telemetry.counts["overloaded"] >= 40
 
 
 @needs_broker
@@ -689,7 +700,7 @@ def test_broker_that_restarts_brings_unacknowledged_messages_before_new_ones(
         assert sender.connected.wait(10)
         sender.publish(topics.datastream(DEVICE), "5")
         until(lambda: ingested.accepted and ingested.payloads()[-1] == b"5", seconds=15)
-    assert ingested.payloads() in ([b"0"] + [b"%d" % n for n in range(6)], [b"%d" % n for n in range(6)])
+    assert ingested.payloads() == [b"%d" % n for n in range(6)], "what was accepted is known when it is delivered again"
 
 
 @needs_broker

@@ -89,7 +89,8 @@ class Inbound:
     which ends the message, and anything else, after which it is tried again. Up to `together` messages of a sender are taken
     without a wait in between: then `take` is given what it gave for the one before, and where that fails, this is to fail, too.
     `on_tick` is called about once a second, also while another process listens. `counts` of messages: accepted, refused,
-    overloaded, failed, dropped. `held_bytes`: payloads of those that are not done with.
+    overloaded, failed, dropped, redelivered (accepted before a lost connection). `held_bytes`: payloads of those that are not
+    done with.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class Inbound:
         self.held_bytes = 0
         self._room = threading.Condition()
         self._under_way: deque[tuple[Arrival, Pending]] = deque()
+        # By the broker's number the newest that were accepted, as many as may be unacknowledged.
+        self._accepted: dict[int, tuple[int, int]] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._log = RateLimitedLog(log)
@@ -170,7 +173,13 @@ class Inbound:
             return
         self._make_room(size)
         arrival = Arrival(
-            message.topic, message.payload, message.mid, message.qos, self._connections, retained=message.retain
+            topic=message.topic,
+            payload=message.payload,
+            mid=message.mid,
+            qos=message.qos,
+            connection=self._connections,
+            retained=message.retain,
+            dup=message.dup,
         )
         self._news.put(arrival)
 
@@ -249,6 +258,8 @@ class Inbound:
                 self._sender_queues.unused(arrival)
             elif arrival.qos and arrival.connection != self._connections:
                 self._forget(arrival)  # the broker sends it again
+            elif arrival.dup and self._was_accepted(arrival):
+                self._finish(arrival, "redelivered")
             elif pending := self._attempt(arrival, partial(self._take, arrival, before)):
                 self._under_way.append((arrival, pending))
                 before = pending
@@ -289,8 +300,17 @@ class Inbound:
         arrival.attempts += 1
         return None
 
+    def _was_accepted(self, arrival: Arrival) -> bool:
+        """Whether it came over the connection before this one, and only its acknowledgement did not arrive."""
+        return self._accepted.get(arrival.mid) == (arrival.connection - 1, hash((arrival.topic, arrival.payload)))
+
     def _finish(self, arrival: Arrival, result: str) -> None:
         self.counts[result] += 1
+        if result in ("accepted", "redelivered"):
+            self._accepted.pop(arrival.mid, None)
+            self._accepted[arrival.mid] = (arrival.connection, hash((arrival.topic, arrival.payload)))
+            if len(self._accepted) > RECEIVE_MAXIMUM:
+                del self._accepted[next(iter(self._accepted))]
         self._forget(arrival)
         with self._lock:
             # Over a later connection the number could be that of another message, which would then be lost.

@@ -15,7 +15,7 @@ from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.exception import MalformedPacket
 
 READ_BYTES = 65_536
-_PUBLISH, _QOS_2 = 0x30, 0x04
+_PUBLISH, _RETAIN, _QOS_2, _DUP = 0x30, 0x01, 0x04, 0x08
 
 
 class Publication(NamedTuple):
@@ -26,6 +26,7 @@ class Publication(NamedTuple):
     mid: int
     qos: int
     retain: bool
+    dup: bool
 
 
 class _Malformed(Exception):
@@ -120,4 +121,4 @@ def _publication(command: int, body: bytes) -> Publication:
         raise _Malformed("a PUBLISH that ends too soon") from None
     if place + properties > len(body):
         raise _Malformed("properties that are longer than the packet")
-    return Publication(topic, body[place + properties :], mid, qos, bool(command & 0x01))
+    return Publication(topic, body[place + properties :], mid, qos, bool(command & _RETAIN), bool(command & _DUP))

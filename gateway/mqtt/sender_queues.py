@@ -12,7 +12,9 @@ from itertools import islice
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """A message as the broker gave it. `connection` counts connections: it can be acknowledged over that one only."""
+    """A message as the broker gave it. `connection` counts connections: it can be acknowledged over that one only. `dup`: the
+    broker has sent it before, over this connection or the one before it.
+    """
 
     topic: str
     payload: bytes
@@ -20,6 +22,7 @@ class Arrival:
     qos: int
     connection: int
     retained: bool = False
+    dup: bool = False
     attempts: int = 0
     held_since: float = field(default_factory=time.monotonic)
 
