@@ -11,6 +11,7 @@ from django.db import OperationalError, connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from redis.exceptions import RedisError
 
 from aemos.lib import per_process
 from devices import catalogue
@@ -233,3 +234,29 @@ def test_requests_of_one_group_are_all_answered_whatever_goes_wrong() -> None:
     for result in results:
         with pytest.raises(RuntimeError, match="nobody foresaw this"):
             result.get(timeout=5)
+
+
+def test_what_comes_after_something_that_was_not_written_is_not_written_either() -> None:
+    answers: list[Any] = [RedisError("away"), [], []]
+    written = []
+
+    def append(batches: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        written.append(batches)
+        return answer
+
+    commit = GroupCommit(append)
+    first = commit.put([])
+    with pytest.raises(RedisError):
+        first.get(timeout=5)
+    second = commit.put([], after=first)
+    third = commit.put([], after=second)
+    other = commit.put([])
+
+    for result in (second, third):
+        with pytest.raises(RedisError):
+            result.get(timeout=5)
+    other.get(timeout=5)
+    assert len(written) == 1
