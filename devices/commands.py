@@ -47,10 +47,9 @@ class Acknowledgement:
     error: str = ""
 
 
-def queue(row: StateChange) -> None:
-    """Makes a new change a command that waits to be sent. Saving is the caller's."""
-    row.command_state = State.QUEUED
-    row.deadline = timezone.now() + timedelta(seconds=settings.COMMAND_EXPIRY_SECONDS)
+def deadline() -> datetime:
+    """After which a command that is queued now is not sent any more."""
+    return timezone.now() + timedelta(seconds=settings.COMMAND_EXPIRY_SECONDS)
 
 
 def note_sent(uuids: Sequence[UUID], *, at: datetime | None = None) -> None:

@@ -122,16 +122,23 @@ def _unpublished(outgoing: Sequence[Message]) -> list[Entry]:
     if not mine:
         return []
     unpublished = Notification.objects.filter(
-        Q(created_at__gte=timezone.now() - SWEEP_AGE) | Q(uuid__in=mine),
         published_at=None,
         event=messages.DEVICE_STATE_CHANGE,
         device__uuid__in={device for message in mine.values() if (device := message.changed_device)},
     )
+    since = timezone.now() - SWEEP_AGE
     # What does not fit waits for the sweep, and so does what comes after it.
-    ids = list(unpublished.order_by("id").values_list("pk", "uuid")[: SWEEP_BATCH + len(mine)])
+    maximum = SWEEP_BATCH + len(mine)
+    ids = _ids(unpublished.filter(created_at__gte=since), maximum)
+    if late := mine.keys() - {uuid for _, uuid in ids}:  # written longer ago, in a transaction that took its time
+        ids = _ids(unpublished.filter(Q(created_at__gte=since) | Q(uuid__in=late)), maximum)
     others = _messages([pk for pk, uuid in ids if uuid not in mine])
     known = [(pk, mine.get(uuid) or others.get(pk)) for pk, uuid in ids]
     return [Entry(message, number, unless_above=number - 1) for number, message in known if message]
+
+
+def _ids(rows: QuerySet[Notification], maximum: int) -> list[tuple[int, UUID]]:
+    return list(rows.order_by("id").values_list("pk", "uuid")[:maximum])
 
 
 def _messages(ids: Sequence[int]) -> dict[int, Message]:
@@ -150,8 +157,10 @@ def _put(entries: Sequence[Entry]) -> None:
     except RedisError as error:
         log.warning("%d notifications wait in the outbox: %s", len(entries), redis.explain(error))
         return
-    published = [entry.message.id for entry, done in zip(entries, appended, strict=True) if done]
-    Notification.objects.filter(uuid__in=published).update(published_at=timezone.now())
+    published = [entry for entry, done in zip(entries, appended, strict=True) if done]
+    ids = [entry.number for entry in published if entry.number]
+    uuids = [entry.message.id for entry in published if not entry.number]
+    Notification.objects.filter(Q(pk__in=ids) | Q(uuid__in=uuids)).update(published_at=timezone.now())
 
 
 def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification]], None] = lambda _rows: None) -> int:

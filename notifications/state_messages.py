@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
 
-from devices.models import StateChange
+from devices.models import DeviceState
 from notifications import messages
 from notifications.messages import Message
 
 
-def message_of(row: StateChange, *, priority: int = 5) -> Message:
+class Row(Protocol):
+    """What a message needs of a StateChange, which may not be written yet."""
+
+    uuid: UUID
+    effect_key: str
+    state: DeviceState
+    value: Any
+    previous: Any
+    source: str
+    actor: str
+    timestamp: datetime
+    deadline: datetime | None
+
+
+def message_of(row: Row, *, priority: int = 5) -> Message:
     """Its id is the row's uuid: what a device acknowledges, and knows a repetition by. Needs state, device, organization."""
     device = row.state.device
     return Message(
@@ -24,7 +40,7 @@ def message_of(row: StateChange, *, priority: int = 5) -> Message:
     )
 
 
-def _payload(row: StateChange) -> dict[str, Any]:
+def _payload(row: Row) -> dict[str, Any]:
     payload = {
         "deviceName": row.state.device.name,
         "stateName": row.state.name,

@@ -34,7 +34,8 @@ def pump() -> Device:
 
 def wished(target: Device, value: Any = "on", *, source: str = "rule", at: float = 0) -> StateChange:
     """A change as a rule makes it, `at` seconds from now."""
-    return _change(target, value, source=source, at=at)[0].row
+    (change,) = _change(target, value, source=source, at=at)
+    return StateChange.objects.select_related("state__device").get(uuid=change.row.uuid)
 
 
 def reported(target: Device, value: Any, *, at: float) -> list[states.Change]:
@@ -62,7 +63,9 @@ def state_of(row: StateChange) -> str:
     return StateChange.objects.get(pk=row.pk).command_state
 
 
-def said(row: StateChange, state: State, *, error: str = "", by: UUID | None = None) -> Acknowledgement:
+def said(
+    row: StateChange | states.NewChange, state: State, *, error: str = "", by: UUID | None = None
+) -> Acknowledgement:
     device_uuid = by or row.state.device.uuid
     return Acknowledgement(device_uuid=device_uuid, command_uuid=row.uuid, state=state, error=error)
 

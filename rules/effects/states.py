@@ -53,11 +53,31 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     cooldown: Cooldown | None = None
 
 
+class NewChange(msgspec.Struct, kw_only=True):
+    """The row of a StateChange before it is written, by the names of its fields: a model's object takes ten times as long."""
+
+    uuid: UUID
+    effect_key: str
+    state: DeviceState
+    value: Any
+    previous: Any
+    source: str
+    actor: str
+    timestamp: datetime
+    command_state: str = ""
+    deadline: datetime | None = None
+    command_error: str = ""
+
+    @property
+    def state_id(self) -> int:
+        return self.state.pk
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """A change that was made, and the message that reports it."""
 
-    row: StateChange
+    row: NewChange
     message: Message
 
 
@@ -138,7 +158,8 @@ def _decide(
 
 def _write(decided: _Decided) -> None:
     changes = decided.changes
-    _insert([change.row for change in changes])
+    rows = [[getattr(change.row, name) for name in _COLUMNS] for change in changes]
+    bulk.insert("devices_statechange", _COLUMNS, rows)
     changed = decided.reporting | {change.row.state.pk: change.row.state for change in changes}
     columns = {"id": "bigint"} | DeviceState.VALUE_FIELDS
     bulk.update("devices_devicestate", columns, [[getattr(row, name) for name in columns] for row in changed.values()])
@@ -159,14 +180,6 @@ _COLUMNS = {
     "deadline": "timestamptz",
     "command_error": "text",
 }
-
-
-def _insert(rows: Sequence[StateChange]) -> None:
-    values = [[getattr(row, name) for name in _COLUMNS] for row in rows]
-    ids = bulk.insert("devices_statechange", _COLUMNS, values, returning=("effect_key", "id"))
-    by_key = dict(ids)
-    for row in rows:
-        row.pk = by_key[row.effect_key]
 
 
 def publish(changes: Sequence[Change]) -> None:
@@ -231,7 +244,7 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) 
     if not changes:
         raise ValidationError({"stateName": f"{state.name} was deleted"})
     publish(changes)
-    return changes[0].row
+    return StateChange.objects.select_related("state__device__organization").get(uuid=changes[0].row.uuid)
 
 
 def _locked(ids: set[int]) -> dict[int, DeviceState]:
@@ -271,7 +284,8 @@ def _not_before(previous_at: datetime | None, at: datetime) -> datetime:
 
 def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
     previous_value, previous_at = previous
-    row = StateChange(
+    row = NewChange(
+        uuid=uuid4(),
         effect_key=request.effect_key,
         state=state,
         value=request.value,
@@ -282,7 +296,7 @@ def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any
     )
     if request.source != StateChange.Source.DEVICE:
         state.set_desired(request.value, at=_not_before(previous_at, _not_ahead(request)), command_uuid=row.uuid)
-        commands.queue(row)
+        row.command_state, row.deadline = commands.State.QUEUED, commands.deadline()
     return Change(row=row, message=message_of(row, priority=request.priority))
 
 
