@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Collection
 from datetime import datetime
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
-from django.db import models
+from django.db import connection, models
 from django.utils import timezone
 
 from devices import tokens
@@ -110,16 +111,19 @@ class Device(Identified):
 class DeviceStateQuerySet(models.QuerySet["DeviceState"]):
     def newest_values(self, ids: Collection[int]) -> dict[int, Any]:
         """By id, what `newest` says of each that exists; without the objects."""
-        names = ("pk", "value", "changed_at", "reported_value", "reported_at")
-        return {pk: _newest(*row)[0] for pk, *row in self.filter(pk__in=ids).values_list(*names)}
+        elements = (
+            "json_array_elements_text(%s)::bigint" if connection.vendor == "postgresql" else "value FROM json_each(%s)"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(f"{_NEWEST_VALUES} (SELECT {elements})", [json.dumps([*ids])])
+            return {pk: None if value is None else json.loads(value) for pk, value in cursor.fetchall()}
 
 
-def _newest(
-    value: Any, changed_at: datetime | None, reported_value: Any, reported_at: datetime | None
-) -> tuple[Any, datetime | None]:
-    if reported_at is not None and (changed_at is None or reported_at > changed_at):
-        return reported_value, reported_at
-    return value, changed_at
+# What DeviceState.newest says, without building a query anew for each batch of events.
+_NEWEST_VALUES = """
+SELECT id, CASE WHEN reported_at > COALESCE(changed_at, '0001-01-01') THEN reported_value ELSE value END
+FROM devices_devicestate WHERE id IN
+"""
 
 
 class DeviceState(Identified):
@@ -172,7 +176,9 @@ class DeviceState(Identified):
     @property
     def newest(self) -> tuple[Any, datetime | None]:
         """The last word about the state, and when it was said: by whoever wants it changed, or by the device."""
-        return _newest(self.value, self.changed_at, self.reported_value, self.reported_at)
+        if self.reported_at is not None and (self.changed_at is None or self.reported_at > self.changed_at):
+            return self.reported_value, self.reported_at
+        return self.value, self.changed_at
 
     @property
     def differs(self) -> bool | None:

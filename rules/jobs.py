@@ -38,29 +38,36 @@ FIRST_ENTRIES = 2
 STALL_SECONDS = 1.0
 
 
-def drain(lane: str, partition: int) -> bool:
-    """Processes one slot for about 200 ms, then queues a ticket for the rest behind those of the other slots.
+def drain(lane: str, partition: int) -> None:
+    """What a drain ticket asks for: `attend` to the slot, then queue a ticket for the rest behind those of the other slots."""
+    attend(Slot(lane, partition), with_tickets=True)
+    metrics.flush()
 
-    Gives False when another worker was at it.
 
-    1. `Lease.acquire`: one worker at a time drains a slot; another one's ticket ends here.
+def attend(slot: Slot, *, with_tickets: bool = False) -> int | None:
+    """Processes one slot for about 200 ms; gives how many events came from it, None when another worker was at it.
+
+    1. `Lease.acquire`: one worker at a time drains a slot; another one ends here.
     2. `take_over`: process what a worker left that died.
     3. `_next`: read a batch: events whose next attempt is due, then entries of the journal.
     4. `process_with_isolation`: `batch.process` in one transaction, or event by event when something in it raises.
     5. `_finish`: publish what was committed, then acknowledge it in the journal; repeat from 3 while time is left.
-    6. `_give_back`: release the lease, and queue the next ticket if events are left.
+    6. `_give_back`: release the lease, and queue a ticket if events are left.
 
-    While the database or Redis is away the slot waits, and no attempt is spent.
+    Without tickets the caller looks again soon: then a batch that was not full is the last one. While the database or Redis is
+    away the slot waits, and no attempt is spent.
     """
-    lease = Lease(Slot(lane, partition), uuid.uuid4().hex)
+    lease = Lease(slot, uuid.uuid4().hex)
     if not lease.acquire():
-        return False
+        return None
+    count = 0
     try:
         index.shared().refresh()
         if left := take_over(lease):
             _finish(lease, *left)
+            count = len(left[0].events)
         else:
-            _work(lease, deadline=time.monotonic() + SLICE_SECONDS)
+            count = _work(lease, deadline=time.monotonic() + SLICE_SECONDS, until_empty=with_tickets)
     except AWAY as error:
         _wait(lease.slot, error)
     except BaseTimeoutException:
@@ -70,16 +77,19 @@ def drain(lane: str, partition: int) -> bool:
         )
         raise
     finally:
-        _give_back(lease)
-    metrics.flush()
-    return True
+        _give_back(lease, with_tickets=with_tickets)
+    return count
 
 
-def _work(lease: Lease, *, deadline: float) -> None:
+def _work(lease: Lease, *, deadline: float, until_empty: bool) -> int:
+    count = 0
     while work := _next(lease):
         _finish(lease, work, process_with_isolation(work.events, work, on_event_start=lease.renew_if_due))
-        if time.monotonic() > deadline or not lease.renew():
-            return
+        count += len(work.events)
+        is_last = len(work.events) < BATCH_EVENTS and not until_empty
+        if is_last or time.monotonic() > deadline or not lease.renew():
+            break
+    return count
 
 
 def _next(lease: Lease) -> Work:
@@ -147,10 +157,10 @@ def _wait(slot: Slot, error: Exception) -> None:
     time.sleep(STALL_SECONDS)
 
 
-def _give_back(lease: Lease) -> None:
+def _give_back(lease: Lease, *, with_tickets: bool) -> None:
     """Without Redis the lease runs out by itself, and the scheduler queues the next ticket."""
     try:
-        if lease.release():
+        if lease.release(with_ticket=with_tickets):
             tickets.issue(
                 lease.slot, queue=tickets.queue_for(lease.slot, oldest_ms=lease.oldest_ms(), now_ms=_now_ms())
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -15,12 +16,16 @@ from rq.job import Job
 from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
+from aemos.lib import metrics
 from rules import jobs
+from rules.journal import tickets
 from rules.journal.listening import Listener
 from rules.journal.slots import Slot
 from rules.processing import statistics
 
 log = logging.getLogger(__name__)
+# So often a worker that listens looks for a job: a replay, or a ticket of before.
+LISTEN_SECONDS = 0.5
 # After another worker was faster, before the next look: under load that would otherwise happen all the time.
 PAUSE_SECONDS = 0.02
 
@@ -38,42 +43,65 @@ class DrainWorker(SimpleWorker):
         if timeout is None or max_idle_time is not None:
             waited: tuple[Job, Queue] | None = super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
             return waited
-        listener = Listener(self.name, self.queue_names())
         while True:
             found: tuple[Job, Queue] | None = super().dequeue_job_and_maintain_ttl(None)
             if found is not None:
+                self._stop_listening()
                 return found
             self.check_for_suspension(burst=False)
+            if self._stop_requested:
+                raise StopRequested
             try:
-                slot = listener.wait() or listener.unattended()
-                while slot is not None:
-                    self._drain(slot)
-                    slot = listener.unattended()
+                self._listen()
             except RedisError as error:
                 log.debug("not listening: %s", error)  # the next look for a job says so, and waits
 
-    def _drain(self, slot: Slot) -> None:
+    def _listen(self) -> None:
+        """Drains what arrives, for half a second."""
+        until = time.monotonic() + LISTEN_SECONDS
+        while slot := self._listener.next(until=until):
+            count = self._drain(slot)
+            if self._stop_requested:
+                raise StopRequested
+            if count is None:
+                time.sleep(PAUSE_SECONDS)
+            else:
+                self._listener.drained(slot, events=count)
+
+    def _drain(self, slot: Slot) -> int | None:
         """As the job of a ticket: for no longer than that, and to its end when the worker is asked to stop."""
         self._state = WorkerStatus.BUSY
         try:
             with self.death_penalty_class(ceil(settings.WORKER_TIMEOUT_MS / 1_000), JobTimeoutException):
-                if not jobs.drain(slot.lane, slot.partition):
-                    time.sleep(PAUSE_SECONDS)
+                return jobs.attend(slot)
         except RedisError:
             raise
         except Exception:  # process loop: as that of a job would, it ends the drain and not the worker
             log.exception("%s/%d was not drained to its end", slot.lane, slot.partition)
+            return 0
         finally:
             self._state = WorkerStatus.IDLE
-        if self._stop_requested:
-            raise StopRequested
+
+    def _stop_listening(self) -> None:
+        """From here on appends queue tickets again; what came without one gets it now, or the scheduler sees to it."""
+        try:
+            tickets.issue_all(self._listener.leave())
+        except RedisError as error:
+            log.debug("still listening: %s", error)
+
+    @cached_property
+    def _listener(self) -> Listener:
+        return Listener(self.name, self.queue_names())
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """Between two jobs, and every few seconds of an idle worker: the counts of the last events do not wait for the next."""
+        """Between two jobs, and every half a second of a worker that listens: counts do not wait for the next event."""
         super().heartbeat(timeout, pipeline)
         if pipeline is None:
             statistics.shared().flush()
+            metrics.flush()
 
     def teardown(self) -> None:
+        self._stop_listening()
         statistics.shared().flush(force=True)
+        metrics.flush()
         super().teardown()

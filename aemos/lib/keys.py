@@ -33,6 +33,11 @@ def lease(lane: str, partition: int) -> str:
     return f"aemos:lease:{lane}:{{{partition}}}"
 
 
+def listeners(lane: str) -> str:
+    """Sorted set: workers that listen to the lane; the score says until when, in ms."""
+    return f"aemos:listeners:{lane}"
+
+
 def checkpoint(lane: str, partition: int) -> str:
     """Id of the event that is being decided while a worker takes over what another one died on."""
     return f"aemos:checkpoint:{lane}:{{{partition}}}"
@@ -58,7 +63,6 @@ def last_published(device_uuid: str) -> str:
     return f"aemos:last-published:{{{NOTIFICATIONS}}}:{device_uuid}"
 
 
-LISTENERS = "aemos:listeners"  # sorted set: workers that wait for the journal; the score says until when, in ms
 NOTIFICATIONS = "aemos:notifications"  # stream the gateways read
 NOTIFICATIONS_MQTT_GROUP = "mqtt"
 TIMERS = (

@@ -79,12 +79,12 @@ return 1
 
 # What it does: gives the lease back. While it was held the ticket flag stood, so that appends queued no tickets; hence it
 # also says whether something arrived in the meantime.
-# KEYS: lease, stream, ticket. ARGV: lease token, lifetime of the ticket flag in ms.
+# KEYS: lease, stream, ticket. ARGV: lease token, lifetime of the ticket flag in ms, 0 where the caller queues no ticket.
 # Returns: 1 when entries are left and the caller must queue a ticket, else 0.
 _RELEASE = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
-if redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) return 0 end
+if ARGV[2] == '0' or redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) return 0 end
 redis.call('SET', KEYS[3], '1', 'PX', ARGV[2])
 return 1
 """
@@ -167,10 +167,13 @@ class Lease:
         if time.monotonic() - self._renewed_at > LEASE_MS / 3_000:
             self.renew()
 
-    def release(self) -> bool:
-        """Gives the slot back; True when it holds entries, for which the caller must queue a ticket."""
-        names = [self._lease, self._stream, self._ticket]
-        return bool(redis.script(_RELEASE)(keys=names, args=[self._token, TICKET_MS], client=self._client))
+    def release(self, *, with_ticket: bool = True) -> bool:
+        """Gives the slot back; True when it holds entries, for which the caller must queue a ticket.
+
+        Without a ticket the caller, or whoever listens, looks at the slot again.
+        """
+        names, lifetime = [self._lease, self._stream, self._ticket], TICKET_MS if with_ticket else 0
+        return bool(redis.script(_RELEASE)(keys=names, args=[self._token, lifetime], client=self._client))
 
     def oldest_ms(self) -> int | None:
         """When the oldest entry was appended, in ms since 1970; None when there is none."""

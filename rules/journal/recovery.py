@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 def reissue_lost_tickets() -> int:
     """Queues a ticket for every slot with events to do and neither a ticket nor a lease alive. Raises RedisError.
 
+    New events of a lane that a worker listens to need none; those whose next attempt is due do.
     A ticket whose flag still stands may have died with its worker: when no job waits on any queue, there is none.
     """
     nothing_queued = tickets.queued() == 0
@@ -33,8 +34,9 @@ def _is_lost(slot: Slot, *, nothing_queued: bool) -> bool:
         pipeline.zcount(keys.delayed(lane, partition), "-inf", int(time.time() * 1000))
         pipeline.exists(keys.lease(lane, partition))
         pipeline.exists(keys.ticket(lane, partition))
-        entries, due, leased, ticketed = pipeline.execute()
-    if not (entries or due) or leased or (ticketed and not nothing_queued):
+        pipeline.zcount(keys.listeners(lane), int(time.time() * 1_000), "+inf")
+        entries, due, leased, ticketed, listening = pipeline.execute()
+    if not ((entries and not listening) or due) or leased or (ticketed and not nothing_queued):
         return False
     # Claims the slot for this ticket, so that the next look, a second from now, does not queue another.
     client.set(keys.ticket(lane, partition), "1", px=writing.TICKET_MS)

@@ -47,7 +47,7 @@ def append(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:
 def _append_keys(slot: Slot) -> list[str]:
     lane, partition = slot.lane, slot.partition
     named = (keys.events, keys.ledger, keys.ticket, keys.depth_by_organization)
-    return [*(name(lane, partition) for name in named), keys.LISTENERS]
+    return [*(name(lane, partition) for name in named), keys.listeners(lane)]
 
 
 def _append_args(batch: Sequence[Event]) -> list[Any]:
