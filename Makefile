@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-soak lock clean
+.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-soak lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-latency  measure the time from reading to notification"
 	@echo "make bench-rules    measure what rules cost on one core, beside a hand-written loop"
 	@echo "make bench-notify   measure 3,000 notifications a second over all three protocols"
+	@echo "make bench-growth   measure whether a reading costs more beside many chains, sensors, organizations and readings"
 	@echo "make bench-soak     ten minutes under load with two of everything: is memory flat?"
 	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
 	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
@@ -62,6 +63,9 @@ bench-rules: $(VENV)/.dev
 
 bench-notify: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.notify $(ARGS)
+
+bench-growth: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.growth $(ARGS)
 
 bench-soak: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

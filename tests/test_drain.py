@@ -168,7 +168,7 @@ def test_a_crash_after_the_commit_leads_to_duplicates_and_no_second_effect(
     class Killed(BaseException):
         """Stands for SIGKILL: nothing catches it."""
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -326,7 +326,7 @@ class Killed(BaseException):
 def drain_and_die(farm: Farm, monkeypatch: pytest.MonkeyPatch, **stages: Any) -> None:
     """Drains with these stages of a batch replaced by ones that die, and leaves behind what a killed worker leaves."""
 
-    def not_done(*_: object) -> None:
+    def not_done(*_: object, **__: object) -> None:
         """What a killed process does not get to do."""
 
     with monkeypatch.context() as patch:
