@@ -26,7 +26,8 @@ redis.call('HINCRBY', KEYS[2], 'accepted', ARGV[1])
 redis.call('HINCRBY', KEYS[2], 'depth', ARGV[1])
 if redis.call('EXISTS', KEYS[5]) == 1 then
   local time = redis.call('TIME')
-  if redis.call('ZCOUNT', KEYS[5], time[1] * 1000, '+inf') > 0 then return 0 end
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  if redis.call('ZCOUNT', KEYS[5], now, '+inf') > 0 then return 0 end
 end
 return redis.call('SET', KEYS[3], '1', 'NX', 'PX', ARGV[3]) and 1 or 0
 """
