@@ -1,4 +1,4 @@
-"""Keep variables and states from being deleted while rows that belong to them are written.
+"""Keep rows from being deleted while others are written that belong to them.
 
 This is what foreign keys would do row by row, at a third of the cost of a reading; here it is one statement for all rows of a
 transaction. Who writes changes of states has locked the states already, because it changes them.
@@ -9,41 +9,46 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from django.db import connection
+from django.db import IntegrityError, connection
+from django.db.models import Model
 from django.db.models.signals import pre_delete
 
-from devices.models import DeviceState, Variable
+from devices.models import Device, DeviceState, Organization, Variable
+
+HELD: tuple[type[Model], ...] = (Organization, Device, DeviceState, Variable)
 
 
-class VariableDeleted(Exception):
-    """A variable was deleted after its readings were accepted."""
+class Deleted(IntegrityError):
+    """A row was deleted to which others were about to belong."""
 
 
-def hold_variables(ids: Collection[int]) -> None:
-    """Until the end of the transaction none of them can be deleted. Raises VariableDeleted when one is gone."""
-    found = _lock(ids) if connection.vendor == "postgresql" else Variable.objects.filter(pk__in=ids).count()
+def hold(model: type[Model], ids: Collection[int]) -> None:
+    """Until the end of the transaction none of these rows can be deleted. Raises Deleted when one is gone."""
+    if not ids:
+        return
+    rows = model._default_manager.filter(pk__in=ids)
+    found = _lock(model, ids) if connection.vendor == "postgresql" else rows.count()
     if found < len(ids):
-        raise VariableDeleted("a variable was deleted after its readings were accepted")
+        raise Deleted(f"a {model._meta.verbose_name} was deleted meanwhile")
 
 
-# In one order, so that no two transactions wait for each other. Not the lock of an update: a variable may be renamed meanwhile.
-_LOCK = "SELECT id FROM devices_variable WHERE id = ANY(%b::bigint[]) ORDER BY id FOR KEY SHARE"
-
-
-def _lock(ids: Collection[int]) -> int:
+def _lock(model: type[Model], ids: Collection[int]) -> int:
     import psycopg
 
+    # In one order, so that no two transactions wait for each other. Not the lock of an update: a row may be renamed meanwhile.
+    statement = f"SELECT id FROM {model._meta.db_table} WHERE id = ANY(%b::bigint[]) ORDER BY id FOR KEY SHARE"  # noqa: S608
+    connection.ensure_connection()
     # Not Django's cursor, which writes the parameters into the statement in Python.
     with psycopg.Cursor(connection.connection) as cursor:
-        cursor.execute(_LOCK, [[*ids]])
+        cursor.execute(statement, [[*ids]])
         return cursor.rowcount
 
 
 def connect_signals() -> None:
-    for model in (Variable, DeviceState):
+    for model in HELD:
         pre_delete.connect(_wait_for_writers, sender=model, dispatch_uid="row locks")
 
 
-def _wait_for_writers(sender: type[Variable | DeviceState], instance: Variable | DeviceState, **_: Any) -> None:
+def _wait_for_writers(sender: type[Model], instance: Model, **_: Any) -> None:
     """Before what belongs to the row is deleted: what is being written is then among it, and nobody writes more."""
-    sender.objects.select_for_update().filter(pk=instance.pk).first()
+    sender._default_manager.select_for_update().filter(pk=instance.pk).first()

@@ -36,8 +36,13 @@ class Notification(models.Model):
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     effect_key = models.CharField(max_length=200, unique=True)
-    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="notifications")
-    device = models.ForeignKey(Device, null=True, blank=True, on_delete=models.CASCADE, related_name="notifications")
+    # Without constraints in the database: who writes messages locks what they belong to (devices.row_locks).
+    organization = models.ForeignKey(
+        Organization, on_delete=models.CASCADE, related_name="notifications", db_constraint=False
+    )
+    device = models.ForeignKey(
+        Device, null=True, blank=True, on_delete=models.CASCADE, related_name="notifications", db_constraint=False
+    )
     event = models.CharField(max_length=50)
     priority = models.PositiveSmallIntegerField(default=5)
     payload = models.JSONField(default=dict)
@@ -50,10 +55,9 @@ class Notification(models.Model):
 
     class Meta:
         ordering = ["-id"]
-        # The sweep asks every second for what was written but not published: almost always nothing.
+        # A client that was away for long is replayed to from the table, in the order of publication. The sweep asks every second
+        # for what was written but not published: those without a time, almost always none.
         indexes = [
-            models.Index(fields=["created_at"], condition=models.Q(published_at=None), name="notification_unpublished"),
-            # A client that was away for long is replayed to from the table, in the order of publication.
             models.Index(fields=["published_at", "id"], name="notification_published"),
         ]
 

@@ -21,6 +21,8 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import bulk, redis
+from devices import row_locks
+from devices.models import Device, Organization
 from notifications import messages
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification
@@ -37,11 +39,13 @@ RESEND_MAXIMUM = 500
 def write(outgoing: Sequence[tuple[Message, int, int | None]]) -> list[Message]:
     """Writes (message, organization id, device id) rows in the current transaction; gives the messages that are new.
 
-    Call `publish` with the result after the commit.
+    Call `publish` with the result after the commit. Raises devices.row_locks.Deleted when an organization or device is gone.
     """
     if not outgoing:
         return []
     now = time.time()
+    row_locks.hold(Organization, {organization for _, organization, _ in outgoing})
+    row_locks.hold(Device, {device for _, _, device in outgoing if device is not None})
     unique: dict[str, tuple[Message, int, int | None]] = {}
     for entry in outgoing:
         unique.setdefault(entry[0].effect_key, entry)

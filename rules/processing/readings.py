@@ -11,7 +11,7 @@ from django.db import connection
 from aemos.lib.batched import batched
 from devices import row_locks
 from devices.catalogue import Field
-from devices.models import Reading
+from devices.models import Reading, Variable
 from devices.values import measured
 from rules import events
 
@@ -37,11 +37,11 @@ def row_of(variable_id: int, timestamp_us: int, value: float | str | bool) -> Ro
 def store(rows: Sequence[Row]) -> set[tuple[int, int]]:
     """Stores the rows in the current transaction; gives (variable id, timestamp in us) of those that were new.
 
-    Raises VariableDeleted when a variable does not exist any more.
+    Raises Deleted when a variable does not exist any more.
     """
     if not rows:
         return set()
-    row_locks.hold_variables({row.variable_id for row in rows})
+    row_locks.hold(Variable, {row.variable_id for row in rows})
     # Always in the same order, so that two workers that store the same readings wait for each other instead of deadlocking.
     ordered = sorted(rows, key=itemgetter(0, 1))
     return _store_postgresql(ordered) if connection.vendor == "postgresql" else _store_sqlite(ordered)
