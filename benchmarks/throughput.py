@@ -9,6 +9,7 @@ are those of the machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -310,8 +311,13 @@ def processors(running: Farm) -> dict[str, float]:
     """Seconds of each process, its children included."""
 
     def of(pid: int) -> float:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return sum(processor_seconds(each) for each in (pid, *map(int, children)))
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return processor_seconds(pid) + sum(seconds_if_there(child) for child in children)
+
+    def seconds_if_there(child: int) -> float:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            return processor_seconds(child)
+        return 0.0
 
     system = running.system
     servers = {"PostgreSQL": running.database, "Redis": system.redis, "Mosquitto": system.broker}

@@ -25,6 +25,8 @@ from rules.processing.loading import batches, compiled
 log = logging.getLogger(__name__)
 # With a slice of work of 0.2 s under way, a chain that was saved runs within a second.
 REFRESH_SECONDS = 0.7
+# So many that were loaded at once are kept from the collector of cycles, as those are with which a worker began.
+MANY_CHAINS = 1_000
 Source = tuple[str, str]  # source type, uuid
 States = dict[tuple[str, str], int]
 
@@ -109,6 +111,8 @@ class RuleIndex:
             self._states[key].update(states[key])
         self._replace({pk for pk in (*moved, *gone) if self._is_of(pk, organizations)}, loaded)
         self._running_versions |= running
+        if len(loaded) >= MANY_CHAINS:
+            _keep_from_collector()
 
     def _is_of(self, pk: int, organizations: set[int]) -> bool:
         bound = self._by_id.get(pk)
@@ -202,6 +206,12 @@ def load() -> None:
     gc.disable()
     try:
         shared().refresh(at_once=True)
-        gc.freeze()
+        _keep_from_collector()
     finally:
         gc.enable()
+
+
+def _keep_from_collector() -> None:
+    """What was garbage by now is collected first: afterwards nobody would."""
+    gc.collect()
+    gc.freeze()
