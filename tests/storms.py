@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 
 from deploy.local import LocalSystem
 
 
+def dice(seed: int) -> random.Random:
+    """The same moments in every run; others with STORM_SEED=1, 2, and so on."""
+    return random.Random(seed + 1_000 * int(os.environ.get("STORM_SEED", "0")))
+
+
 def random_walk(seed: int, count: int, *, start: float, step: float, within: tuple[float, float]) -> list[float]:
     """So many values, each at most a step from the one before."""
-    chance = random.Random(seed)
+    chance = dice(seed)
     lowest, highest = within
     value, values = start, []
     for _ in range(count):

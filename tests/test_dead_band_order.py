@@ -25,7 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.processes import Process, kill, spawn
 from deploy.programs import REPOSITORY
-from tests.storms import assert_worked_off, random_walk
+from tests.storms import assert_worked_off, dice, random_walk
 
 ROUNDS = int(os.environ.get("AEMOS_ORDER_ROUNDS", "50"))
 READINGS = 200
@@ -107,12 +107,12 @@ def test_killed_workers_switch_every_pump_as_its_dead_band_says(
 ) -> None:
     made: list[dict[str, str]] = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
     system.start("web", "worker", "scheduler")
-    chance = random.Random(1)
+    chance = dice(1)
     victim = worker(system)
     try:
         with ThreadPoolExecutor(8) as senders:
             sent = [
-                senders.submit(send, system, farm["token"], readings_of(number), random.Random(number))
+                senders.submit(send, system, farm["token"], readings_of(number), dice(number))
                 for number, farm in enumerate(made)
             ]
             for _ in range(KILLS):

@@ -21,6 +21,7 @@ from gateway.mqtt import topics
 from tests.gateway_process import GatewayProcess, operator, running
 from tests.mqtt_clients import Client
 from tests.mqtt_clients import operator as mqtt_operator
+from tests.storms import dice
 from tests.test_mqtt import forget_sessions
 from tests.waiting import until
 
@@ -110,7 +111,7 @@ def moment(chance: random.Random) -> None:
 
 
 def test_gateways_killed_at_random_moments_lose_nothing_and_keep_the_order(broker: Server, tmp_path: Path) -> None:
-    chance, commands, gateways = random.Random(5), list[str](), list[GatewayProcess]()
+    chance, commands, gateways = dice(5), list[str](), list[GatewayProcess]()
     with farm_pump(broker) as pump, ExitStack() as stack:
         for number in range(2):
             gateways.append(stack.enter_context(running(tmp_path / f"gateway-{number}", MQTT)))
@@ -127,7 +128,7 @@ def test_gateways_killed_at_random_moments_lose_nothing_and_keep_the_order(broke
 
 
 def test_broker_killed_at_random_moments_loses_nothing_and_keeps_the_order(broker: Server, tmp_path: Path) -> None:
-    chance, commands = random.Random(6), list[str]()
+    chance, commands = dice(6), list[str]()
     with farm_pump(broker) as pump, running(tmp_path / "gateway", MQTT) as gateway:
         until(lambda: leading([gateway]))
         until_connected(gateway, times=1)

@@ -27,6 +27,7 @@ from notifications import messages
 from tests.gateway_process import REPOSITORY, GatewayProcess, operator, running
 from tests.listeners import AIOCOAP, Lines
 from tests.mqtt_clients import operator as mqtt_operator
+from tests.storms import dice
 from tests.tcp_relay import Relay
 from tests.test_mqtt import forget_sessions
 from tests.test_mqtt_faults import MQTT, Pump
@@ -174,7 +175,7 @@ def while_it_switches(farm: Farm, moments: random.Random, harm: Any) -> None:
 def test_redis_killed_at_random_moments_costs_no_command_and_no_order(
     broker: Server, redis_with_aof: Server, tmp_path: Path
 ) -> None:
-    moments = random.Random(11)
+    moments = dice(11)
 
     def harm() -> None:
         redis_with_aof.kill()
@@ -197,7 +198,7 @@ def test_redis_killed_at_random_moments_costs_no_command_and_no_order(
 def test_redis_emptied_at_random_moments_is_made_good_from_the_database(
     broker: Server, redis_with_aof: Server, tmp_path: Path
 ) -> None:
-    moments = random.Random(12)
+    moments = dice(12)
 
     def harm() -> None:
         redis.client().flushdb()

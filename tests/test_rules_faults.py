@@ -25,7 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.postgresql import start_postgresql
 from deploy.servers import Server
-from tests.storms import assert_worked_off, random_walk
+from tests.storms import assert_worked_off, dice, random_walk
 
 SENSORS = 10
 READINGS = 100
@@ -225,7 +225,7 @@ def harm(system: LocalSystem, postgres: Server, what: str, chance: random.Random
 
 
 def storm(system: LocalSystem, postgres: Server, sent: list[Future[None]]) -> None:
-    chance = random.Random(8)
+    chance = dice(8)
     for what in FAULTS:
         time.sleep(chance.uniform(0.5, 2.0))
         assert not all(each.done() for each in sent), "everything was sent before the storm was over"
@@ -256,7 +256,7 @@ def test_in_a_storm_of_faults_everything_that_must_happen_happens_once(system: L
     system.start("web", "worker", "worker 2", "scheduler", "scheduler 2")
     with ThreadPoolExecutor(SENSORS) as senders:
         sent = [
-            senders.submit(send, system, farm["token"], readings_of(number), random.Random(number))
+            senders.submit(send, system, farm["token"], readings_of(number), dice(number))
             for number, farm in enumerate(made)
         ]
         storm(system, postgres, sent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from socketio.exceptions import ConnectionError as NotConnected
 from aemos.lib import redis
 from tests.gateway_process import operator, running
 from tests.socketio_clients import Client, connected, javascript_client, messages, open_websocket
+from tests.storms import dice
 from tests.tcp_relay import Relay
 from tests.waiting import until
 
@@ -104,7 +104,7 @@ CLIENTS: dict[str, Follow] = {
 
 @pytest.mark.parametrize("follow", CLIENTS.values(), ids=CLIENTS)
 def test_a_client_cut_at_random_moments_loses_nothing_and_keeps_the_order(relays: list[Relay], follow: Follow) -> None:
-    farm, moments = operator().ask("seed"), random.Random(2026)
+    farm, moments = operator().ask("seed"), dice(2026)
     with follow([relay.url for relay in relays], farm["access_token"]) as client:
         sent = _published_until_received(farm, client)
         cuts = 0
@@ -133,7 +133,7 @@ def _published_until_received(farm: dict[str, Any], client: Any) -> list[str]:
 @pytest.mark.parametrize("transport", ["websocket", "polling"])
 def test_the_python_client_loses_nothing(relays: list[Relay], transport: str) -> None:
     """It runs a thread for each message, so the order in which handlers run is not the order of arrival."""
-    farm, moments = operator().ask("seed"), random.Random(5)
+    farm, moments = operator().ask("seed"), dice(5)
     clients: list[Client] = []
     ended = threading.Event()
 
