@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
+import msgspec
 from django.conf import settings
 from django.db import transaction
 from django.db.models import Case, F, QuerySet, Value, When
@@ -45,6 +46,26 @@ class Acknowledgement:
     command_uuid: UUID
     state: State
     error: str = ""
+
+
+class NewChange(msgspec.Struct, kw_only=True):
+    """The row of a StateChange before it is written, by the names of its fields: a model's object takes ten times as long."""
+
+    uuid: UUID
+    effect_key: str
+    state: DeviceState
+    value: Any
+    previous: Any
+    source: str
+    actor: str
+    timestamp: datetime
+    command_state: str = ""
+    deadline: datetime | None = None
+    command_error: str = ""
+
+    @property
+    def state_id(self) -> int:
+        return self.state.pk
 
 
 def deadline() -> datetime:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any, Protocol
-from uuid import UUID
+from typing import Any
 
-from devices.models import DeviceState
+from devices.commands import NewChange
+from devices.models import StateChange
 from notifications import messages
 from notifications.messages import Message
 
 
-class Row(Protocol):
-    """What a message needs of a StateChange, which may not be written yet."""
-
-    uuid: UUID
-    effect_key: str
-    state: DeviceState
-    value: Any
-    previous: Any
-    source: str
-    actor: str
-    timestamp: datetime
-    deadline: datetime | None
-
-
-def message_of(row: Row, *, priority: int = 5) -> Message:
+def message_of(row: StateChange | NewChange, *, priority: int = 5) -> Message:
     """Its id is the row's uuid: what a device acknowledges, and knows a repetition by. Needs state, device, organization."""
     device = row.state.device
     return Message(
@@ -40,7 +25,7 @@ def message_of(row: Row, *, priority: int = 5) -> Message:
     )
 
 
-def _payload(row: Row) -> dict[str, Any]:
+def _payload(row: StateChange | NewChange) -> dict[str, Any]:
     payload = {
         "deviceName": row.state.device.name,
         "stateName": row.state.name,

@@ -64,7 +64,7 @@ def state_of(row: StateChange) -> str:
 
 
 def said(
-    row: StateChange | states.NewChange, state: State, *, error: str = "", by: UUID | None = None
+    row: StateChange | commands.NewChange, state: State, *, error: str = "", by: UUID | None = None
 ) -> Acknowledgement:
     device_uuid = by or row.state.device.uuid
     return Acknowledgement(device_uuid=device_uuid, command_uuid=row.uuid, state=state, error=error)

@@ -53,31 +53,11 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     cooldown: Cooldown | None = None
 
 
-class NewChange(msgspec.Struct, kw_only=True):
-    """The row of a StateChange before it is written, by the names of its fields: a model's object takes ten times as long."""
-
-    uuid: UUID
-    effect_key: str
-    state: DeviceState
-    value: Any
-    previous: Any
-    source: str
-    actor: str
-    timestamp: datetime
-    command_state: str = ""
-    deadline: datetime | None = None
-    command_error: str = ""
-
-    @property
-    def state_id(self) -> int:
-        return self.state.pk
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """A change that was made, and the message that reports it."""
 
-    row: NewChange
+    row: commands.NewChange
     message: Message
 
 
@@ -284,7 +264,7 @@ def _not_before(previous_at: datetime | None, at: datetime) -> datetime:
 
 def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
     previous_value, previous_at = previous
-    row = NewChange(
+    row = commands.NewChange(
         uuid=uuid4(),
         effect_key=request.effect_key,
         state=state,
