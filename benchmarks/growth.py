@@ -8,14 +8,13 @@ the one before. The ratio to the first figure is what counts.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 
-from benchmarks.throughput import BATCH, RESULTS, Farm, connection_of, farm, measured, say
+from benchmarks.throughput import BATCH, RESULTS, Farm, connection_of, farm, measured, save, say
 
 # In the process of a management command: rows in bulk, then every process is told that all of it is new.
 ADD = """
@@ -107,11 +106,7 @@ def write(folder: Path, found: dict[str, float]) -> None:
     base = next(iter(found.values()))
     lines = ["| | events a second | of the first |", "|---|---|---|"]
     lines += [f"| {name} | {rate:,.0f} | {rate / base:.2f} |" for name, rate in found.items()]
-    text = "\n".join(lines)
-    print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "growth.md").write_text(f"{text}\n")
-    (folder / "growth.json").write_text(json.dumps(found, indent=2) + "\n")
+    save(folder, "growth", "\n".join(lines), found)
 
 
 if __name__ == "__main__":

@@ -400,11 +400,16 @@ def write(folder: Path, figures: list[Figure], seconds: float) -> None:
             f"| {figure.name}{note} | {figure.rate / least:.2f} | {figure.rate:,.0f} {figure.unit} | {processor} | {memory} |"
         )
     text = "\n".join(lines)
+    found = {"at": moment, "machine": machine, "seconds": seconds, "figures": [asdict(figure) for figure in figures]}
+    save(folder, "throughput", text, found)
+
+
+def save(folder: Path, name: str, text: str, found: Any) -> None:
+    """Prints the table, and keeps it with its figures as Markdown and JSON."""
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "throughput.md").write_text(f"{text}\n")
-    found = {"at": moment, "machine": machine, "seconds": seconds, "figures": [asdict(figure) for figure in figures]}
-    (folder / "throughput.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(f"{text}\n")
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def _into_postgresql(
     with connection.cursor() as cursor:
         statement = f"{beginning} SELECT * FROM json_to_recordset(%s) AS incoming({types}){ending}"  # noqa: S608  see `insert`
         cursor.execute(statement, [data])
-        return cursor.fetchall() if " RETURNING " in ending else []
+        return cursor.fetchall() if cursor.description else []  # nothing but RETURNING gives rows
 
 
 def _into_sqlite(
@@ -82,7 +82,7 @@ def _into_sqlite(
         places = ", ".join([place] * len(some))
         with connection.cursor() as cursor:
             cursor.execute(f"{beginning} VALUES {places}{ending}", [*chain.from_iterable(_adapted(columns, some))])
-            found += cursor.fetchall() if " RETURNING " in ending else []
+            found += cursor.fetchall() if cursor.description else []
     return found
 
 
