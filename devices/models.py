@@ -337,7 +337,7 @@ class StateChange(models.Model):
         EXPIRED = "expired", "expired: not sent, or not acknowledged, in time"
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
-    effect_key = models.CharField(max_length=200, unique=True)
+    effect_key = models.CharField(max_length=200)
     # No constraint in the database: who writes a change has locked the state, and so has who deletes one (devices.row_locks).
     state = models.ForeignKey(DeviceState, on_delete=models.CASCADE, related_name="changes", db_constraint=False)
     value = models.JSONField(null=True)
@@ -364,6 +364,8 @@ class StateChange(models.Model):
                 name="commands_under_way",
             )
         ]
+        # Not `unique=True`: Django would add an index for searches by pattern, which nobody makes.
+        constraints = [models.UniqueConstraint(fields=["effect_key"], name="one_state_change_per_effect")]
 
     def __str__(self) -> str:
         return f"{self.state}: {self.previous!r} -> {self.value!r}"

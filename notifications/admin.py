@@ -53,6 +53,20 @@ class DeliveryFilter(admin.SimpleListFilter):
         return queryset.filter(Exists(Delivery.objects.filter(notification=OuterRef("pk"), **wanted)))
 
 
+class UnpublishedFilter(admin.SimpleListFilter):
+    """What waits in the outbox, as while Redis is away."""
+
+    title = parameter_name = "published"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("yes", "yes"), ("no", "not yet")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Notification]) -> QuerySet[Notification]:
+        if self.value() not in {"yes", "no"}:
+            return queryset
+        return queryset.filter(unpublished__isnull=self.value() == "yes")
+
+
 class EventFilter(admin.SimpleListFilter):
     """Known beforehand: asking the table which events occur in it would read all of it."""
 
@@ -83,7 +97,7 @@ class NotificationAdmin(RecordAdmin):
         DeliveryFilter,
         EventFilter,
         "priority",
-        ("published_at", admin.EmptyFieldListFilter),
+        UnpublishedFilter,
         OrganizationListFilter,
     )
     list_select_related = ("device", "organization")

@@ -30,12 +30,16 @@ class NotificationQuerySet(models.QuerySet["Notification"]):
             mine |= models.Q(organization__in=[owner for owner, held in roles.items() if held == role]) & named
         return self.filter(everybody | mine)
 
+    def published(self) -> NotificationQuerySet:
+        """Those that are on the stream, or were."""
+        return self.filter(unpublished=None)
+
 
 class Notification(models.Model):
     """One message to devices and people; written in the transaction of the effect that it reports."""
 
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
-    effect_key = models.CharField(max_length=200, unique=True)
+    effect_key = models.CharField(max_length=200)
     # Without constraints in the database: who writes messages locks what they belong to (devices.row_locks).
     organization = models.ForeignKey(
         Organization, on_delete=models.CASCADE, related_name="notifications", db_constraint=False
@@ -47,22 +51,45 @@ class Notification(models.Model):
     priority = models.PositiveSmallIntegerField(default=5)
     payload = models.JSONField(default=dict)
     timestamp = models.DateTimeField()
-    created_at = models.DateTimeField(default=timezone.now, db_index=True)
-    published_at = models.DateTimeField(null=True, blank=True)
+    created_at = models.DateTimeField(default=timezone.now)
+    # As long as it is in Unpublished, when it was written. What is published late is dated anew.
+    published_at = models.DateTimeField(default=timezone.now)
     expires_at = models.DateTimeField(null=True, blank=True)
 
     objects: ClassVar = NotificationQuerySet.as_manager()
 
     class Meta:
         ordering = ["-id"]
-        # A client that was away for long is replayed to from the table, in the order of publication. The sweep asks every second
-        # for what was written but not published: those without a time, almost always none.
+        # A client that was away for long is replayed to from the table, in the order of publication.
         indexes = [
             models.Index(fields=["published_at", "id"], name="notification_published"),
         ]
+        # Not `unique=True`: Django would add an index for searches by pattern, which nobody makes.
+        constraints = [models.UniqueConstraint(fields=["effect_key"], name="one_notification_per_effect")]
 
     def __str__(self) -> str:
         return f"{self.event} {self.uuid}"
+
+
+class Unpublished(models.Model):
+    """Marks a notification that is not on the stream yet. Its row lives for milliseconds, and the table is almost always empty.
+
+    A table of its own, because noting the same in the notification would rewrite that with all its indexes. It repeats what
+    is asked for, because a join with a table of which the database never knows whether it is empty is planned badly.
+    """
+
+    # Written in the transaction of its notification, so a constraint could never find anything.
+    notification = models.OneToOneField(Notification, on_delete=models.CASCADE, primary_key=True, db_constraint=False)
+    uuid = models.UUIDField()
+    changed_device = models.UUIDField(null=True)
+    written_at = models.DateTimeField(default=timezone.now)
+    expires_at = models.DateTimeField(null=True)
+
+    class Meta:
+        verbose_name_plural = "unpublished"
+
+    def __str__(self) -> str:
+        return str(self.notification_id)
 
 
 class Delivery(models.Model):

@@ -1,6 +1,6 @@
 """The outbox: write messages as rows in the caller's transaction, and publish them after its commit.
 
-A crash between commit and publication leaves rows without `published_at`; `sweep` publishes those. Publishing twice is
+A crash between commit and publication leaves rows marked as unpublished; `sweep` publishes those. Publishing twice is
 harmless, because clients know a message by its id; publishing late is not, because a device must not go back to a state
 that was changed since. So the changes of one state are published in their order, and what is late and superseded is not sent
 to the broker any more.
@@ -25,7 +25,7 @@ from devices import row_locks
 from devices.models import Device, Organization
 from notifications import messages
 from notifications.messages import Message, Protocol
-from notifications.models import Delivery, Notification
+from notifications.models import Delivery, Notification, Unpublished
 from notifications.publisher import Entry, append, expiry, lifetime, state_of
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def write(outgoing: Sequence[tuple[Message, int, int | None]]) -> list[Message]:
         for protocol in message.protocols
     ]
     bulk.insert("notifications_delivery", _DELIVERY, pending)
+    bulk.insert("notifications_unpublished", _UNPUBLISHED, [_mark(ids[m.effect_key], m, now=now) for m in fresh])
     return fresh
 
 
@@ -78,6 +79,7 @@ _NOTIFICATION = {
     "payload": "jsonb",
     "timestamp": "timestamptz",
     "created_at": "timestamptz",
+    "published_at": "timestamptz",
     "expires_at": "timestamptz",
 }
 _DELIVERY = {
@@ -87,6 +89,13 @@ _DELIVERY = {
     "attempts": "bigint",
     "last_error": "text",
     "updated_at": "timestamptz",
+}
+_UNPUBLISHED = {
+    "notification_id": "bigint",
+    "uuid": "uuid",
+    "changed_device": "uuid",
+    "written_at": "timestamptz",
+    "expires_at": "timestamptz",
 }
 
 
@@ -101,8 +110,15 @@ def _row(message: Message, organization_id: int, device_id: int | None, *, now: 
         message.payload,
         datetime.fromisoformat(message.timestamp),
         _moment(now),
+        _moment(now),
         _moment(expiry(message, now)),
     )
+
+
+def _mark(number: int, message: Message, *, now: float) -> tuple[Any, ...]:
+    """A change never expires here: devices converge on their states, however late (messages.has_expired)."""
+    device = message.changed_device and UUID(message.changed_device)
+    return number, message.id, device, _moment(now), None if device else _moment(expiry(message, now))
 
 
 def _moment(seconds: float) -> datetime:
@@ -125,24 +141,21 @@ def _unpublished(outgoing: Sequence[Message]) -> list[Entry]:
     mine = {message.id: message for message in outgoing if message.changed_device}
     if not mine:
         return []
-    unpublished = Notification.objects.filter(
-        published_at=None,
-        event=messages.DEVICE_STATE_CHANGE,
-        device__uuid__in={device for message in mine.values() if (device := message.changed_device)},
-    )
+    devices = {message.changed_device for message in mine.values()}
+    unpublished = Unpublished.objects.filter(changed_device__in=devices)
     since = timezone.now() - SWEEP_AGE
     # What does not fit waits for the sweep, and so does what comes after it.
     maximum = SWEEP_BATCH + len(mine)
-    ids = _ids(unpublished.filter(created_at__gte=since), maximum)
+    ids = _ids(unpublished.filter(written_at__gte=since), maximum)
     if late := mine.keys() - {uuid for _, uuid in ids}:  # written longer ago, in a transaction that took its time
-        ids = _ids(unpublished.filter(Q(created_at__gte=since) | Q(uuid__in=late)), maximum)
+        ids = _ids(unpublished.filter(Q(written_at__gte=since) | Q(uuid__in=late)), maximum)
     others = _messages([pk for pk, uuid in ids if uuid not in mine])
     known = [(pk, mine.get(uuid) or others.get(pk)) for pk, uuid in ids]
     return [Entry(message, number, unless_above=number - 1) for number, message in known if message]
 
 
-def _ids(rows: QuerySet[Notification], maximum: int) -> list[tuple[int, UUID]]:
-    return list(rows.order_by("id").values_list("pk", "uuid")[:maximum])
+def _ids(rows: QuerySet[Unpublished], maximum: int) -> list[tuple[int, UUID]]:
+    return list(rows.order_by("pk").values_list("pk", "uuid")[:maximum])
 
 
 def _messages(ids: Sequence[int]) -> dict[int, Message]:
@@ -161,10 +174,15 @@ def _put(entries: Sequence[Entry]) -> None:
     except RedisError as error:
         log.warning("%d notifications wait in the outbox: %s", len(entries), redis.explain(error))
         return
-    published = [entry for entry, done in zip(entries, appended, strict=True) if done]
-    ids = [entry.number for entry in published if entry.number]
-    uuids = [entry.message.id for entry in published if not entry.number]
-    Notification.objects.filter(Q(pk__in=ids) | Q(uuid__in=uuids)).update(published_at=timezone.now())
+    _note_published([entry.message.id for entry, done in zip(entries, appended, strict=True) if done])
+
+
+def _note_published(uuids: Sequence[UUID]) -> None:
+    unpublished, now = Unpublished.objects.filter(uuid__in=uuids), timezone.now()
+    deleted, _ = unpublished.filter(written_at__gte=now - SWEEP_AGE).delete()
+    if deleted < len(uuids):  # some are late, or published again: a client that was away finds them by this time
+        Notification.objects.filter(uuid__in=uuids).update(published_at=now)
+        unpublished.delete()
 
 
 def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification]], None] = lambda _rows: None) -> int:
@@ -173,8 +191,10 @@ def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification
     `first` is given these rows before; when it raises, they stay.
     """
     now = now or timezone.now()
-    due = Notification.objects.filter(published_at=None, created_at__lt=now - SWEEP_AGE)
-    rows = oldest(unexpired(due, now=now))
+    due = Unpublished.objects.filter(Q(expires_at=None) | Q(expires_at__gt=now), written_at__lt=now - SWEEP_AGE)
+    rows = oldest(
+        Notification.objects.filter(pk__in=list(due.order_by("pk").values_list("pk", flat=True)[:SWEEP_BATCH]))
+    )
     first(rows)
     return publish_late(rows)
 
@@ -182,10 +202,6 @@ def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification
 def oldest(rows: QuerySet[Notification], *, maximum: int = SWEEP_BATCH) -> list[Notification]:
     """As many as are published in one go."""
     return list(rows.select_related("organization", "device").order_by("id")[:maximum])
-
-
-def unexpired(rows: QuerySet[Notification], *, now: datetime) -> QuerySet[Notification]:
-    return rows.exclude(~Q(event=messages.DEVICE_STATE_CHANGE) & Q(expires_at__lte=now))
 
 
 def publish_late(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
@@ -29,6 +30,7 @@ class NotificationSerializer(CamelCaseSerializer[Notification]):
     device = ScopedField[Device](read_only=True)
     payload = serializers.DictField()
     deliveries = DeliverySerializer(many=True, read_only=True)
+    published_at = serializers.SerializerMethodField("get_published_at", help_text="Null until it is published.")
 
     class Meta:
         model = Notification
@@ -45,6 +47,9 @@ class NotificationSerializer(CamelCaseSerializer[Notification]):
             "expires_at",
             "deliveries",
         ]
+
+    def get_published_at(self, row: Notification) -> datetime | None:
+        return None if hasattr(row, "unpublished") else row.published_at
 
 
 class NewNotificationSerializer(CamelCaseMixin):

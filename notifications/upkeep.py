@@ -7,12 +7,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.conf import settings
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 from redis.exceptions import ResponseError
 
 from aemos.lib import keys, metrics, redis
 from aemos.lib.retention import delete_in_chunks
-from notifications import outbox
+from notifications import messages, outbox
 from notifications.messages import Protocol
 from notifications.models import Delivery, Notification
 
@@ -43,7 +44,7 @@ def publish_lost(now: datetime) -> int:
     if not settings.MQTT_ENABLED:
         return 0
     waiting = Delivery.objects.filter(protocol=Protocol.MQTT, state=Delivery.State.PENDING)
-    lost = Notification.objects.filter(deliveries__in=waiting)
+    lost = Notification.objects.published().filter(deliveries__in=waiting)
     if _is_delivered_whole():
         lost = lost.filter(published_at__lt=now - NOTED_AGE)
     else:
@@ -52,10 +53,14 @@ def publish_lost(now: datetime) -> int:
         lost = lost.filter(published_at__lt=min(begin, now - LOST_AGE)) | lost.filter(
             published_at__gt=end + LOST_AGE, published_at__lt=now - LOST_AGE
         )
-    rows = outbox.oldest(outbox.unexpired(lost, now=now))
+    rows = outbox.oldest(_unexpired(lost, now=now))
     if rows:
         log.warning("%d notifications are not in the stream any more and are published again", len(rows))
     return outbox.publish_late(rows, protocols=(Protocol.MQTT,), again=True)
+
+
+def _unexpired(rows: QuerySet[Notification], *, now: datetime) -> QuerySet[Notification]:
+    return rows.exclude(~Q(event=messages.DEVICE_STATE_CHANGE) & Q(expires_at__lte=now))
 
 
 def _is_delivered_whole() -> bool:
@@ -115,5 +120,5 @@ def expire(now: datetime) -> int:
 def delete_old() -> int:
     """Deletes notifications that are too old with their deliveries, at most once an hour; returns how many. Raises RedisError."""
     oldest = timezone.now() - timedelta(days=settings.NOTIFICATION_RETENTION_DAYS)
-    old = Notification.objects.filter(created_at__lt=oldest)
+    old = Notification.objects.filter(published_at__lt=oldest)
     return delete_in_chunks([old], done_key=keys.NOTIFICATION_RETENTION_LOCK)

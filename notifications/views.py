@@ -27,9 +27,9 @@ class NotificationFilter(FilterSet):
     device = by_uuid("device")
     event = CharFilter()
     kind = CharFilter(field_name="event")
-    # When it was written, not when it happened: a client that was disconnected asks for what it has not received.
-    since = IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
-    until = IsoDateTimeFilter(field_name="created_at", lookup_expr="lte")
+    # When it was published, not when it happened: a client that was disconnected asks for what it has not received.
+    since = IsoDateTimeFilter(field_name="published_at", lookup_expr="gte")
+    until = IsoDateTimeFilter(field_name="published_at", lookup_expr="lte")
     state = ChoiceFilter(choices=Delivery.State.choices, method="leave")
     protocol = ChoiceFilter(choices=PROTOCOL_CHOICES, method="leave")
 
@@ -47,7 +47,9 @@ class NotificationViewSet(ReadViewSet[Notification]):
     """Notifications to devices and people, newest first, with how far each protocol has come."""
 
     resource = "notifications"
-    queryset = Notification.objects.select_related("organization", "device").prefetch_related("deliveries")
+    queryset = Notification.objects.select_related("organization", "device", "unpublished").prefetch_related(
+        "deliveries"
+    )
     serializer_class = NotificationSerializer
     filterset_class = NotificationFilter
     verbs: ClassVar = {"create": "add", "resend": "change"}

@@ -15,7 +15,7 @@ from aemos.lib import keys, redis
 from devices.models import Device, Membership, Organization, Role
 from notifications import messages
 from notifications.messages import Message, Protocol
-from notifications.models import Delivery, Notification
+from notifications.models import Delivery, Notification, Unpublished
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -46,6 +46,7 @@ def told(of: Organization, device: Device | None = None, *, event: str = "alert"
         payload={"value": 5.1},
         timestamp=written - timedelta(hours=1),
         created_at=written,
+        published_at=written,
     )
     for protocol in ("socketio", "mqtt", "coap"):
         Delivery.objects.create(notification=row, protocol=protocol, updated_at=written)
@@ -73,9 +74,11 @@ def test_a_notification_shows_how_far_each_protocol_has_come(farm: Organization,
         "payload": {"value": 5.1},
         "timestamp": "2026-05-01T05:00:00Z",
         "createdAt": "2026-05-01T06:00:00Z",
-        "publishedAt": None,
+        "publishedAt": "2026-05-01T06:00:00Z",
         "expiresAt": None,
     }
+    Unpublished.objects.create(notification=row, uuid=row.uuid)
+    assert viewer.get(f"{URL}/{row.uuid}").json()["publishedAt"] is None
 
 
 def test_notifications_come_newest_first_and_are_filtered(farm: Organization, viewer: Any) -> None:
@@ -96,7 +99,7 @@ def test_notifications_come_newest_first_and_are_filtered(farm: Organization, vi
         assert viewer.get(URL, {"until": moment}).json().keys() == {"until"}
 
 
-def test_since_asks_for_what_was_written_since_then_however_long_ago_it_happened(
+def test_since_asks_for_what_was_published_since_then_however_long_ago_it_happened(
     farm: Organization, viewer: Any
 ) -> None:
     told(farm)

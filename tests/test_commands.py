@@ -19,7 +19,7 @@ from aemos.management.commands import runscheduler
 from deploy.programs import REPOSITORY
 from deploy.servers import free_port
 from devices.models import Device, DeviceState, Organization, Sensor
-from notifications.models import Notification
+from notifications.models import Notification, Unpublished
 from rules.journal import tickets
 from rules.journal.slots import Slot
 from rules.models import CircuitTransition, RuleChain
@@ -131,14 +131,14 @@ def test_one_turn_of_the_scheduler_queues_lost_tickets_and_empties_the_outbox() 
     slot = Slot("normal", 0)
     redis.client().xadd(keys.events(slot.lane, slot.partition), {"n": 1, "b": b"x"})
     device = builders.device(builders.organization())
-    Notification.objects.create(
+    left = Notification.objects.create(
         effect_key="left behind",
         organization=device.organization,
         device=device,
         event="device-state-change",
         timestamp=datetime(2026, 5, 1, tzinfo=UTC),
-        created_at=datetime(2026, 5, 1, tzinfo=UTC),
     )
+    Unpublished.objects.create(notification=left, uuid=left.uuid, written_at=datetime(2026, 5, 1, tzinfo=UTC))
     assert DeviceState.objects.count() == 1
     run("runscheduler", "--once")
 

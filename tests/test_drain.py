@@ -17,7 +17,7 @@ from aemos.lib import keys, per_process, redis
 from devices import catalogue, latest
 from devices.models import DeviceState, Reading, StateChange, Variable
 from notifications import live_channel, outbox
-from notifications.models import Notification
+from notifications.models import Notification, Unpublished
 from rules import jobs
 from rules.authoring import editing
 from rules.effects import states, suspension
@@ -101,7 +101,7 @@ def test_reading_over_http_switches_the_pump_and_fills_the_outbox(farm: Farm) ->
     change = StateChange.objects.get()
     assert (change.previous, change.value, change.source, change.actor) == (None, "on", "rule", "pH down / dose")
     notification = Notification.objects.get()
-    assert notification.published_at is not None
+    assert not Unpublished.objects.exists()
     assert set(notification.deliveries.values_list("protocol", "state")) == {
         ("socketio", "pending"), ("mqtt", "pending"), ("coap", "pending"),
     }  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_message_that_a_crash_left_in_the_outbox_is_published_by_the_sweep(
     monkeypatch.setattr(states, "publish", lambda changes: None)
     farm.post(6.9)
     drain_all()
-    Notification.objects.update(created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    Unpublished.objects.update(written_at=datetime(2026, 1, 1, tzinfo=UTC))
     assert redis.client().xlen(keys.NOTIFICATIONS) == 0
 
     assert (outbox.sweep(), outbox.sweep()) == (1, 0)

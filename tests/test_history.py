@@ -12,7 +12,7 @@ from devices.models import Organization
 from gateway.socketio import history
 from notifications import outbox
 from notifications.messages import Message, Protocol
-from notifications.models import Notification
+from notifications.models import Notification, Unpublished
 from tests import builders
 from tests.gateway_process import new_message
 
@@ -24,8 +24,9 @@ def written(owner: Organization, *, seconds: float | None, protocol: Protocol = 
     """A notification that was published so long after noon; None: not yet."""
     message: Message = new_message(str(owner.uuid), protocols=(protocol,))
     outbox.write([(message, owner.pk, None)])
-    moment = None if seconds is None else NOON + timedelta(seconds=seconds)
-    Notification.objects.filter(uuid=message.id).update(published_at=moment)
+    if seconds is not None:
+        Notification.objects.filter(uuid=message.id).update(published_at=NOON + timedelta(seconds=seconds))
+        Unpublished.objects.filter(uuid=message.id).delete()
     return message.id
 
 
@@ -74,6 +75,7 @@ def test_a_message_read_from_the_table_is_the_one_that_was_written() -> None:
     )
     outbox.write([(message, owner.pk, pump.pk)])
     Notification.objects.update(published_at=NOON)
+    Unpublished.objects.all().delete()
     ((moment, found),) = history.Published(protocol=Protocol.SOCKETIO, since=NOON).slice([str(owner.uuid)])
     assert (moment, found) == (NOON, message)
 

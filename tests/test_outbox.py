@@ -24,7 +24,7 @@ from devices import latest
 from devices.models import DeviceState, StateChange
 from notifications import messages, outbox, upkeep
 from notifications.messages import DEVICE_STATE_CHANGE, Message, Protocol
-from notifications.models import Delivery, Notification
+from notifications.models import Delivery, Notification, Unpublished
 from notifications.publisher import Entry, append
 from rules.effects import states
 from tests import builders
@@ -84,6 +84,15 @@ def published_ago(message: Message, seconds: float) -> None:
     Notification.objects.filter(uuid=message.id).update(published_at=timezone.now() - timedelta(seconds=seconds))
 
 
+def mark_unpublished() -> None:
+    """As if no worker had come to note that all changes are on the stream."""
+    rows = Notification.objects.select_related("device")
+    Unpublished.objects.bulk_create(
+        Unpublished(notification=row, uuid=row.uuid, changed_device=row.device.uuid if row.device else None)
+        for row in rows
+    )
+
+
 def test_an_effect_key_is_written_once_and_only_the_new_is_given_back(box: Outbox) -> None:
     first, second = box.message(effect_key="a"), box.message(effect_key="b")
     assert box.write(first) == [first]
@@ -93,7 +102,7 @@ def test_an_effect_key_is_written_once_and_only_the_new_is_given_back(box: Outbo
 
 
 def test_writing_takes_few_queries_however_many(box: Outbox, django_assert_max_num_queries: Any) -> None:
-    with transaction.atomic(), django_assert_max_num_queries(4):
+    with transaction.atomic(), django_assert_max_num_queries(5):
         box.write(*(box.message() for _ in range(50)))
 
 
@@ -139,10 +148,25 @@ def test_the_sweep_publishes_in_order_what_was_left_and_nothing_twice(box: Outbo
     assert stream()[0].protocols == tuple(Protocol)
 
 
+def test_what_is_published_late_or_again_is_dated_anew_and_what_is_published_at_once_is_not(box: Outbox) -> None:
+    """A client that was away asks for what was published since then."""
+    late, prompt = box.message(), box.message()
+    box.write(late)
+    box.publish(prompt)
+    published = row_of(prompt).published_at
+    Unpublished.objects.update(written_at=timezone.now() - timedelta(seconds=10))
+    published_ago(late, 10)
+    outbox.sweep()
+    assert row_of(prompt).published_at == published
+    assert row_of(late).published_at >= published
+    outbox.send_again([row_of(prompt)])
+    assert row_of(prompt).published_at > row_of(late).published_at
+
+
 def test_the_sweep_does_not_send_a_device_back_to_a_state_that_was_changed_since(box: Outbox) -> None:
     late, other, newer = box.change("on"), box.change("low", state="speed"), box.change("off")
     box.write(late, other)
-    Notification.objects.update(created_at=timezone.now() - timedelta(seconds=10))
+    Unpublished.objects.update(written_at=timezone.now() - timedelta(seconds=10))
     box.publish(newer)
     outbox.sweep(timezone.now() + timedelta(seconds=10))
     assert [(each.id, Protocol.MQTT in each.protocols) for each in stream()] == [
@@ -159,7 +183,7 @@ def test_a_change_that_is_on_the_stream_but_not_noted_as_published_supersedes(bo
     box.write(late)
     append(map(Entry, box.write(newer)))
     outbox.sweep()
-    Notification.objects.filter(uuid=late.id).update(created_at=timezone.now() - timedelta(seconds=10))
+    Unpublished.objects.filter(uuid=late.id).update(written_at=timezone.now() - timedelta(seconds=10))
     outbox.sweep()
     assert states_of(late)["mqtt"] == "expired"
     told = [each.payload["value"] for each in stream() if Protocol.MQTT in each.protocols]
@@ -180,7 +204,7 @@ def test_a_worker_that_publishes_late_keeps_the_order_of_the_decisions(
 def test_a_change_that_another_worker_published_and_did_not_note_is_not_told_twice(box: Outbox) -> None:
     slow, quick = box.write(box.change("on")), box.write(box.change("off"))
     outbox.publish(quick)
-    Notification.objects.update(published_at=None)
+    mark_unpublished()
     outbox.publish(slow)
     assert [each.id for each in stream()] == [slow[0].id, quick[0].id]
 
@@ -199,13 +223,13 @@ def test_what_is_published_late_skips_the_device_once_a_newer_change_is_out(
         box.publish(newer)
         return found
 
-    Notification.objects.update(created_at=timezone.now() - timedelta(seconds=10))
+    Unpublished.objects.update(written_at=timezone.now() - timedelta(seconds=10))
     monkeypatch.setattr(outbox, "_superseded", look_and_lose_time)
     outbox.sweep()
     outbox.sweep(timezone.now() + timedelta(seconds=10))
     assert [each.id for each in stream() if Protocol.MQTT in each.protocols][-1] == newer.id
     assert late[0].id in {each.id for each in stream()}
-    assert not Notification.objects.filter(published_at=None)
+    assert not Unpublished.objects.exists()
 
 
 @pytest.mark.skipif("connection.vendor != 'postgresql'", reason="SQLite lets one transaction write at a time")
@@ -302,6 +326,7 @@ def test_what_redis_forgot_at_its_end_is_published_again(box: Outbox) -> None:
     message = box.message()
     redis.client().xadd(keys.NOTIFICATIONS, {"m": b"old"}, id=f"{int(timezone.now().timestamp() - 3_600) * 1000}-0")
     box.write(message)
+    Unpublished.objects.all().delete()
     published_ago(message, 120)
     assert upkeep.publish_lost(timezone.now()) == 1
 
@@ -376,11 +401,11 @@ def test_history_is_kept_as_long_as_is_set_and_goes_with_its_deliveries(box: Out
     settings.NOTIFICATION_RETENTION_DAYS = 7
     old, young = box.message(), box.message()
     box.publish(old, young)
-    Notification.objects.filter(uuid=old.id).update(created_at=timezone.now() - timedelta(days=8))
+    published_ago(old, 8 * 86_400)
     assert upkeep.delete_old() == 1
     assert [row.uuid for row in Notification.objects.all()] == [young.id]
     assert Delivery.objects.count() == 3
-    Notification.objects.update(created_at=timezone.now() - timedelta(days=8))
+    published_ago(young, 8 * 86_400)
     assert upkeep.delete_old() == 0, "once an hour is enough"
 
 

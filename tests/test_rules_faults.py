@@ -85,7 +85,7 @@ LOOK = """
 import json
 from collections import Counter
 from devices.models import StateChange
-from notifications.models import Notification
+from notifications.models import Notification, Unpublished
 from rules.models import Alarm, DeadLetter
 changes = {}
 rows = StateChange.objects.order_by("id").values_list("state__device__uuid", "state__name", "timestamp", "value")
@@ -100,7 +100,7 @@ for payload in Notification.objects.values_list("payload", flat=True):
     if "title" in payload:
         told[f"{payload['originator']} {payload['title']}"] += 1
 print(json.dumps({"changes": changes, "alarms": alarms, "told": told,
-                  "unpublished": Notification.objects.filter(published_at=None).count(),
+                  "unpublished": Unpublished.objects.count(),
                   "dead": list(DeadLetter.objects.values_list("error", flat=True))}))
 """
 

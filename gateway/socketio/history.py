@@ -42,16 +42,13 @@ class Published:
             moment, row_id = self._last
             after = Q(published_at__gt=moment) | Q(published_at=moment, id__gt=row_id)
         rows = (
-            Notification.objects.filter(after, organization__uuid__in=organizations, deliveries__protocol=self.protocol)
+            Notification.objects.published()
+            .filter(after, organization__uuid__in=organizations, deliveries__protocol=self.protocol)
             .filter(Q() if self.until is None else Q(published_at__lte=self.until))
             .select_related("organization", "device")
             .order_by("published_at", "id")[:SLICE]
         )
-        found = [
-            (row.published_at, row.pk, message_of(row, (self.protocol,)))
-            for row in rows
-            if row.published_at is not None
-        ]
+        found = [(row.published_at, row.pk, message_of(row, (self.protocol,))) for row in rows]
         if found:
             self._last = found[-1][:2]
         return [(moment, message) for moment, _, message in found]
