@@ -158,7 +158,7 @@ def initial_security(username: str, password: str) -> dict[str, Any]:
     grants = [
         (kind, topic)
         for kind in ("publishClientSend", "publishClientReceive", "subscribePattern", "unsubscribePattern")
-        for topic in ("$CONTROL/dynamic-security/#", "#")
+        for topic in ("$CONTROL/dynamic-security/#", "$SYS/broker/#", "#")
     ]
     acls = [{"acltype": kind, "topic": topic, "priority": 0, "allow": True} for kind, topic in grants]
     return {
@@ -218,7 +218,7 @@ def _mosquitto_conf(data: Path, *, port: int, plugin: Path, security: Path) -> s
         f"per_listener_settings false\nlistener {port} {LOOPBACK}\nallow_anonymous false\n{user}"
         f"plugin {plugin}\nplugin_opt_config_file {security}\n"
         # Held back telemetry waits here; beyond the broker's own bounds it would drop what devices have an acknowledgement for.
-        "max_queued_messages 100000\nmax_inflight_messages 1000\n"
+        "max_queued_messages 100000\nmax_inflight_messages 1000\nsys_interval 5\n"
         f"persistence true\npersistence_location {data}/\nautosave_interval 60\n"
         "log_dest stderr\nlog_type error\nlog_type warning\nlog_type notice\nconnection_messages false\n"
     )

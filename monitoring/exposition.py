@@ -48,6 +48,7 @@ class _Queue(Collector):
             yield from _lanes(view.known)
             yield from _workers(view.known)
             yield from _rejected(view.known)
+            yield from _broker(view.known)
 
 
 def _circuit(view: View) -> Iterator[Metric]:
@@ -106,6 +107,14 @@ def _rejected(known: Known) -> Iterator[Metric]:
     for reason, number in sorted(known.rejected.items()):
         family.add_metric([reason], number)
     yield family
+
+
+def _broker(known: Known) -> Iterator[Metric]:
+    if known.broker:
+        held = "Messages that the MQTT broker holds for whoever is to have them."
+        yield GaugeMetricFamily("mqtt_broker_held_messages", held, value=known.broker.held)
+        dropped = "Messages that the MQTT broker dropped since it was started, because a session was full."
+        yield CounterMetricFamily("mqtt_broker_dropped_messages_total", dropped, value=known.broker.dropped)
 
 
 class _Fixed(Collector):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import gevent
@@ -15,9 +17,13 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from monitoring.queue import Health, View, stored_circuit
+from notifications.broker_load import BrokerLoad
 from rules.admission.circuit import State
 
 CHECK_SECONDS = 2.0
+# More than a gateway has in hand at a time.
+BROKER_HOLDS_MANY = 1_000
+BROKER_DROPPED_SECONDS = 3_600.0
 # What a load balancer or a person's monitor should act on. A queue at warning still takes everything.
 FAILING = (Health.CRITICAL, Health.UNKNOWN)
 
@@ -83,10 +89,26 @@ def problems_of(view: View) -> list[str]:
         if view.known.snapshot.memory_full:
             problems.append("The memory of Redis is nearly full: events are refused.")
         problems += view.known.weaknesses
+        problems += _problems_of_broker(view.known.broker)
     if view.stale:
         problems.append("The database does not answer: the circuit stays in its last known state.")
     if not view.enabled:
         problems.append("Backpressure is switched off: ENABLE_BACKPRESSURE is false.")
     if view.workers == 0:
         problems.append("No worker is running: events wait.")
+    return problems
+
+
+def _problems_of_broker(broker: BrokerLoad | None) -> list[str]:
+    if broker is None:
+        return []
+    problems = []
+    if broker.held > BROKER_HOLDS_MANY:
+        problems.append(f"The MQTT broker holds {broker.held:,} messages that wait to be taken.")
+    if broker.dropped_at is not None and time.time() - broker.dropped_at < BROKER_DROPPED_SECONDS:
+        at = datetime.fromtimestamp(broker.dropped_at, UTC)
+        problems.append(
+            f"The MQTT broker dropped messages at {at:%H:%M} UTC, {broker.dropped:,} since it was started: a session was full. "
+            "Readings may be lost."
+        )
     return problems

@@ -14,6 +14,8 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from devices.exceptions import Overloaded
+from notifications import broker_load
+from notifications.broker_load import BrokerLoad
 from rules.admission import circuit_store, control, rejections
 from rules.admission.circuit import State, Thresholds
 from rules.admission.circuit_store import Stored
@@ -49,12 +51,16 @@ def health_of(depth: int, thresholds: Thresholds, *, memory_full: bool = False) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What Redis knows. `rejected`: reason -> refused events; `weaknesses`: sentences about its own settings."""
+    """What Redis knows. `rejected`: reason -> refused events; `weaknesses`: sentences about its own settings.
+
+    `broker` is None when no gateway hears what the broker says of itself.
+    """
 
     snapshot: Snapshot
     load: Load
     rejected: Mapping[str, int]
     weaknesses: Sequence[str]
+    broker: BrokerLoad | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +124,7 @@ def _known() -> Known | None:
     try:
         snapshot = control.shared().snapshot()
         measured, rejected, weaknesses = queue_stats.measure(), rejections.counts(), redis.weaknesses()
+        broker = broker_load.recall()
     except Overloaded as refusal:
         log.warning("the queue cannot be seen: %s", refusal.detail)
     except RedisError as error:
@@ -125,7 +132,7 @@ def _known() -> Known | None:
     else:
         # A part of the others, not a reason of its own.
         rejected.pop(rejections.UNRECORDED, None)
-        return Known(snapshot=snapshot, load=measured, rejected=rejected, weaknesses=weaknesses)
+        return Known(snapshot=snapshot, load=measured, rejected=rejected, weaknesses=weaknesses, broker=broker)
     return None
 
 

@@ -33,8 +33,13 @@ from gateway.mqtt.accounts import sync_once
 from gateway.mqtt.dynamic_security import CONTROL
 from gateway.mqtt.inbound import Inbound, session_id
 from gateway.mqtt.sender_queues import Arrival, SenderQueues
+from gateway.mqtt.statistics import BrokerStatistics
 from gateway.mqtt.transport import MqttTransport
 from gateway.transport import DeliveryReport, Pending, Status, TransportError
+from monitoring.exposition import expose
+from monitoring.health import problems_of
+from monitoring.queue import look
+from notifications import broker_load
 from notifications.messages import ALERT, DEVICE_STATE_CHANGE, Message
 from rules.ingest import Receipt
 from tests import builders
@@ -887,3 +892,45 @@ def test_message_that_has_to_wait_comes_at_its_time_before_its_successors() -> N
     queues.done(first)
     assert queues.seconds_until_next(5.0, longest=1.0) == 0.0
     assert queues.next(5.0) == [second]
+
+
+# What the broker holds
+
+
+@needs_broker
+def test_health_and_metrics_say_what_the_broker_holds_and_that_it_dropped_some(broker: Server, sender: Client) -> None:
+    away = Client(broker, broker.username, broker.password, session="away for a while")
+    assert away.connected.wait(5)
+    assert away.subscribe("devices/+/datastream")
+    away.close()
+    stop, statistics = threading.Event(), BrokerStatistics()
+    thread = threading.Thread(target=statistics.run, args=(stop,))
+    thread.start()
+    try:
+        sender.publish_many([(f"devices/{uuid4()}/datastream", "{}")] * 1_200)
+        until(lambda: (found := broker_load.recall()) and found.held >= 1_200, seconds=20)
+        load = broker_load.recall()
+        assert load is not None
+        assert load.dropped_at is None
+        assert any("broker holds 1,2" in problem for problem in health_problems())
+        assert f"mqtt_broker_held_messages {load.held:.1f}" in expose().decode()
+        broker_load.remember(held=0, dropped=load.dropped + 3)
+        assert any(f"{load.dropped + 3} since it was started" in problem for problem in health_problems())
+    finally:
+        stop.set()
+        thread.join(10)
+        forget(broker, "away for a while")
+    assert not thread.is_alive()
+
+
+def health_problems() -> list[str]:
+    found: list[str] = problems_of(look())
+    return found
+
+
+def forget(broker: Server, session: str) -> None:
+    """Ends a session that the broker keeps."""
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session, protocol=mqtt.MQTTv5)
+    client.username_pw_set(broker.username, broker.password)
+    client.connect("127.0.0.1", broker.port, clean_start=True)
+    client.disconnect()

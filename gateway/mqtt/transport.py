@@ -10,6 +10,7 @@ from gateway.mqtt.accounts import BrokerSync
 from gateway.mqtt.inbound import TELEMETRY, TELEMETRY_TOGETHER, Inbound, Telemetry
 from gateway.mqtt.outbound import Outbound
 from gateway.mqtt.reports import REPORTS, Reports
+from gateway.mqtt.statistics import BrokerStatistics
 from gateway.transport import BackgroundTask, Ingest, OnReport, Transport
 from notifications import messages
 from notifications.messages import Message
@@ -31,7 +32,7 @@ class MqttTransport(Transport):
         self._outbound = Outbound(kept)
 
     def background_tasks(self) -> Mapping[str, BackgroundTask]:
-        return {"broker accounts": BrokerSync().run}
+        return {"broker accounts": BrokerSync().run, "broker statistics": BrokerStatistics().run}
 
     @property
     def connected(self) -> bool:

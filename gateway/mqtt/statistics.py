@@ -1,0 +1,76 @@
+"""Listens to what the broker says of itself: how many messages it holds, how many it has dropped.
+
+Only what a session is full of does a device never hear of: the broker acknowledges a reading before it drops it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from uuid import uuid4
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.reasoncodes import ReasonCode
+from redis.exceptions import RedisError
+
+from aemos.lib import redis
+from aemos.lib.rate_limited_log import RateLimitedLog
+from gateway.mqtt.accounts import Stop
+from gateway.mqtt.connection import Connection
+from notifications import broker_load
+
+log = logging.getLogger(__name__)
+# The topics of Mosquitto, which other brokers have taken over. What is retained is stored, and waits for nobody.
+STORED, RETAINED, DROPPED = (
+    "$SYS/broker/store/messages/count",
+    "$SYS/broker/retained messages/count",
+    "$SYS/broker/publish/messages/dropped",
+)
+REVIVE_SECONDS = 5.0
+
+
+class BrokerStatistics:
+    """Every gateway listens; all are told the same."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, int] = {}
+        self._log = RateLimitedLog(log)
+        self._connection = Connection(
+            "its statistics", client_id=f"aemos-statistics-{uuid4().hex[:16]}", on_ready=self._subscribe
+        )
+        client = self._connection.client
+        client.on_subscribe = self._connection.guarded(self._subscribed)
+        client.on_message = self._connection.guarded(self._on_message)
+
+    def run(self, stop: Stop) -> None:
+        """Blocks until `stop` is set."""
+        self._connection.start()
+        try:
+            while not stop.wait(REVIVE_SECONDS):
+                self._connection.revive()
+        finally:
+            self._connection.stop()
+
+    def _subscribe(self) -> None:
+        self._said.clear()  # a broker that was started anew counts anew
+        self._connection.client.subscribe([(topic, 0) for topic in (STORED, RETAINED, DROPPED)])
+
+    def _subscribed(
+        self, _client: mqtt.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+    ) -> None:
+        refused = next((reason for reason in reasons if reason.is_failure), None)
+        if refused:
+            log.warning("What the MQTT broker holds is not known: it refuses $SYS/broker/# (%s)", refused)
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        text = message.payload.decode(errors="replace")
+        if not text.isdecimal():
+            return
+        self._said[message.topic] = int(text)
+        if self._said.keys() != {STORED, RETAINED, DROPPED}:
+            return
+        held = max(self._said[STORED] - self._said[RETAINED], 0)
+        try:
+            broker_load.remember(held=held, dropped=self._said[DROPPED])
+        except RedisError as error:
+            self._log.log("redis", logging.WARNING, "What the broker holds is not noted: %s", redis.explain(error))
