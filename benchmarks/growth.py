@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psycopg
 
-from benchmarks.throughput import BATCH, RESULTS, Farm, connection_of, farm, measured, save, say
+from benchmarks.farm import BATCH, Farm, connection_of, farm, measured
+from benchmarks.report import RESULTS, save, say
 
 # In the process of a management command: rows in bulk, then every process is told that all of it is new.
 ADD = """

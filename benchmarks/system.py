@@ -31,3 +31,14 @@ def memory_mb(pid: int, *, field: str = "VmRSS") -> list[float]:
 def processor_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def shared_memory_mb(pid: int) -> float:
+    """Of a process and all its children, what they share counted once (PSS)."""
+    pids = (str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    total = 0
+    for each in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a child has ended meanwhile
+            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(rollup.split("\nPss:")[1].split()[0])
+    return total / 1024

@@ -1,4 +1,4 @@
-"""The packages of JavaScript clients: takes a folder with package.json and its lock, gives where node finds what they name."""
+"""The packages of JavaScript programs: takes a folder with package.json and its lock, gives where node finds what they name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def modules(source: Path) -> Path:
 
     Raises FetchError with one line saying what is missing and what to do.
     """
-    target = UNPACKED / "javascript"
+    target = UNPACKED / f"javascript-of-{source.parent.name}"
     with locked():
         if not _is_current(source, target):
-            announce(f"fetching the packages of {source.name}/package-lock.json into {UNPACKED.name}/")
+            announce(f"fetching the packages of {source.parent.name}/{source.name}/package-lock.json into {UNPACKED.name}/")
             _fetch(source, target)
     return target / "node_modules"
 
@@ -39,7 +39,7 @@ def _fetch(source: Path, target: Path) -> None:
     if npm is None:
         raise FetchError("npm is not on this machine, though node is; install it with your system's packages")
     if os.environ.get("AEMOS_SERVERS_OFFLINE") == "1":
-        raise FetchError(f"no packages of {source.name}/package-lock.json (AEMOS_SERVERS_OFFLINE=1 forbids fetching)")
+        raise FetchError(f"no packages of {source.parent.name}/{source.name}/package-lock.json (AEMOS_SERVERS_OFFLINE=1 forbids fetching)")
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=UNPACKED) as work:
         root = Path(work, "root")
         root.mkdir()
