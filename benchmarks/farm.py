@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,22 +92,26 @@ class Farm:
 
 
 @contextmanager
-def farm(*processes: str) -> Iterator[Farm]:
+def farm(*processes: str, settings: Mapping[str, str] = UNLIMITED) -> Iterator[Farm]:
     with durable_postgresql() as server:
-        settings = connection_of(server)
-        database = {f"DB_{name.upper()}": str(settings[key]) for name, key in DATABASE.items()}
-        with own_system(DB_ENGINE="postgresql", **database, **UNLIMITED) as system:
+        found = connection_of(server)
+        database = {f"DB_{name.upper()}": str(found[key]) for name, key in DATABASE.items()}
+        with own_system(DB_ENGINE="postgresql", **database, **settings) as system:
             system.start(*processes)
             tokens, uuids = json.loads(system.manage("shell", "--verbosity", "0", "-c", MAKE_FARM).stdout)
             yield Farm(system=system, database=server, tokens=tokens, uuids=uuids)
 
 
+def load_script(tokens: Sequence[str], *, size: int, share: float) -> str:
+    """For wrk; the readings begin a day ago."""
+    quoted = ",".join(f'"{token}"' for token in tokens)
+    return SCRIPT % {"tokens": quoted, "size": size, "share": share, "start": int(time.time()) - 86_400}
+
+
 def measured(running: Farm, name: str, seconds: float, *, size: int, share: float, drained: bool) -> Figure:
-    system, tokens = running.system, running.tokens
+    system = running.system
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        quoted = ",".join(f'"{token}"' for token in tokens)
-        start = int(time.time()) - 86_400
-        script.write(SCRIPT % {"tokens": quoted, "size": size, "share": share, "start": start})
+        script.write(load_script(running.tokens, size=size, share=share))
         script.flush()
         before, began = processors(running), time.monotonic()
         rate, sent, refused = wrk(f"{system.web}/api/v1/telemetry", seconds, script=script.name)
@@ -123,6 +127,21 @@ def measured(running: Farm, name: str, seconds: float, *, size: int, share: floa
         memory_mb=peak_memory(running),
         note=f"{refused} of {sent} refused" if refused else "",
     )
+
+
+def may_publish(system: LocalSystem, uuid: str, token: str) -> bool:
+    """Whether the broker knows the sensor by now."""
+    command, environment = publish_command(system, uuid, token, "-m", "{}")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=10)
+    return done.returncode == 0 and not done.stderr
+
+
+def publish_command(system: LocalSystem, uuid: str, token: str, *what: str) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment."""
+    program, broker = get("mosquitto_pub"), ["-h", system.broker.host, "-p", str(system.broker.port)]
+    account = ["-u", token.split("_")[1], "-P", token, "-V", "mqttv5"]
+    command = [str(program.path), *broker, *account, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
+    return command, {**os.environ, **program.environment}
 
 
 def processors(running: Farm) -> dict[str, float]:
@@ -145,6 +164,12 @@ def peak_memory(running: Farm) -> dict[str, float]:
     """The most that each process ever had, in MB; of PostgreSQL what all its processes have now."""
     peak = {name: max(memory_mb(pid, field="VmHWM")) for name, pid in _pids(running).items() if name != "PostgreSQL"}
     return {**peak, "PostgreSQL": shared_memory_mb(running.database.pid or 0)}
+
+
+def memory_now(running: Farm) -> dict[str, float]:
+    """In MB, of each process with its children; of PostgreSQL without what its processes share counted twice."""
+    now = {name: sum(memory_mb(pid)) for name, pid in _pids(running).items() if name != "PostgreSQL"}
+    return {**now, "PostgreSQL": shared_memory_mb(running.database.pid or 0)}
 
 
 def _pids(running: Farm) -> dict[str, int]:

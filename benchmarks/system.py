@@ -24,7 +24,8 @@ def memory_mb(pid: int, *, field: str = "VmRSS") -> list[float]:
     for each in (str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a child has ended meanwhile
             status = Path(f"/proc/{each}/status").read_text()
-            found.append(int(status.split(f"{field}:")[1].split()[0]) / 1024)
+            if f"{field}:" in status:  # not of one that has ended and is not yet waited for
+                found.append(int(status.split(f"{field}:")[1].split()[0]) / 1024)
     return found
 
 

@@ -9,7 +9,6 @@ node is there, Express that adds a job to BullMQ for each. Compare the ratios: a
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,10 +19,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import baselines
-from benchmarks.farm import BATCH, bytes_waiting, depth, farm, measured, peak_memory, processors, redis_of, until
+from benchmarks.farm import (
+    BATCH,
+    bytes_waiting,
+    depth,
+    farm,
+    may_publish,
+    measured,
+    peak_memory,
+    processors,
+    publish_command,
+    redis_of,
+    until,
+)
 from benchmarks.report import RESULTS, Figure, say, write
 from deploy.local import LocalSystem
-from deploy.programs import get
 
 PUBLISHERS = 10
 # Of each publisher and second of load. All of them are sent, however long it takes.
@@ -100,30 +110,15 @@ def over_mqtt(seconds: float) -> Figure:
         )
 
 
-def may_publish(system: LocalSystem, uuid: str, token: str) -> bool:
-    """Whether the broker knows the sensor by now."""
-    command, environment = publish(system, uuid, token, "-m", "{}")
-    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=10)
-    return done.returncode == 0 and not done.stderr
-
-
 def publisher(system: LocalSystem, uuid: str, token: str, count: int, folder: Path) -> subprocess.Popen[bytes]:
     """Sends a reading per line of a file as fast as it is acknowledged, at most 20 ahead."""
     start = int(time.time()) - 86_400
     moments = (datetime.fromtimestamp(start + number / 1_000, UTC).isoformat() for number in range(count))
     lines = folder / uuid
     lines.write_text("".join(f'{{"values":{{"ph":5.9}},"timestamp":"{moment}"}}\n' for moment in moments))
-    command, environment = publish(system, uuid, token, "-l")
+    command, environment = publish_command(system, uuid, token, "-l")
     with lines.open("rb") as readings:
         return subprocess.Popen(command, env=environment, stdin=readings)
-
-
-def publish(system: LocalSystem, uuid: str, token: str, *what: str) -> tuple[list[str], dict[str, str]]:
-    """The command, and its environment."""
-    program, broker = get("mosquitto_pub"), ["-h", system.broker.host, "-p", str(system.broker.port)]
-    account = ["-u", token.split("_")[1], "-P", token, "-V", "mqttv5"]
-    command = [str(program.path), *broker, *account, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
-    return command, {**os.environ, **program.environment}
 
 
 def accepted(system: LocalSystem) -> int:

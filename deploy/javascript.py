@@ -23,7 +23,9 @@ def modules(source: Path) -> Path:
     target = UNPACKED / f"javascript-of-{source.parent.name}"
     with locked():
         if not _is_current(source, target):
-            announce(f"fetching the packages of {source.parent.name}/{source.name}/package-lock.json into {UNPACKED.name}/")
+            announce(
+                f"fetching the packages of {source.parent.name}/{source.name}/package-lock.json into {UNPACKED.name}/"
+            )
             _fetch(source, target)
     return target / "node_modules"
 
@@ -39,7 +41,9 @@ def _fetch(source: Path, target: Path) -> None:
     if npm is None:
         raise FetchError("npm is not on this machine, though node is; install it with your system's packages")
     if os.environ.get("AEMOS_SERVERS_OFFLINE") == "1":
-        raise FetchError(f"no packages of {source.parent.name}/{source.name}/package-lock.json (AEMOS_SERVERS_OFFLINE=1 forbids fetching)")
+        raise FetchError(
+            f"no packages of {source.parent.name}/{source.name}/package-lock.json (AEMOS_SERVERS_OFFLINE=1 forbids fetching)"
+        )
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=UNPACKED) as work:
         root = Path(work, "root")
         root.mkdir()

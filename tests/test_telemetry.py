@@ -6,17 +6,20 @@ import json
 from datetime import timedelta
 from typing import Any
 
+import gevent
 import pytest
 from django.db import OperationalError, connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
 from aemos.lib import per_process
 from devices import catalogue
 from devices.models import DeviceToken, Sensor
 from rules.admission import rejections
+from rules.admission.control import Admission
 from rules.journal import ledger, slots
 from rules.journal.group_commit import GroupCommit
 from rules.journal.ledger import Account
@@ -234,6 +237,22 @@ def test_requests_of_one_group_are_all_answered_whatever_goes_wrong() -> None:
     for result in results:
         with pytest.raises(RuntimeError, match="nobody foresaw this"):
             result.get(timeout=5)
+
+
+def test_events_on_their_way_into_the_journal_are_counted_by_every_snapshot_until_it_has_them() -> None:
+    """Else a burst would pass the limits each time the snapshot is renewed while Redis is slow."""
+    now = [0.0]
+    admission = Admission(clock=lambda: now[0])
+    result: AsyncResult[None] = AsyncResult()
+    before = admission.snapshot().depth
+    admission.admitted(700, until=result)
+    assert admission.snapshot().depth == before + 700
+    now[0] += 1
+    assert admission.snapshot().depth == before + 700
+    result.set(None)
+    gevent.sleep(0.01)
+    now[0] += 1
+    assert admission.snapshot().depth == before
 
 
 def test_what_comes_after_something_that_was_not_written_is_not_written_either() -> None:

@@ -21,12 +21,12 @@ from notifications import broker_load
 
 log = logging.getLogger(__name__)
 # The topics of Mosquitto, which other brokers have taken over. What is retained is stored, and waits for nobody.
-STORED, RETAINED, DROPPED = (
+TOPICS = STORED, RETAINED, DROPPED = (
     "$SYS/broker/store/messages/count",
     "$SYS/broker/retained messages/count",
     "$SYS/broker/publish/messages/dropped",
 )
-REVIVE_SECONDS = 5.0
+EVERY_SECONDS = 2.0
 
 
 class BrokerStatistics:
@@ -46,14 +46,15 @@ class BrokerStatistics:
         """Blocks until `stop` is set."""
         self._connection.start()
         try:
-            while not stop.wait(REVIVE_SECONDS):
+            while not stop.wait(EVERY_SECONDS):
                 self._connection.revive()
+                self._remember()  # the broker says what has changed, and nothing while all stays as it is
         finally:
             self._connection.stop()
 
     def _subscribe(self) -> None:
         self._said.clear()  # a broker that was started anew counts anew
-        self._connection.client.subscribe([(topic, 0) for topic in (STORED, RETAINED, DROPPED)])
+        self._connection.client.subscribe([(topic, 0) for topic in TOPICS])
 
     def _subscribed(
         self, _client: mqtt.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
@@ -64,13 +65,14 @@ class BrokerStatistics:
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         text = message.payload.decode(errors="replace")
-        if not text.isdecimal():
+        if text.isdecimal():
+            self._said[message.topic] = int(text)
+
+    def _remember(self) -> None:
+        said = dict(self._said)
+        if not self._connection.connected or len(said) < len(TOPICS):
             return
-        self._said[message.topic] = int(text)
-        if self._said.keys() != {STORED, RETAINED, DROPPED}:
-            return
-        held = max(self._said[STORED] - self._said[RETAINED], 0)
         try:
-            broker_load.remember(held=held, dropped=self._said[DROPPED])
+            broker_load.remember(held=max(said[STORED] - said[RETAINED], 0), dropped=said[DROPPED])
         except RedisError as error:
             self._log.log("redis", logging.WARNING, "What the broker holds is not noted: %s", redis.explain(error))

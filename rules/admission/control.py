@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from django.conf import settings
 from django.db import Error as DatabaseError
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
@@ -76,6 +76,7 @@ class Admission:
         self._renewed = Event()
         self._renewed.set()
         self._snapshot: Snapshot | None = None
+        self._under_way = 0
         self._circuit = Stored()
         self._samples = Samples()
         self._drained = {lane: Rate() for lane in Lane}
@@ -111,10 +112,19 @@ class Admission:
             return verdict
         return replace(verdict, accept=False, reason=Reason.ORGANIZATION, queue_depth=held, threshold=limit)
 
-    def admitted(self, count: int) -> None:
-        """Counts events accepted since the snapshot, so that a burst inside its lifetime cannot pass the limits."""
+    def admitted(self, count: int, until: AsyncResult[None] | None = None) -> None:
+        """Counts events accepted since the snapshot, so that a burst inside its lifetime cannot pass the limits.
+
+        Those that the journal has only once `until` is set are counted beside what it says, and so by later snapshots, too.
+        """
         if self._snapshot is not None:
             self._snapshot.depth += count
+        if until is not None:
+            self._under_way += count
+            until.rawlink(lambda _: self._arrived_in_journal(count))
+
+    def _arrived_in_journal(self, count: int) -> None:
+        self._under_way -= count
 
     def refusal(self, verdict: Verdict, priority: int) -> Overloaded:
         """The refusal as the sender gets it."""
@@ -162,10 +172,11 @@ class Admission:
         rate = self._drained_total.cautious
         budget = BUDGET_SECONDS[Lane.NORMAL]
         thresholds = configured if rate is None else configured.within(rate * budget)
-        stale = not self._step(counts.total, thresholds)
+        depth = counts.total + self._under_way
+        stale = not self._step(depth, thresholds)
         arrivals: dict[str, float | None] = {lane: self._arrived[lane].value for lane in Lane}
         return Snapshot(
-            depth=counts.total,
+            depth=depth,
             lanes=counts.depth,
             drain_rate={lane: self._drained[lane].value for lane in Lane},
             delays=rates.delays(tuple(Lane), depths=counts.depth, drain_rate=rate, arrivals=arrivals),
@@ -177,7 +188,7 @@ class Admission:
             stale=stale,
             enabled=settings.ENABLE_BACKPRESSURE,
             memory_full=counts.memory_full,
-            organizations=counts.organizations if counts.total >= thresholds.warning else {},
+            organizations=counts.organizations if depth >= thresholds.warning else {},
         )
 
     def _step(self, depth: int, thresholds: Thresholds) -> bool:

@@ -17,6 +17,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.http.request import UnreadablePostError
 from django.views.decorators.csrf import csrf_exempt
 
+from aemos.lib.turns import Turns
 from devices import catalogue
 from devices.catalogue import Credential
 from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
@@ -34,6 +35,8 @@ STATUS: dict[type[Refusal], int] = {
 }
 DATABASE_RETRY_SECONDS = 5
 CONTENT_TYPE = "application/json"
+# Decoding takes most of the processor time of a large request, refused ones included.
+_turns = Turns()
 
 
 class Answer(NamedTuple):
@@ -60,7 +63,7 @@ def answer(authorization: str, read_body: Callable[[], bytes]) -> Answer:
     try:
         credential = catalogue.shared().credential(_bearer(authorization))
         payload = _payload(read_body, credential)
-        receipt = ingest.submit(payload, credential=credential, protocol="http").wait()
+        receipt = ingest.submit(payload, credential=credential, protocol="http", turns=_turns).wait()
     except Refusal as refusal:
         return _refused(refusal)
     except DatabaseError:
