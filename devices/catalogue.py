@@ -48,7 +48,10 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Originator:
-    """A sensor or a device as events see it. `fields`: name -> variable (sensor) or state (device)."""
+    """A sensor or a device as events see it. `fields`: name -> variable (sensor) or state (device).
+
+    Without `has_clock` its events happen when they are received. `late_after_us` is None where LATE_AFTER_SECONDS holds.
+    """
 
     source_type: str
     id: int
@@ -57,6 +60,8 @@ class Originator:
     organization_id: int
     organization_uuid: str
     fields: Mapping[str, Field]
+    has_clock: bool = True
+    late_after_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +223,16 @@ def _load_originators(source_type: str, **filters: Any) -> list[Originator]:
             organization_id=row.organization_id,
             organization_uuid=str(row.organization.uuid),
             fields={field.name: _field(field) for field in getattr(row, related).all()},
+            has_clock=not isinstance(row, Sensor) or row.clock != Sensor.Clock.NONE,
+            late_after_us=_late_after_us(row),
         )
         for row in rows
     ]
+
+
+def _late_after_us(row: Sensor | Device) -> int | None:
+    seconds = row.late_after_seconds if isinstance(row, Sensor) else None
+    return None if seconds is None else seconds * 1_000_000
 
 
 def _field(row: Variable | DeviceState) -> Field:

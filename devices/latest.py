@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from django.db.models import OuterRef, Subquery
+from django.db.models.functions import Coalesce
+from django.utils import timezone
 
 from aemos.lib import keys, redis
 from devices.models import DeviceState, Reading, Variable
@@ -21,10 +23,14 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Latest(NamedTuple):
-    """A value and when it was true, in microseconds since 1970."""
+    """A value and when it was true, in microseconds since 1970.
+
+    `received_us` is when its source last said something of it, if only something older; 0 where that is the same.
+    """
 
     value: Any
     timestamp_us: int
+    received_us: int = 0
 
 
 Key = tuple[str, str, str]  # source type, uuid, name of the variable or state
@@ -32,14 +38,27 @@ Key = tuple[str, str, str]  # source type, uuid, name of the variable or state
 _unknown: dict[Key, float] = {}
 """What the database does not have either -> until when it is not asked again, on the monotonic clock."""
 
-# What it does: sets each field unless it already holds something newer; a field's text is "<timestamp in us> <JSON>".
-# KEYS: hash of one source. ARGV: triples of field, timestamp in us, text. Returns: nothing of interest.
+# What it does: sets each field unless it holds something newer; then at most what is held was received later than it says. A
+# field's text is "<timestamp in us> <received in us> <JSON>", of before there were received times "<timestamp in us> <JSON>".
+# KEYS: hash of one source. ARGV: by fours field, timestamp in us, received in us, JSON. Returns: nothing of interest.
 _SET_IF_NEWER = """
-for i = 1, #ARGV, 3 do
+for i = 1, #ARGV, 4 do
+  local at, received, value = ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local held = redis.call('HGET', KEYS[1], ARGV[i])
-  if not held or tonumber(string.match(held, '^-?%d+')) <= tonumber(ARGV[i + 1]) then
-    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 2])
+  if held then
+    local held_at, held_received, held_value = string.match(held, '^(-?%d+) (%d+) (.+)$')
+    if not held_at then
+      held_at, held_value = string.match(held, '^(-?%d+) (.+)$')
+      held_received = held_at
+    end
+    if tonumber(held_at) > tonumber(at) then
+      at, value = held_at, held_value
+    end
+    if tonumber(held_received) > tonumber(received) then
+      received = held_received
+    end
   end
+  redis.call('HSET', KEYS[1], ARGV[i], at .. ' ' .. received .. ' ' .. value)
 end
 """
 
@@ -51,8 +70,9 @@ def remember(values: Mapping[Key, Latest]) -> None:
     by_source: dict[tuple[str, str], list[Any]] = {}
     for (source_type, uuid, name), latest in values.items():
         _unknown.pop((source_type, uuid, name), None)
-        text = f"{latest.timestamp_us} {json.dumps(latest.value)}"
-        by_source.setdefault((source_type, uuid), []).extend((name, latest.timestamp_us, text))
+        received_us = latest.received_us or latest.timestamp_us
+        entry = (name, latest.timestamp_us, received_us, json.dumps(latest.value))
+        by_source.setdefault((source_type, uuid), []).extend(entry)
     if not by_source:
         return
     with redis.client().pipeline(transaction=False) as pipeline:
@@ -82,8 +102,10 @@ def recall(wanted: Iterable[Key]) -> dict[Key, Latest]:
 
 
 def _parsed(text: bytes) -> Latest:
-    timestamp_us, value = text.split(b" ", 1)
-    return Latest(json.loads(value), int(timestamp_us))
+    timestamp_us, received_us, *value = text.split(b" ", 2)
+    if not value or not received_us.isdigit():  # of before there were received times
+        return Latest(json.loads(text.split(b" ", 1)[1]), int(timestamp_us))
+    return Latest(json.loads(value[0]), int(timestamp_us), int(received_us))
 
 
 def _restored(missing: Iterable[Key]) -> dict[Key, Latest]:
@@ -112,12 +134,19 @@ def _stored(source_type: str, asked: Sequence[Key], load: Load) -> dict[Key, Lat
 
 
 def _readings(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:
-    newest = Reading.objects.filter(variable=OuterRef("pk")).order_by("-timestamp").values("pk")[:1]
-    variables = Variable.objects.filter(sensor__uuid__in=uuids, name__in=names).annotate(newest=Subquery(newest))
-    ids = [pk for pk in variables.values_list("newest", flat=True) if pk is not None]
-    for row in Reading.objects.filter(pk__in=ids).select_related("variable__sensor"):
+    """Of each variable the reading that was taken last; what its sender dated ahead counts from when it was received."""
+    taken = Coalesce("received_at", "timestamp")
+    of_variable, now = Reading.objects.filter(variable=OuterRef("pk")), timezone.now()
+    # By the index: of what is not ahead the newest, and all that is ahead, which is almost always nothing.
+    usual = of_variable.filter(timestamp__lte=now).order_by("-timestamp").values("pk")[:1]
+    ahead = of_variable.filter(timestamp__gt=now).order_by(taken.desc()).values("pk")[:1]
+    variables = Variable.objects.filter(sensor__uuid__in=uuids, name__in=names)
+    found = variables.annotate(usual=Subquery(usual), ahead=Subquery(ahead)).values_list("usual", "ahead")
+    ids = {pk for pair in found for pk in pair if pk is not None}
+    for row in Reading.objects.filter(pk__in=ids).select_related("variable__sensor").order_by(taken):
         variable = row.variable
-        yield variable.sensor.uuid, variable.name, Latest(row.value, _microseconds(row.timestamp))
+        at = min(row.received_at or row.timestamp, now)
+        yield variable.sensor.uuid, variable.name, Latest(row.value, _microseconds(at))
 
 
 def _states(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:

@@ -63,8 +63,20 @@ class Membership(models.Model):
 class Sensor(Identified):
     """Something that measures one or more variables."""
 
+    class Clock(models.TextChoices):
+        SENDER = "sender", "its own: it says when it measured"
+        NONE = "none", "none: what it says of time is ignored"
+
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="sensors")
     name = models.CharField(max_length=200)
+    clock = models.CharField(max_length=10, choices=Clock.choices, default=Clock.SENDER)
+    late_after_seconds = models.PositiveIntegerField(
+        "late after, seconds",
+        null=True,
+        blank=True,
+        help_text="A reading that comes later than this after it was taken is history: it is kept and shown, and switches "
+        "nothing. Empty: LATE_AFTER_SECONDS. Longer for a sensor that gathers readings and sends them together.",
+    )
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["organization", "name"], name="sensor_name_in_organization")]
@@ -299,6 +311,9 @@ class Reading(models.Model):
         Variable, on_delete=models.CASCADE, related_name="readings", db_index=False, db_constraint=False
     )
     timestamp = models.DateTimeField()
+    received_at = models.DateTimeField(
+        null=True, help_text="Where its own time was ahead of that: when it was received, and so counts as taken."
+    )
     number = models.FloatField(null=True, help_text="The value of a number; 1 or 0 for true or false.")
     text = models.TextField(null=True, help_text="The value of a string.")
 

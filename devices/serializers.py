@@ -205,7 +205,7 @@ class SensorSerializer(CamelCaseSerializer[Sensor]):
 
     class Meta:
         model = Sensor
-        fields = ["uuid", "organization", "name", "created_at"]
+        fields = ["uuid", "organization", "name", "clock", "late_after_seconds", "created_at"]
         immutable = ["organization"]
 
 

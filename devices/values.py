@@ -7,8 +7,8 @@ import math
 from django.db import models
 
 MAXIMUM_TEXT_LENGTH = 1_000
-# What the journal can hold; floats may be larger.
-MAXIMUM_INTEGER = 2**63 - 1
+# Readings are kept as floats of 64 bits: beyond this not every whole number is one.
+MAXIMUM_INTEGER = 2**53
 
 
 class Datatype(models.TextChoices):
@@ -42,7 +42,7 @@ def measured(number: float | None, text: str | None, datatype: str) -> float | s
 
 def _number_problem(value: float) -> str:
     if isinstance(value, int):
-        return "" if abs(value) <= MAXIMUM_INTEGER else "is too large for a whole number of 64 bits"
+        return "" if abs(value) <= MAXIMUM_INTEGER else "cannot be kept exactly: a whole number has at most 53 bits"
     return "" if math.isfinite(value) else "is not a finite number"
 
 

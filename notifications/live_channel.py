@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from redis.exceptions import RedisError
@@ -51,12 +51,11 @@ def shared() -> WatchedVariables:
     return WatchedVariables()
 
 
-def select(rows: Sequence[Reading], new: Container[tuple[int, int]], *, wanted: frozenset[int]) -> list[Reading]:
-    """The rows that somebody watches and whose (variable id, timestamp) is among the new ones, each once."""
+def select(stored: Sequence[Reading | None], *, wanted: frozenset[int]) -> list[Reading]:
+    """Those that somebody watches; None stands for a reading that is not new."""
     if not wanted:
         return []
-    chosen = {row[:2]: row for row in rows if row[0] in wanted}
-    return [row for key, row in chosen.items() if key in new]
+    return [row for row in stored if row is not None and row[0] in wanted]
 
 
 def publish(rows: Sequence[Reading]) -> None:

@@ -21,8 +21,10 @@ MAXIMUM_BYTES = 1_048_576
 MAXIMUM_EVENTS = 1_000
 MAXIMUM_FUTURE = timedelta(hours=24)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# A clock that was never set says 1970 or 1980. Such readings would never be found again among the real ones.
-EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+# No import is of a time before this.
+EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
+DAY_US = 86_400_000_000
+MAXIMUM_AGE_US = 30 * DAY_US
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -64,6 +66,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that happened, as the journal keeps it. Times are microseconds since 1970, UTC.
 
     `id` is the canonical text of a UUID: to make one as an object takes longer than all else that is done to a reading.
+    `timestamp_us` is when it counts as having happened: what its sender says, or, where that is ahead, when it was received.
+    Then `claimed_us` is what the sender says, which history keeps; it is 0 where both are the same.
     `trace` is a W3C traceparent or empty. After `command_deadline_us` the event switches no device any more; 0 is never.
     `attempt` counts runs that failed before. `chains` names the chains that it is for, None meaning all that wait for it: of
     another attempt those that are still to run, of a timer the one whose time has come.
@@ -83,6 +87,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     command_deadline_us: int = 0
     attempt: int = 0
     chains: tuple[str, ...] | None = None
+    claimed_us: int = 0
+
+    @property
+    def stored_us(self) -> int:
+        """The time that history keeps."""
+        return self.claimed_us or self.timestamp_us
 
     @property
     def lane(self) -> Lane:
@@ -100,6 +110,8 @@ class Originator(Protocol):
     def organization_id(self) -> int: ...
     @property
     def fields(self) -> Mapping[str, Any]: ...
+    @property
+    def has_clock(self) -> bool: ...
 
 
 class _Item(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
@@ -121,7 +133,13 @@ _MSGSPEC_PLACE = re.compile(r" - at `\$(?:\.events\[(\d+)\])?\.?(.*)`$")
 
 
 def decode(
-    payload: bytes, originator: Originator, *, highest_priority: int, now: datetime, protocol: str
+    payload: bytes,
+    originator: Originator,
+    *,
+    highest_priority: int,
+    now: datetime,
+    protocol: str,
+    maximum_age_us: int = MAXIMUM_AGE_US,
 ) -> list[Event]:
     """The events of one request: `{"values": ...}` or `{"events": [...]}`, at most 1,000 and 1 MB, in JSON or CBOR.
 
@@ -138,9 +156,25 @@ def decode(
         raise TooLarge(f"the request has {len(items)} events, at most {MAXIMUM_EVENTS} are allowed")
     if not items:
         raise BadPayload("events is empty", field="events")
-    reader = _Reader(originator, highest_priority, now, protocol)
+    reader = _Reader(originator, highest_priority, now, protocol, maximum_age_us)
     new_ids = _new_ids(len(items))
-    return [reader.event(item, index if is_batch else None, new_ids[index]) for index, item in enumerate(items)]
+    found = [reader.event(item, index if is_batch else None, new_ids[index]) for index, item in enumerate(items)]
+    return _as_received(found) if reader.sees_ahead else found
+
+
+def _as_received(found: list[Event]) -> list[Event]:
+    """Those ahead happen when they are received, in the order that their sender claims. However little it is that a clock is
+    ahead: what is dated later than now would be believed longer than what is said now.
+    """
+    at_us = found[0].received_us
+    times: dict[int, int] = {}
+    for position in sorted((n for n, event in enumerate(found) if event.claimed_us), key=lambda n: found[n].claimed_us):
+        times[position] = at_us
+        at_us += 1
+    return [
+        msgspec.structs.replace(event, timestamp_us=times[position]) if position in times else event
+        for position, event in enumerate(found)
+    ]
 
 
 def _new_ids(count: int) -> list[str]:
@@ -216,7 +250,11 @@ def _not_finite(payload: bytes, *, is_batch: bool) -> BadPayload | None:
 class _Reader:
     """Turns the items of one request into events of one originator."""
 
-    def __init__(self, originator: Originator, highest_priority: int, now: datetime, protocol: str) -> None:
+    def __init__(
+        self, originator: Originator, highest_priority: int, now: datetime, protocol: str, maximum_age_us: int
+    ) -> None:
+        self.sees_ahead = False
+        self._maximum_age_us = maximum_age_us
         self._originator = originator
         self._highest_priority = highest_priority
         self._now = now
@@ -225,6 +263,7 @@ class _Reader:
 
     def event(self, item: _Item, index: int | None, new_id: str) -> Event:
         kind = self._type(item, index)
+        timestamp_us, claimed_us = self._times(item, index, kind)
         return Event(
             id=str(item.event_id) if item.event_id else new_id,
             type=kind,
@@ -233,7 +272,8 @@ class _Reader:
             originator_uuid=self._originator.uuid,
             organization_id=self._originator.organization_id,
             values=self._values(item, index),
-            timestamp_us=self._timestamp_us(item, index),
+            timestamp_us=timestamp_us,
+            claimed_us=claimed_us,
             received_us=self._received_us,
             protocol=self._protocol,
         )
@@ -268,22 +308,33 @@ class _Reader:
                 raise BadPayload(f"{_place(index)}values.{name} {problem}", index=index, field=f"values.{name}")
         return item.values
 
-    def _timestamp_us(self, item: _Item, index: int | None) -> int:
-        if item.timestamp is None:
-            # A microsecond apart: readings of one variable at one moment would be duplicates of each other.
-            return self._received_us + (index or 0)
-        problem = self._timestamp_problem(item.timestamp)
+    def _times(self, item: _Item, index: int | None, kind: str) -> tuple[int, int]:
+        """When it counts as having happened, and, where its sender is ahead, what that claims."""
+        if item.timestamp is None or not self._originator.has_clock:
+            # A microsecond apart, so that they are in order.
+            return self._received_us + (index or 0), 0
+        problem = self._timestamp_problem(item.timestamp, kind)
         if problem:
             raise BadPayload(f"{_place(index)}timestamp {problem}", index=index, field="timestamp")
-        return microseconds(item.timestamp)
+        claimed_us = microseconds(item.timestamp)
+        if claimed_us <= self._received_us:
+            return claimed_us, 0
+        self.sees_ahead = True
+        return self._received_us, claimed_us
 
-    def _timestamp_problem(self, timestamp: datetime) -> str:
+    def _timestamp_problem(self, timestamp: datetime, kind: str) -> str:
         if timestamp.tzinfo is None:
             return "has no time zone: end it with Z or an offset such as +02:00"
         if timestamp - self._now > MAXIMUM_FUTURE:
             return "is more than 24 hours in the future"
         if timestamp < EARLIEST:
-            return "is before the year 2000: the sender's clock seems not to be set"
+            return f"is before {EARLIEST.year}: the sender's clock seems not to be set"
+        if kind != EventType.BATCH_OPERATION and microseconds(timestamp) < self._received_us - self._maximum_age_us:
+            days = self._maximum_age_us // DAY_US
+            return (
+                f"is more than {days} days ago: the sender's clock seems not to be set. Say that it has none (clock: none), "
+                "or send old data as batch-operation"
+            )
         return ""
 
 
@@ -304,11 +355,20 @@ def as_sent(event: Event) -> bytes:
     return msgspec.json.encode(
         {
             "values": event.values,
-            "timestamp": moment(event.timestamp_us),
+            "timestamp": moment(event.stored_us),
             "eventId": event.id,
             "type": event.type,
         }
     )
+
+
+class _GroupItem(msgspec.Struct, array_like=True, frozen=True):
+    """What is an event's own; the last is missing in entries of before there were clocks."""
+
+    id: bytes
+    timestamp_us: int
+    values: dict[str, Any]
+    claimed_us: int = 0
 
 
 class _Group(msgspec.Struct, array_like=True, frozen=True):
@@ -324,7 +384,7 @@ class _Group(msgspec.Struct, array_like=True, frozen=True):
     trace: str
     command_deadline_us: int
     chains: tuple[str, ...] | None
-    items: list[tuple[bytes, int, dict[str, Any]]]
+    items: list[_GroupItem]
 
 
 class _Retry(msgspec.Struct, array_like=True, frozen=True):
@@ -364,7 +424,7 @@ def decode_retry(data: bytes) -> Event:
     return msgspec.structs.replace(_ungrouped(retry.group)[0], attempt=retry.attempt)
 
 
-def _group(header: tuple[Any, ...], items: list[tuple[bytes, int, dict[str, Any]]]) -> _Group:
+def _group(header: tuple[Any, ...], items: list[_GroupItem]) -> _Group:
     before, (originator_uuid, *after) = header[:3], header[3:]
     return _Group(*before, _id_bytes(originator_uuid), *after, items)  # type: ignore[call-arg]  # as many as it has fields
 
@@ -384,30 +444,36 @@ def _header(event: Event) -> tuple[Any, ...]:
     )
 
 
-def _item(event: Event) -> tuple[bytes, int, dict[str, Any]]:
-    return _id_bytes(event.id), event.timestamp_us, event.values
+def _item(event: Event) -> _GroupItem:
+    return _GroupItem(_id_bytes(event.id), event.timestamp_us, event.values, event.claimed_us)
 
 
 def _ungrouped(group: _Group) -> list[Event]:
     originator_uuid = _id_of(group.originator_uuid)
     return [
         Event(
-            id=_id_of(identifier),
+            id=_id_of(item.id),
             type=group.type,
             priority=group.priority,
             source_type=group.source_type,
             originator_uuid=originator_uuid,
             organization_id=group.organization_id,
-            values=values,
-            timestamp_us=timestamp_us,
+            values=item.values,
+            timestamp_us=item.timestamp_us,
             received_us=group.received_us,
             protocol=group.protocol,
             trace=group.trace,
             command_deadline_us=group.command_deadline_us,
             chains=group.chains,
+            claimed_us=item.claimed_us,
         )
-        for identifier, timestamp_us, values in group.items
+        for item in group.items
     ]
+
+
+def late_us(event: Event) -> int:
+    """How long before it was received it counts as having happened; 0 for what time or a person brings about."""
+    return 0 if is_run(event) else max(event.received_us - event.timestamp_us, 0)
 
 
 CHAIN = "chain"

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import NamedTuple
 
+from django.conf import settings
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
@@ -106,6 +108,7 @@ def read(request: Request) -> list[Event]:
             highest_priority=sender.highest_priority,
             now=datetime.now(UTC),
             protocol=request.protocol,
+            maximum_age_us=settings.MAX_EVENT_AGE_DAYS * events.DAY_US,
         )
     except Refusal as refusal:
         rejections.record(
@@ -145,7 +148,9 @@ def record(decision: Decision, *, hold: bool) -> None:
 
 def commit(decision: Decision, *, hold: bool, after: Pending | None = None) -> Pending:
     """Sends the accepted events on their way into the journal."""
-    result = shared_commit().put(decision.accepted, after=after.result if after else None)
+    # A sender may send its newest reading first: rules see them as they happened.
+    accepted = sorted(decision.accepted, key=attrgetter("timestamp_us"))
+    result = shared_commit().put(accepted, after=after.result if after else None)
     control.shared().admitted(len(decision.accepted), until=result)
     return Pending(result, decision.accepted, receipt=_receipt(decision), hold=hold)
 

@@ -36,6 +36,10 @@ class RuleChain(Identified):
         ONCE = "once", "run once, late"
         SKIP = "skip", "leave out"
 
+    class LateEvents(models.TextChoices):
+        HISTORY = "history", "do not run: they are history"
+        RUN = "run", "run all the same"
+
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="rule_chains")
     name = models.CharField(max_length=200)
     enabled = models.BooleanField(default=True)
@@ -45,6 +49,12 @@ class RuleChain(Identified):
     )
     priority = models.PositiveSmallIntegerField(default=5, help_text="Of chains that one event triggers, 1 runs first.")
     max_retries = models.PositiveSmallIntegerField(default=3)
+    late_events = models.CharField(
+        max_length=10,
+        choices=LateEvents.choices,
+        default=LateEvents.HISTORY,
+        help_text="What to do about readings that come late, or after a newer one.",
+    )
     cron = models.CharField(
         max_length=100, blank=True, help_text="Of a scheduled chain: minute hour day month weekday, such as 0 6 * * *."
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from typing import Any
 
 import pytest
 from django.db import connection, transaction
 
 from devices.models import Reading, Variable
 from devices.row_locks import Deleted
+from rules import events
 from rules.processing import readings
 from rules.processing.readings import Row
 from tests import builders
@@ -25,9 +27,40 @@ def ph() -> Variable:
 def test_only_what_is_new_is_stored(ph: Variable) -> None:
     first, second = Row(ph.pk, 1_000_000, 6.1, None), Row(ph.pk, 2_000_000, 6.2, None)
 
-    assert readings.store([first]) == {first[:2]}
-    assert readings.store([second, first]) == {second[:2]}
+    assert readings.store([first]) == [first]
+    assert readings.store([second, first]) == [second, None]
     assert set(Reading.objects.values_list("number", flat=True)) == {6.1, 6.2}
+
+
+def test_another_value_at_the_same_time_is_another_reading_at_the_next_free_microsecond(ph: Variable) -> None:
+    """Many senders date to the second."""
+
+    def rows(*values: float, at_us: int = 1_000_000) -> list[Row | None]:
+        return [Row(ph.pk, at_us, value, None) for value in values]
+
+    def stored() -> list[tuple[int, float | None]]:
+        found = Reading.objects.order_by("timestamp").values_list("timestamp", "number")
+        return [(events.microseconds(at), number) for at, number in found]
+
+    assert store(rows(6.1, 6.2, 6.1, 9.9)) == [6.1, 6.2, None, 9.9]
+    assert store(rows(6.1, 6.2, 6.1, 9.9)) == [None] * 4, "a worker died after it had stored them"
+    assert store(rows(6.2, 5.5)) == [None, 5.5]
+    assert store(rows(7.0, at_us=1_000_002)) == [7.0]
+    at = [(1_000_000, 6.1), (1_000_001, 6.2), (1_000_002, 9.9), (1_000_003, 5.5), (1_000_004, 7.0)]
+    assert stored() == at
+
+
+def test_a_thousand_values_of_one_moment_are_kept_twice_sent_or_not(ph: Variable) -> None:
+    rows = [Row(ph.pk, 1_000_000, float(number), None) for number in range(1_000)]
+
+    assert sum(row is not None for row in readings.store(rows)) == 1_000
+    assert readings.store(rows) == [None] * 1_000
+    assert Reading.objects.count() == 1_000
+
+
+def store(rows: Any) -> list[float | None]:
+    """The values that were new, None for the others."""
+    return [row and row.number for row in readings.store(rows)]
 
 
 def test_readings_of_a_variable_that_was_deleted_are_not_stored(ph: Variable) -> None:

@@ -100,6 +100,9 @@ INGESTED = Counter(
     "Events received, by protocol and result: accepted, or the reason of the refusal.",
     ["protocol", "result"],
 )
+EVENT_TIMES = Counter(
+    "telemetry_time_total", "Events whose time was not taken as it is, by result: late or ahead.", ["result"]
+)
 UNRECORDED = Counter(
     "rejected_unrecorded_total", "Rejected events that were counted but not recorded, because too many came at once."
 )
@@ -168,6 +171,7 @@ GATEWAY_FAILURES = Counter(
 )
 FAMILIES: tuple[Counter | Histogram, ...] = (
     INGESTED,
+    EVENT_TIMES,
     UNRECORDED,
     RULE_EXECUTIONS,
     RULE_SECONDS,

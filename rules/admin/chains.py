@@ -126,7 +126,18 @@ class RuleChainAdmin(ScopedAdmin):
     autocomplete_fields = ("organization",)
     fieldsets = (
         (None, {"fields": ("name", "organization", "enabled", "sentence", "graph")}),
-        ("When", {"fields": ("execution_type", ("cron", "timezone"), "missed_runs", ("next_run_at", "last_run_at"))}),
+        (
+            "When",
+            {
+                "fields": (
+                    "execution_type",
+                    ("cron", "timezone"),
+                    "missed_runs",
+                    "late_events",
+                    ("next_run_at", "last_run_at"),
+                )
+            },
+        ),
         ("Order and attempts", {"fields": (("priority", "max_retries"),)}),
         (
             "So far",

@@ -334,7 +334,7 @@ def _event_row(event: Event, refusal: Overloaded) -> Row:
         type=event.type,
         priority=event.priority,
         lane=event.lane,
-        timestamp=events.moment(event.timestamp_us),
+        timestamp=events.moment(event.stored_us),
         reason=refusal.reason,
         detail=refusal.detail[:500],
         payload=events.as_sent(event).decode(),

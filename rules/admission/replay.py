@@ -44,6 +44,8 @@ CHUNK_ROWS = 100
 DEFAULT_RATE = 100
 # A deadline for commands that has passed whatever the clock says: the event switches no device.
 NO_COMMANDS_US = 1
+# One that never passes: what is replayed to switch devices does so, however late it is.
+ALL_COMMANDS_US = 2**62
 MAXIMUM_RATE = 10_000
 # How many rows are counted before a replay starts; beyond that the total is "at least".
 COUNTED_ROWS = 1_000_000
@@ -319,7 +321,7 @@ def _originator(row: RejectedEvent | DeadLetter, known: Mapping[tuple[str, str],
 
 def _for_replay(event: Event, *, with_commands: bool) -> Event:
     """A pump must not start for what a sensor saw before, however short a time ago, unless a person wants it to."""
-    return msgspec.structs.replace(event, command_deadline_us=0 if with_commands else NO_COMMANDS_US)
+    return msgspec.structs.replace(event, command_deadline_us=ALL_COMMANDS_US if with_commands else NO_COMMANDS_US)
 
 
 def _append_limited(batches: Mapping[Slot, Sequence[Event]]) -> list[Slot]:

@@ -150,7 +150,17 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
         fields = [
             *("uuid", "organization", "name", "enabled"),
             *("execution_type", "cron", "timezone", "missed_runs", "next_run_at", "last_run_at"),
-            *("priority", "max_retries", "version", "nodes", "suspended_at", "statistics", "created_at", "updated_at"),
+            *(
+                "priority",
+                "max_retries",
+                "late_events",
+                "version",
+                "nodes",
+                "suspended_at",
+                "statistics",
+                "created_at",
+                "updated_at",
+            ),
         ]
         immutable = ["organization"]
         read_only_fields = ["next_run_at", "last_run_at", "suspended_at"]

@@ -24,6 +24,7 @@ CHAIN_FIELDS: Mapping[str, str] = {
     "missedRuns": "missed_runs",
     "priority": "priority",
     "maxRetries": "max_retries",
+    "lateEvents": "late_events",
 }
 _UUID_KEYS = ("UUID", "deviceUuid")
 

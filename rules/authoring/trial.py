@@ -269,8 +269,8 @@ class _Report:
             **self._source(reference),
             "found": sample.value if sample else None,
             "foundAt": _time(sample.timestamp_us) if sample else None,
-            "ageSeconds": (run.now_us - sample.timestamp_us) / 1_000_000 if sample else None,
-            "passed": condition.evaluate(Scope(run.read, run.now_us, run.memory)),
+            "ageSeconds": (run.clock_us - sample.timestamp_us) / 1_000_000 if sample else None,
+            "passed": condition.evaluate(Scope(run.read, run.now_us, run.memory, clock_us=run.clock_us)),
         }
 
     def _source(self, reference: Reference) -> dict[str, Any]:

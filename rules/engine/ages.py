@@ -1,6 +1,7 @@
 """Operators on age: a reference, a value and a duration in, one closure out that looks at when a sample was taken.
 
-The age of a sample is the run's own time minus its time; what was taken after the run's time has an age below zero.
+The age of a sample is the time since it was taken, as the run's `clock_us` says. Whether a source is silent is asked of when
+it was heard: a clock that is slow makes no living sensor silent.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from rules.engine.values import Reference
 
 
 def reached(scope: Scope, reference: Reference, at_us: int) -> bool:
-    """Whether the run is at this time or after it; if not, the chain is to run again then, event or none."""
-    if scope.now_us >= at_us:
+    """Whether it is this time, or after it; if not, the chain is to run again then, event or none."""
+    if scope.clock_us >= at_us:
         return True
     scope.wake(reference, at_us)
     return False
@@ -23,7 +24,7 @@ def reached(scope: Scope, reference: Reference, at_us: int) -> bool:
 def older(reference: Reference, _operand: None, duration_us: int) -> Evaluate:
     def evaluate(scope: Scope) -> bool:
         sample = scope.read(reference)
-        return sample is None or reached(scope, reference, sample.timestamp_us + duration_us)
+        return sample is None or reached(scope, reference, sample.heard_us + duration_us)
 
     return evaluate
 
@@ -34,7 +35,7 @@ def newer(reference: Reference, _operand: None, duration_us: int) -> Evaluate:
         if sample is None:
             scope.missing.append(reference)
             return False
-        return scope.now_us < sample.timestamp_us + duration_us
+        return scope.clock_us < sample.timestamp_us + duration_us
 
     return evaluate
 

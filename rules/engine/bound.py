@@ -14,7 +14,7 @@ class DeployedChain:
     """A compiled chain with what its row says. `states`: (device uuid, state name) -> id, of its own organization only.
 
     `states` is shared by the organization's chains and follows renames: a state that went after the save is missing there.
-    A chain that does not hear events runs on its schedule alone.
+    A chain that does not hear events runs on its schedule alone. One that `hears_late` also runs for what is history.
     """
 
     id: int
@@ -25,6 +25,7 @@ class DeployedChain:
     compiled: Chain
     states: Mapping[tuple[str, str], int]
     event_triggered: bool = True
+    hears_late: bool = False
 
     @property
     def uuid(self) -> str:

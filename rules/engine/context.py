@@ -15,17 +15,21 @@ from rules.engine.values import Lookup, Reference, Sample, Source, Value
 class Scope:
     """One run of one chain for one event, as conditions see it.
 
-    `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's
-    own time in microseconds since 1970 (UTC), so that a late event is judged by when it happened. `memory` holds, by the
-    key of a watch, what is remembered, this event included. A condition that may turn true without a further event says
-    with `wake` when that is; `wakes` holds the earliest of these times for each source, in microseconds since 1970.
+    `read` gives the sample of a reference or None; what a condition misses it adds to `missing`. `now_us` is the event's own
+    time in microseconds since 1970 (UTC): conditions over time are judged by when it happened. `clock_us` is when it was
+    received: ages are counted up to then. `memory` holds, by the key of a watch, what is remembered, this event included. A
+    condition that may turn true without a further event says with `wake` when that is; `wakes` holds the earliest of these
+    times for each source, in microseconds since 1970.
     """
 
-    __slots__ = ("memory", "missing", "now_us", "read", "wakes")
+    __slots__ = ("clock_us", "memory", "missing", "now_us", "read", "wakes")
 
-    def __init__(self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, read: Lookup, now_us: int, memory: Mapping[str, Any] | None = None, *, clock_us: int = 0
+    ) -> None:
         self.read = read
         self.now_us = now_us
+        self.clock_us = clock_us or now_us
         self.missing: list[Reference] = []
         self.memory: Mapping[str, Any] = {} if memory is None else memory
         self.wakes: dict[Source, int] = {}
@@ -46,6 +50,7 @@ class Trigger(msgspec.Struct, kw_only=True):
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
     what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
     the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `clock_us` is when it was received, 0 for at that time.
     `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
     `deadline` is when the run is stopped, in seconds of `time.monotonic`.
     """
@@ -59,6 +64,7 @@ class Trigger(msgspec.Struct, kw_only=True):
     memory: Mapping[str, Any] = msgspec.field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
     originator: str = ""
+    clock_us: int = 0
     deadline: float = math.inf
 
 
@@ -71,7 +77,7 @@ class Run(Scope):
         self.trigger = trigger
         self.values = dict(trigger.values)
         self.effects: list[Effect] = []
-        super().__init__(_reader(trigger, self.values), trigger.timestamp_us, trigger.memory)
+        super().__init__(_reader(trigger, self.values), trigger.timestamp_us, trigger.memory, clock_us=trigger.clock_us)
 
 
 def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
@@ -80,6 +86,7 @@ def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
     What a device reports and had already it has had since its last change, not since the report.
     """
     source_type, uuid, timestamp_us, lookup = trigger.source_type, trigger.uuid, trigger.timestamp_us, trigger.lookup
+    clock_us = trigger.clock_us
 
     def read(reference: Reference) -> Sample | None:
         if reference.uuid != uuid or reference.key not in values or reference.source_type != source_type:
@@ -87,7 +94,7 @@ def _reader(trigger: Trigger, values: dict[str, Value]) -> Lookup:
         value = values[reference.key]
         if source_type == "device" and (known := lookup(reference)) is not None and _is_same(known.value, value):
             return known
-        return Sample(value, timestamp_us)
+        return Sample(value, timestamp_us, clock_us)
 
     return read
 

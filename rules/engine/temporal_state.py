@@ -121,7 +121,7 @@ def observe_steps(remembered: Any, sample: Sample) -> list[list[Any]]:
     Late readings are passed over. After a value that is no number, of which only the time is kept, it begins anew.
     """
     steps: list[list[Any]] = remembered or []
-    value, at = sample
+    value, at = sample.value, sample.timestamp_us
     if steps and at <= steps[-1][0]:
         return steps
     if not _usable(value):

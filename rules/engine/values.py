@@ -17,10 +17,18 @@ class Reference(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A value and when it was taken, in microseconds since 1970 (UTC)."""
+    """A value and when it was taken, in microseconds since 1970 (UTC).
+
+    `received_us` is when its source was last heard of it, whatever its clock says; 0 where that is when it was taken.
+    """
 
     value: Value
     timestamp_us: int
+    received_us: int = 0
+
+    @property
+    def heard_us(self) -> int:
+        return self.received_us or self.timestamp_us
 
 
 Lookup = Callable[[Reference], Sample | None]

@@ -187,6 +187,7 @@ def _bound(row: RuleChain, chain: Chain, states: States) -> DeployedChain:
         max_retries=row.max_retries,
         compiled=chain,
         states=states,
+        hears_late=row.late_events == RuleChain.LateEvents.RUN,
         event_triggered=row.execution_type != RuleChain.ExecutionType.SCHEDULE_ONLY,
     )
 

@@ -82,8 +82,9 @@ class Inputs:
 
     `latest`: values of what its chains read. `unread`: references that DATA_COLLECTION_TIMEOUT_MS left no time to read; a
     chain that needs one fails with that code. `commanded`: ids of the states that its chains may set. `watched`: ids of the
-    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970. `chain_seconds`: how
-    long one chain may run.
+    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970. `late_after_us`: what
+    came later than this after it was taken is history, where its sensor does not say otherwise. `chain_seconds`: how long one
+    chain may run.
     """
 
     batch: Sequence[Event]
@@ -94,6 +95,7 @@ class Inputs:
     commanded: frozenset[int]
     watched: frozenset[int]
     now_us: int
+    late_after_us: int
     chain_seconds: float
     audiences: Audiences
 
@@ -124,6 +126,7 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         commanded=frozenset(state_id for bound in chains.values() for state_id in bound.commanded),
         watched=live_channel.shared().ids(),
         now_us=events.microseconds(timezone.now()),
+        late_after_us=settings.LATE_AFTER_SECONDS * 1_000_000,
         chain_seconds=settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         audiences=audiences,
     )

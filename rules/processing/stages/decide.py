@@ -6,12 +6,14 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from django.conf import settings
 
+from aemos.lib import metrics
 from devices.latest import Key, Latest
 from rules import events
 from rules.effects import perform, states
@@ -27,7 +29,7 @@ from rules.models import RuleChain
 from rules.processing import statistics, timers
 from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.failures import Failure
-from rules.processing.stages.collect import Inputs
+from rules.processing.stages.collect import Audiences, Inputs
 from rules.processing.stages.store import Stored
 from rules.processing.timers import Waiting
 
@@ -67,7 +69,8 @@ def decide(
     """Runs in the current transaction. A chain that fails neither stops the others nor undoes the reading.
 
     For each event: 1. what it says becomes known, 2. its conditions over time observe it, 3. its chains run on what is known.
-    A duplicate runs no chain; if it was `redelivered`, only its conditions over time and timers are brought up to date.
+    A duplicate runs no chain; if it was `redelivered`, only its conditions over time and timers are brought up to date. Of a late
+    event only the second is done: it is history, and runs none but the chains that mean to hear of it.
     """
     known = KnownValues(inputs)
     pending = PendingEffects(known)
@@ -78,6 +81,7 @@ def decide(
     for event, names in stored.events:
         if on_event_start:
             on_event_start(event)
+        late = known.late(event)
         known.update(event, names)
         if names is None:
             if redelivered:
@@ -86,12 +90,17 @@ def decide(
         audience = inputs.audiences.of(event, names)
         pending.apply_if_read(audience.references)
         _observe(event, audience.watches, inputs.memory)
-        decision = decide_event(event, audience.chains, known, chain_runs)
-        if not decision.failures:
+        decisions = [
+            decide_event(part, chains, known, chain_runs)
+            for part, chains in _parts(event, names, late, inputs.audiences)
+        ]
+        if not any(decision.failures for decision in decisions):
             completed.append(event)
-        failures += decision.failures
-        next_timers |= decision.next_timers
-        pending.add(decision)
+        for decision in decisions:
+            failures += decision.failures
+            next_timers |= decision.next_timers
+            pending.add(decision)
+        _count(event, late)
     return Decided(
         completed=completed,
         failures=failures,
@@ -119,6 +128,24 @@ class KnownValues:
         found = self._latest.get(reference)
         return Sample(*found) if found else None
 
+    def late(self, event: Event) -> frozenset[str]:
+        """The names of its values that are history: something newer is known of them, or all of it comes too late.
+
+        Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do.
+        """
+        if events.is_run(event) or event.chains is not None or event.command_deadline_us:
+            return frozenset()
+        originator = self.inputs.originator(event)
+        late_after_us = originator.late_after_us if originator else None
+        if events.late_us(event) > (self.inputs.late_after_us if late_after_us is None else late_after_us):
+            return frozenset(event.values)
+        source, latest = (event.source_type, event.originator_uuid), self._latest
+        return frozenset(
+            name
+            for name in event.values
+            if (known := latest.get((*source, name))) and known.timestamp_us > event.timestamp_us
+        )
+
     def update(self, event: Event, names: Sequence[str] | None) -> None:
         """Takes in what the event says.
 
@@ -128,8 +155,7 @@ class KnownValues:
         if event.source_type == "sensor":
             for name, value in event.values.items():
                 key = (event.source_type, event.originator_uuid, name)
-                if latest := _put_if_newer(self._latest, key, value, event.timestamp_us):
-                    self.of_sensors[key] = latest
+                self.of_sensors[key] = _heard(self._latest, key, Latest(value, event.timestamp_us, event.received_us))
         elif event.source_type == "device" and event.chains is None:
             for name in names or ():
                 key = (event.source_type, event.originator_uuid, name)
@@ -147,13 +173,19 @@ class KnownValues:
         self._latest.update(states.latest_of(change.row.state) for change in changes)
 
 
-def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> Latest | None:
-    """Gives what was put."""
+def _heard(known: dict[Key, Latest], key: Key, latest: Latest) -> Latest:
+    """What is known of the key then: also something older says that its source lives."""
     before = known.get(key)
-    if before is not None and before.timestamp_us > at_us:
-        return None
-    latest = known[key] = Latest(value, at_us)
+    if before is not None and before.timestamp_us > latest.timestamp_us:
+        latest = before._replace(received_us=max(before.received_us or before.timestamp_us, latest.received_us))
+    known[key] = latest
     return latest
+
+
+def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> None:
+    before = known.get(key)
+    if before is None or before.timestamp_us <= at_us:
+        known[key] = Latest(value, at_us)
 
 
 class PendingEffects:
@@ -183,6 +215,28 @@ class PendingEffects:
         self.applied += applied
         self.effects, self._sets = [], set()
         self._settled.forget()
+
+
+def _parts(
+    event: Event, names: tuple[str, ...], late: frozenset[str], audiences: Audiences
+) -> Iterator[tuple[Event, Sequence[DeployedChain]]]:
+    """What of the event is for which chains: without what is late, but for chains that mean to hear that."""
+    chains = audiences.of(event, names).chains
+    if not late:
+        yield event, chains
+        return
+    if in_time := tuple(name for name in names if name not in late):
+        part = msgspec.structs.replace(event, values={name: event.values[name] for name in in_time})
+        yield part, [bound for bound in audiences.of(part, in_time).chains if not bound.hears_late]
+    if hearing := [bound for bound in chains if bound.hears_late]:
+        yield event, hearing
+
+
+def _count(event: Event, late: frozenset[str]) -> None:
+    if late:
+        metrics.EVENT_TIMES.labels("late").inc()
+    if event.claimed_us - event.timestamp_us > settings.CLOCK_TOLERANCE_SECONDS * 1_000_000:
+        metrics.EVENT_TIMES.labels("ahead").inc()
 
 
 def decide_event(
@@ -226,10 +280,16 @@ def _trigger(event: Event, known: KnownValues) -> Trigger:
         uuid=event.originator_uuid,
         values=event.values,
         timestamp_us=event.timestamp_us,
+        clock_us=_clock_us(event),
         lookup=known.look_up,
         memory=known.inputs.memory.values,
         refuses=known.refuses,
     )
+
+
+def _clock_us(event: Event) -> int:
+    """When ages are asked for: now, but of what a person replays, or time brings about, when it happened."""
+    return event.timestamp_us if events.is_run(event) or event.command_deadline_us else event.received_us
 
 
 def _next_timers(bound: DeployedChain, outcome: Outcome) -> dict[Waiting, int]:

@@ -41,9 +41,10 @@ def store(inputs: Inputs) -> Stored:
     batch = [event for event in inputs.batch if event.id not in failed] if failed else inputs.batch
     ran_before = schedules.already_ran(batch)
     rows = [_rows_of(event, inputs) for event in batch]
-    all_rows = [row for of_event in rows for row in of_event]
-    new = readings.store(all_rows)
-    live_readings = live_channel.select(all_rows, new, wanted=inputs.watched)
+    as_stored = readings.store([row for of_event in rows for row in of_event])
+    live_readings = live_channel.select([row and row[:4] for row in as_stored], wanted=inputs.watched)
+    left = iter(as_stored)
+    new = [[next(left) is not None for _ in of_event] for of_event in rows]
     changes, reported = _apply_reports(batch, inputs)
     stored: list[tuple[Event, tuple[str, ...] | None]] = []
     for position, event in enumerate(batch):
@@ -55,7 +56,7 @@ def store(inputs: Inputs) -> Stored:
         elif event.source_type == "device":
             names = tuple(reported.pop(event.id, ())) or None
         else:
-            names = _taken(event, rows[position], new) or None
+            names = tuple(name for name, is_new in zip(event.values, new[position], strict=True) if is_new) or None
         stored.append((event, names))
     return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
 
@@ -80,19 +81,9 @@ def _rows_of(event: Event, inputs: Inputs) -> list[Row]:
     originator = inputs.originator(event)
     if originator is None or event.source_type != "sensor" or event.chains is not None:
         return []
-    fields, at_us = originator.fields, event.timestamp_us
-    return [readings.row_of(fields[name].id, at_us, value) for name, value in event.values.items()]
-
-
-def _taken(event: Event, rows: Sequence[Row], new: set[tuple[int, int]]) -> tuple[str, ...]:
-    """The names whose reading is new. Of two events of one batch with the same reading, the second is the duplicate."""
-    names = []
-    for name, row in zip(event.values, rows, strict=True):
-        key = row[:2]
-        if key in new:
-            new.remove(key)
-            names.append(name)
-    return tuple(names)
+    fields, at_us = originator.fields, event.stored_us
+    received_us = event.timestamp_us if event.claimed_us else None
+    return [readings.row_of(fields[name].id, at_us, value, received_us) for name, value in event.values.items()]
 
 
 def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[str, list[str]]]:
