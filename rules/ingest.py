@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from operator import attrgetter
 from typing import NamedTuple
 
 from django.conf import settings
+from django.utils import timezone
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
@@ -106,7 +106,7 @@ def read(request: Request) -> list[Event]:
             request.payload,
             sender.originator,
             highest_priority=sender.highest_priority,
-            now=datetime.now(UTC),
+            now=timezone.now(),
             protocol=request.protocol,
             maximum_age_us=settings.MAX_EVENT_AGE_DAYS * events.DAY_US,
         )

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 
 @pytest.fixture(scope="session")
 def django_db_modify_db_settings_xdist_suffix() -> None:
     """Each process of a parallel run has servers and databases of its own, so the names need no suffix."""
+
+
+@pytest.fixture
+def _old_times_count(settings: Any) -> None:
+    """For tests whose readings have times of their own, of long ago: none is too old."""
+    settings.LATE_AFTER_SECONDS, settings.MAX_EVENT_AGE_DAYS = 10**9, 36_500
+
+
+# The same for the processes of a system.
+OLD_TIMES_COUNT = {"LATE_AFTER_SECONDS": "1000000000", "MAX_EVENT_AGE_DAYS": "36500"}

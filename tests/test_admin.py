@@ -197,7 +197,8 @@ def test_staff_of_no_organization_get_an_empty_index() -> None:
 def test_a_sensor_with_its_variables_is_added_on_one_page() -> None:
     organization = builders.organization()
     body = {
-        "name": "Tank", "organization": organization.pk, "variables-TOTAL_FORMS": 1, "variables-INITIAL_FORMS": 0,
+        "name": "Tank", "organization": organization.pk, "clock": "sender",
+        "variables-TOTAL_FORMS": 1, "variables-INITIAL_FORMS": 0,
         "variables-0-name": "ec", "variables-0-datatype": "number", "variables-0-unit": "mS/cm",
     }  # fmt: skip
     assert superuser().post(url(Sensor, "add"), body).status_code == 302
@@ -210,9 +211,8 @@ def test_a_sensor_stays_in_its_organization_and_keeps_its_name_unique() -> None:
     page = url(Sensor, "change", twin.pk)
     answer = superuser().post(page, {"name": farm.sensor.name, "organization": other.pk} | no_inlines("variables"))
     assert "already exists" in answer.text
-    assert (
-        superuser().post(page, {"name": "New", "organization": other.pk} | no_inlines("variables")).status_code == 302
-    )
+    body = {"name": "New", "organization": other.pk, "clock": "sender"} | no_inlines("variables")
+    assert superuser().post(page, body).status_code == 302
     twin.refresh_from_db()
     assert (twin.name, twin.organization) == ("New", farm.organization)
 
@@ -298,7 +298,7 @@ def chain_body(farm: Farm, nodes: list[dict[str, Any]], **values: Any) -> dict[s
     old = list(farm.chain.nodes.all())
     body: dict[str, Any] = {
         "name": "Acid", "organization": farm.organization.pk, "enabled": "on", "execution_type": "event-triggered",
-        "cron": "", "timezone": "UTC", "missed_runs": "once", "priority": 5,
+        "cron": "", "timezone": "UTC", "missed_runs": "once", "late_events": "history", "priority": 5,
         "max_retries": 3, "nodes-TOTAL_FORMS": len(nodes), "nodes-INITIAL_FORMS": 0,
     } | values  # fmt: skip
     for index, node in enumerate(nodes):

@@ -20,7 +20,7 @@ from aemos.lib import keys, metrics, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from devices.models import Organization, Sensor
 from notifications import messages, outbox
-from notifications.models import Notification
+from notifications.models import Notification, Unpublished
 from rules import events, retention
 from rules.effects import alarms
 from rules.effects.alarm_lifecycle import Clear, Raise
@@ -244,7 +244,7 @@ def test_an_alarm_that_can_never_be_stored_is_an_error_and_not_a_loop(
 def test_a_crash_between_commit_and_telling_is_made_good_by_the_sweep(sensor: Sensor) -> None:
     with transaction.atomic():
         alarms.apply([up(sensor)])
-    Notification.objects.update(created_at=timezone.now() - timedelta(minutes=1))
+    Unpublished.objects.update(written_at=timezone.now() - timedelta(minutes=1))
     assert told() == []
 
     outbox.sweep()

@@ -121,7 +121,7 @@ def test_the_throttle_believes_only_the_proxy_in_front(tls_in_front: bool, ident
 @pytest.mark.parametrize(
     ("body", "field", "complaint"),
     [
-        ({"nmae": "Tank"}, "nmae", "There is no such field; known here: organization, name."),
+        ({"nmae": "Tank"}, "nmae", "There is no such field; known here: organization, name, clock, lateAfterSeconds."),
         ({"uuid": str(uuid4())}, "uuid", "This field cannot be written."),
         ({"name": ""}, "name", "may not be blank"),
         ({"organization": "7"}, "organization", "Must be a uuid."),

@@ -25,6 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.processes import Process, kill, spawn
 from deploy.programs import REPOSITORY
+from tests.conftest import OLD_TIMES_COUNT
 from tests.storms import assert_worked_off, dice, random_walk
 
 ROUNDS = int(os.environ.get("AEMOS_ORDER_ROUNDS", "50"))
@@ -91,7 +92,7 @@ def send(system: LocalSystem, token: str, values: list[float], chance: random.Ra
 
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[LocalSystem]:
-    with local_system(tmp_path, LOG_LEVEL="WARNING") as running:
+    with local_system(tmp_path, LOG_LEVEL="WARNING", **OLD_TIMES_COUNT) as running:
         yield running
 
 

@@ -36,7 +36,7 @@ from rules.processing.stages.store import Stored
 from tests import builders
 from tests.worker import drain_all, ledger
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_old_times_count")]
 
 
 class Farm:

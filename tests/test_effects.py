@@ -34,7 +34,7 @@ from rules.processing.stages.decide import decide
 from rules.processing.stages.store import store
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_old_times_count")]
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from deploy.local import LocalSystem, local_system
+from tests.conftest import OLD_TIMES_COUNT
 from tests.socketio_clients import connected
 from tests.system_clients import Person, coap_post, http_post, mqtt_publish, reading
 from tests.waiting import until
@@ -73,7 +74,7 @@ def test_bad_input_is_refused_alike_on_three_protocols_and_kept_for_the_admin(sy
 
 def test_kill_9_of_the_worker_in_mid_batch_loses_nothing_and_acts_once(tmp_path: Path) -> None:
     """Five kills at different moments while 20,000 events are processed; each event that was accepted counts once."""
-    with local_system(tmp_path, LOG_LEVEL="WARNING") as system:
+    with local_system(tmp_path, LOG_LEVEL="WARNING", **OLD_TIMES_COUNT) as system:
         system.start("web", "scheduler", "worker")
         with ThreadPoolExecutor(1) as pool:
             accepted = pool.submit(post_batches, system, 40)

@@ -63,7 +63,7 @@ def test_a_document_holds_everything_but_what_is_of_its_place(farm: Farm) -> Non
     chain = document["chain"]
     assert {key: value for key, value in chain.items() if key != "nodes"} == {
         "name": "Acid", "executionType": "hybrid", "cron": "0 6 * * *", "timezone": "Europe/Berlin", "missedRuns": "skip",
-        "priority": 2, "maxRetries": 7,
+        "priority": 2, "maxRetries": 7, "lateEvents": "history",
     }  # fmt: skip
     assert [set(node) for node in chain["nodes"]] == [
         {"name", "type", "config", "next", "onFalse"}, {"name", "type", "config", "onFailure"}, {"name", "type", "config"},

@@ -84,7 +84,7 @@ def value(families: dict[str, Metric], sample: str, **labels: str) -> float | No
     return sum(found) if found else None
 
 
-in_process = pytest.mark.usefixtures("empty_redis")
+in_process = pytest.mark.usefixtures("empty_redis", "_old_times_count")
 with_database = pytest.mark.django_db(transaction=True)
 
 

@@ -25,6 +25,7 @@ import requests
 from deploy.local import LocalSystem, local_system
 from deploy.postgresql import start_postgresql
 from deploy.servers import Server
+from tests.conftest import OLD_TIMES_COUNT
 from tests.storms import assert_worked_off, dice, random_walk
 
 SENSORS = 10
@@ -170,7 +171,7 @@ def system(tmp_path: Path, postgres: Server) -> Iterator[LocalSystem]:
     names = {"DB_NAME": "postgres", "DB_USER": postgres.username, "DB_PASSWORD": postgres.password}
     environment = {"DB_ENGINE": "postgresql", "DB_PORT": str(postgres.port), **names}
     rest = {"LOG_LEVEL": "WARNING", "ALARM_FLAPPING_TIMES": "1000"}
-    with local_system(tmp_path, **environment, **rest) as running:
+    with local_system(tmp_path, **environment, **rest, **OLD_TIMES_COUNT) as running:
         running.add_second("worker", "scheduler")
         yield running
 

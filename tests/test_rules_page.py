@@ -21,7 +21,7 @@ from rules.journal import slots
 from rules.processing import index, schedules
 from tests import builders
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis", "_old_times_count")]
 PAGE = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
 DAY, ZONE = date(2026, 5, 1), ZoneInfo("Europe/Berlin")
 BY_THE_CLOCK = "the clock"

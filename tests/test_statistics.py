@@ -26,7 +26,7 @@ from rules.processing.statistics import Runs, Statistics
 from rules.worker import DrainWorker
 from tests import builders
 
-pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis", "_old_times_count")]
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 OUTCOME = Outcome(effects=(), missing=(), stopped_at=None, steps=3, filters_true=2, filters_false=1)
 

@@ -13,9 +13,9 @@ from rules.engine.context import Scope
 from rules.engine.values import Reference
 
 
-def reached(scope: Scope, reference: Reference, at_us: int) -> bool:
+def reached(scope: Scope, reference: Reference, at_us: int, *, now_us: int) -> bool:
     """Whether it is this time, or after it; if not, the chain is to run again then, event or none."""
-    if scope.clock_us >= at_us:
+    if now_us >= at_us:
         return True
     scope.wake(reference, at_us)
     return False
@@ -24,7 +24,7 @@ def reached(scope: Scope, reference: Reference, at_us: int) -> bool:
 def older(reference: Reference, _operand: None, duration_us: int) -> Evaluate:
     def evaluate(scope: Scope) -> bool:
         sample = scope.read(reference)
-        return sample is None or reached(scope, reference, sample.heard_us + duration_us)
+        return sample is None or reached(scope, reference, sample.heard_us + duration_us, now_us=scope.clock_us)
 
     return evaluate
 

@@ -177,7 +177,7 @@ def _standing(leaf: Leaf, for_us: int) -> Evaluate:
         sample = scope.read(leaf.reference)
         if not leaf.evaluate(scope) or sample is None:
             return False
-        return reached(scope, leaf.reference, sample.timestamp_us + for_us)
+        return reached(scope, leaf.reference, sample.timestamp_us + for_us, now_us=scope.now_us)
 
     return evaluate
 

@@ -131,9 +131,10 @@ class KnownValues:
     def late(self, event: Event) -> frozenset[str]:
         """The names of its values that are history: something newer is known of them, or all of it comes too late.
 
-        Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do.
+        Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do. What
+        is not dated, or dated ahead, is of now.
         """
-        if events.is_run(event) or event.chains is not None or event.command_deadline_us:
+        if events.late_us(event) == 0 or event.chains is not None or event.command_deadline_us:
             return frozenset()
         originator = self.inputs.originator(event)
         late_after_us = originator.late_after_us if originator else None
