@@ -58,7 +58,10 @@ def _schemas() -> dict[str, Any]:
         "values": {
             "type": "object",
             "minProperties": 1,
-            "additionalProperties": {"oneOf": [{"type": "number"}, {"type": "string"}, {"type": "boolean"}]},
+            "additionalProperties": {
+                "nullable": True,
+                "oneOf": [{"type": "number"}, {"type": "string"}, {"type": "boolean"}],
+            },
             "description": "Variables of the sensor, or states of the device, by name.",
         },
         "timestamp": _text("When it was measured, with time zone; now if left out.", format="date-time"),
@@ -87,13 +90,27 @@ def _schemas() -> dict[str, Any]:
         "threshold": {"type": "integer", "nullable": True},
         "retryAfter": {"type": "integer", "description": "Seconds."},
     }
+    strict = {"type": "boolean", "default": False, "description": "Refuse all when anything cannot be used."}
+    left_out = {"type": "string", "enum": ["value", "event"]}
+    problem = _object(
+        place | {"detail": _text("A sentence for people."), "leftOut": left_out}, required=["detail", "leftOut"]
+    )
     batch = {"type": "array", "minItems": 1, "maxItems": MAXIMUM_EVENTS, "items": _reference("TelemetryEvent")}
     required = [*refusal]
     return {
         "TelemetryEvent": _object(event, required=["values"]) | {"additionalProperties": False},
-        "TelemetryBatch": _object({"events": batch}, required=["events"]) | {"additionalProperties": False},
+        "TelemetryBatch": _object({"events": batch, "strict": strict}, required=["events"])
+        | {"additionalProperties": False},
         "TelemetryReceipt": _object(
-            counts | {"results": {"type": "array", "items": result, "description": "Only when some were rejected."}},
+            counts
+            | {
+                "results": {"type": "array", "items": result, "description": "Only when some were rejected."},
+                "problems": {
+                    "type": "array",
+                    "items": problem,
+                    "description": "What cannot be used, and was left out.",
+                },
+            },
             required=[*counts],
         ),
         "TelemetryRefusal": _object(refusal | place, required=required),

@@ -74,7 +74,7 @@ def _body(environ: Environ) -> bytes:
         raise telemetry.incomplete() from None
     if len(body) < length:
         raise telemetry.incomplete()
-    return body
+    return telemetry.uncompressed(body, environ.get("HTTP_CONTENT_ENCODING", ""))
 
 
 def _is_plain(environ: Environ) -> bool:

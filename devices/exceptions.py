@@ -4,6 +4,7 @@ Refusal
 ├── Unauthorized   no live token                          HTTP 401  CoAP 4.01  MQTT: recorded, acknowledged
 ├── Forbidden      someone else's uuid, or too urgent     HTTP 403  CoAP 4.03  MQTT: recorded, acknowledged
 ├── BadPayload     names the item and the field           HTTP 400  CoAP 4.00  MQTT: recorded, acknowledged
+├── UnknownCoding  the body is compressed otherwise than gzip      HTTP 415
 ├── TooLarge       more than 1,000 events or 1 MB         HTTP 413  CoAP 4.13  MQTT: recorded, acknowledged
 └── Overloaded     not now; says when to try again        HTTP 503  CoAP 5.03  MQTT: not acknowledged, tried again
     └── OverLimit  the organization's share is used up    HTTP 429  CoAP 4.29  MQTT: not acknowledged, tried again
@@ -40,6 +41,10 @@ class BadPayload(Refusal):
         super().__init__(detail)
         self.index = index
         self.field = field
+
+
+class UnknownCoding(Refusal):
+    reason = "unknown-coding"
 
 
 class TooLarge(Refusal):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -122,11 +121,27 @@ class _Item(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     uuid: UUID | None = None
 
 
+class _Single(_Item, forbid_unknown_fields=True, rename="camel"):
+    strict: bool = False
+
+
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
     events: list[_Item]
+    strict: bool = False
 
 
-_item_decoder = msgspec.json.Decoder(_Item)
+class Problem(msgspec.Struct, frozen=True, rename="camel"):
+    """What of a request cannot be used; the rest of it is. `index` is None where the request is one event. `left_out` is "value"
+    or "event".
+    """
+
+    index: int | None
+    field: str
+    detail: str
+    left_out: str
+
+
+_single_decoder = msgspec.json.Decoder(_Single)
 _batch_decoder = msgspec.json.Decoder(_Batch)
 _BATCH_START = re.compile(rb'\s*\{\s*"events"')
 _MSGSPEC_PLACE = re.compile(r" - at `\$(?:\.events\[(\d+)\])?\.?(.*)`$")
@@ -140,25 +155,37 @@ def decode(
     now: datetime,
     protocol: str,
     maximum_age_us: int = MAXIMUM_AGE_US,
+    problems: list[Problem] | None = None,
 ) -> list[Event]:
     """The events of one request: `{"values": ...}` or `{"events": [...]}`, at most 1,000 and 1 MB, in JSON or CBOR.
 
-    Raises BadPayload (naming item and field), Forbidden (another's uuid, a type more urgent than the token may claim) or
-    TooLarge; then nothing of the request counts as an event.
+    What cannot be used of it, a value or an event, is added to `problems` and left out, unless the request says `strict`.
+    Raises BadPayload (naming item and field) where nothing can be used, or anything cannot and there is no list for it;
+    Forbidden (another's uuid, a type more urgent than the token may claim) or TooLarge. Then nothing of the request counts.
     """
     if len(payload) > MAXIMUM_BYTES:
         raise TooLarge(f"the request has {len(payload)} bytes, at most {MAXIMUM_BYTES} are allowed")
     if cbor.begins_map(payload):
         payload = _json_of(payload)
     is_batch = _BATCH_START.match(payload) is not None
-    items = _items(payload, is_batch=is_batch)
+    items, strict = _items(payload, is_batch=is_batch)
     if len(items) > MAXIMUM_EVENTS:
         raise TooLarge(f"the request has {len(items)} events, at most {MAXIMUM_EVENTS} are allowed")
     if not items:
         raise BadPayload("events is empty", field="events")
     reader = _Reader(originator, highest_priority, now, protocol, maximum_age_us)
     new_ids = _new_ids(len(items))
-    found = [reader.event(item, index if is_batch else None, new_ids[index]) for index, item in enumerate(items)]
+    found = []
+    for index, item in enumerate(items):
+        try:
+            found.append(reader.event(item, index if is_batch else None, new_ids[index]))
+        except BadPayload as refusal:
+            reader.problems.append(Problem(refusal.index, refusal.field, refusal.detail, "event"))
+    if reader.problems:
+        if strict or problems is None or not found:
+            first = reader.problems[0]
+            raise BadPayload(first.detail, index=first.index, field=first.field)
+        problems += reader.problems
     return _as_received(found) if reader.sees_ahead else found
 
 
@@ -206,45 +233,63 @@ def _json_of(payload: bytes) -> bytes:
         raise BadPayload(f"the request is not valid CBOR: {error}") from None
 
 
-def _items(payload: bytes, *, is_batch: bool) -> list[_Item]:
+def _items(payload: bytes, *, is_batch: bool) -> tuple[list[_Item | BadPayload], bool]:
+    """The items, one that is no event as the refusal of it, and whether the request is strict."""
     try:
-        return _batch_decoder.decode(payload).events if is_batch else [_item_decoder.decode(payload)]
+        if not is_batch:
+            single = _single_decoder.decode(payload)
+            return [single], single.strict
+        batch = _batch_decoder.decode(payload)
+        return [*batch.events], batch.strict
     except msgspec.ValidationError as error:
-        raise _not_finite(payload, is_batch=is_batch) or _explained(error) from None
+        found, refusal = _one_by_one(payload), _explained(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _malformed(payload, error, is_batch=is_batch) from None
+        found, refusal = _one_by_one(payload), _malformed(error)
+    if found is None:
+        raise refusal from None
+    return found
 
 
-def _explained(error: msgspec.ValidationError) -> BadPayload:
+def _one_by_one(payload: bytes) -> tuple[list[_Item | BadPayload], bool] | None:
+    """Each item by itself, where one of them is bad; None when the request around them is. Also reads NaN and Infinity, which are
+    not JSON, yet common in sensors' code.
+    """
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    strict = document.pop("strict", False)
+    items = document.get("events") if "events" in document else [document]
+    if not isinstance(items, list) or ("events" in document and len(document) > 1) or not isinstance(strict, bool):
+        return None
+    is_batch = "events" in document
+    return [_item_or_refusal(item, index if is_batch else None) for index, item in enumerate(items)], strict
+
+
+def _item_or_refusal(item: object, index: int | None) -> _Item | BadPayload:
+    try:
+        return msgspec.convert(item, _Item)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return _explained(error, index)
+
+
+def _explained(error: Exception, index: int | None = None) -> BadPayload:
     """msgspec says "Expected `str`, got `int` - at `$.events[3].timestamp`"; senders get index and field apart."""
     text = _MSGSPEC_PLACE.sub("", str(error)).replace("`", "'")
     place = _MSGSPEC_PLACE.search(str(error))
-    index = int(place.group(1)) if place and place.group(1) else None
+    if place and place.group(1):
+        index = int(place.group(1))
     named = re.search(r"(?:unknown|missing required) field '(.+?)'", text)
     field = named.group(1) if named else place.group(2) if place else ""
     where = f"{_place(index)}{field}".rstrip(".")
     return BadPayload(f"{where}: {text}" if where else text, index=index, field=field)
 
 
-def _malformed(payload: bytes, error: Exception, *, is_batch: bool) -> BadPayload:
+def _malformed(error: Exception) -> BadPayload:
     text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-    return _not_finite(payload, is_batch=is_batch) or BadPayload(f"the request is not valid JSON: {text}")
-
-
-def _not_finite(payload: bytes, *, is_batch: bool) -> BadPayload | None:
-    """NaN and Infinity are not JSON, yet common in sensors' code: Python's lenient reader finds the item and the field."""
-    try:
-        document = json.loads(payload)
-        items = document["events"] if is_batch else [document]
-        for index, item in enumerate(items):
-            for name, value in item["values"].items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    place = index if is_batch else None
-                    text = f"{_place(place)}values.{name} is not a finite number"
-                    return BadPayload(text, index=place, field=f"values.{name}")
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return None  # broken in another way, which the caller reports
-    return None
+    return BadPayload(f"the request is not valid JSON: {text}")
 
 
 class _Reader:
@@ -254,6 +299,7 @@ class _Reader:
         self, originator: Originator, highest_priority: int, now: datetime, protocol: str, maximum_age_us: int
     ) -> None:
         self.sees_ahead = False
+        self.problems: list[Problem] = []
         self._maximum_age_us = maximum_age_us
         self._originator = originator
         self._highest_priority = highest_priority
@@ -261,7 +307,10 @@ class _Reader:
         self._received_us = microseconds(now)
         self._protocol = protocol
 
-    def event(self, item: _Item, index: int | None, new_id: str) -> Event:
+    def event(self, item: _Item | BadPayload, index: int | None, new_id: str) -> Event:
+        """Raises BadPayload when nothing of the item can be used; what of its values cannot is added to `problems`."""
+        if isinstance(item, BadPayload):
+            raise item
         kind = self._type(item, index)
         timestamp_us, claimed_us = self._times(item, index, kind)
         return Event(
@@ -296,17 +345,31 @@ class _Reader:
     def _values(self, item: _Item, index: int | None) -> dict[str, Any]:
         if not item.values:
             raise BadPayload(f"{_place(index)}values is empty", index=index, field="values")
+        bad: dict[str, str] = {}
         for name, value in item.values.items():
-            field = self._originator.fields.get(name)
-            if field is None:
-                kind = "variable" if self._originator.source_type == "sensor" else "state"
-                known = ", ".join(sorted(self._originator.fields)) or "none"
-                problem = f"is not a {kind} of this {self._originator.source_type} (known: {known})"
-            else:
-                problem = field.problem_with(value)
-            if problem:
-                raise BadPayload(f"{_place(index)}values.{name} {problem}", index=index, field=f"values.{name}")
-        return item.values
+            if problem := self._problem(name, value):
+                bad[name] = problem
+        if not bad:
+            return item.values
+        found = [
+            Problem(index, f"values.{name}", f"{_place(index)}values.{name} {text}", "value")
+            for name, text in bad.items()
+        ]
+        if len(bad) == len(item.values):
+            self.problems += found[:-1]
+            raise BadPayload(found[-1].detail, index=index, field=found[-1].field)
+        self.problems += found
+        return {name: value for name, value in item.values.items() if name not in bad}
+
+    def _problem(self, name: str, value: object) -> str:
+        """Why it cannot be used, as the end of a sentence. null of a sensor says that there is no value now."""
+        field = self._originator.fields.get(name)
+        if field is not None:
+            is_none = value is None and self._originator.source_type == "sensor"
+            return "" if is_none else field.problem_with(value)
+        kind = "variable" if self._originator.source_type == "sensor" else "state"
+        known = ", ".join(sorted(self._originator.fields)) or "none"
+        return f"is not a {kind} of this {self._originator.source_type} (known: {known})"
 
     def _times(self, item: _Item, index: int | None, kind: str) -> tuple[int, int]:
         """When it counts as having happened, and, where its sender is ahead, what that claims."""

@@ -17,11 +17,11 @@ from aemos.lib import metrics
 from aemos.lib.per_process import per_process
 from aemos.lib.turns import Turns
 from devices.catalogue import Credential
-from devices.exceptions import Forbidden, Overloaded, Refusal, Unauthorized
+from devices.exceptions import BadPayload, Forbidden, Overloaded, Refusal, Unauthorized
 from rules import events
 from rules.admission import control, rejections
 from rules.admission.circuit import Verdict
-from rules.events import Event
+from rules.events import Event, Problem
 from rules.journal.group_commit import GroupCommit
 
 # So much is decoded in a fraction of a millisecond.
@@ -39,12 +39,19 @@ class Result(NamedTuple):
 class Receipt:
     """How a request ended that was not refused as a whole: counts of events.
 
-    `results` holds one decision per event; it is empty when all were accepted.
+    `results` holds one decision per event; it is empty when all were accepted. `problems` says what could not be used at all, and
+    counts nowhere else.
     """
 
     accepted: int
     rejected: int = 0
     results: tuple[Result, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    def positions(self) -> list[int]:
+        """Of the results, in the request."""
+        left_out = {problem.index for problem in self.problems if problem.left_out == "event"}
+        return [index for index in range(len(self.results) + len(left_out)) if index not in left_out]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,7 @@ class Decision:
     accepted: Sequence[Event]
     verdicts: Mapping[int, Verdict]
     refusals: Mapping[int, Overloaded]
+    problems: Sequence[Problem] = ()
 
 
 def submit(
@@ -92,23 +100,28 @@ def submit(
     """
     request = Request(payload=payload, credential=credential, protocol=protocol, uuid=uuid)
     with turns.turn(short=len(payload) < SHORT_BYTES) if turns else nullcontext():
-        batch = read(request)
-    decision = decide(batch)
+        batch, problems = read(request)
+    decision = decide(batch, problems)
     record(decision, hold=hold)
     return commit(decision, hold=hold, after=after)
 
 
-def read(request: Request) -> list[Event]:
-    """The events of an authorized sender. Raises Refusal, which is counted and recorded with what was sent."""
+def read(request: Request) -> tuple[list[Event], list[Problem]]:
+    """The events of an authorized sender, and what could not be used beside them, which is recorded with what was sent.
+
+    Raises Refusal, which is counted and recorded, too.
+    """
+    problems: list[Problem] = []
     try:
         sender = _authorized(request.credential, request.uuid)
-        return events.decode(
+        found = events.decode(
             request.payload,
             sender.originator,
             highest_priority=sender.highest_priority,
             now=timezone.now(),
             protocol=request.protocol,
             maximum_age_us=settings.MAX_EVENT_AGE_DAYS * events.DAY_US,
+            problems=problems,
         )
     except Refusal as refusal:
         rejections.record(
@@ -119,21 +132,35 @@ def read(request: Request) -> list[Event]:
             uuid=request.uuid,
         )
         raise
+    if problems:
+        _record_problems(request, problems)
+    return found, problems
 
 
-def decide(batch: Sequence[Event]) -> Decision:
+def _record_problems(request: Request, problems: Sequence[Problem]) -> None:
+    """One row for the request, whatever it holds of them."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    first = problems[0]
+    refusal = BadPayload(f"{first.detail}{more}", index=first.index, field=first.field)
+    rejections.record(
+        refusal, request.payload, credential=request.credential, protocol=request.protocol, uuid=request.uuid
+    )
+
+
+def decide(batch: Sequence[Event], problems: Sequence[Problem] = ()) -> Decision:
     """One verdict per priority, so that events of one priority are accepted or refused together. Records nothing."""
     admission = control.shared()
     priorities = {event.priority for event in batch}
     try:
         verdicts = {priority: admission.verdict(priority, batch[0].organization_id) for priority in priorities}
     except Overloaded as unknown:
-        return Decision(events=batch, accepted=(), verdicts={}, refusals=dict.fromkeys(priorities, unknown))
+        refusals: dict[int, Overloaded] = dict.fromkeys(priorities, unknown)
+        return Decision(events=batch, accepted=(), verdicts={}, refusals=refusals, problems=problems)
     refusals = {
         priority: admission.refusal(verdict, priority) for priority, verdict in verdicts.items() if not verdict.accept
     }
     accepted = [event for event in batch if event.priority not in refusals]
-    return Decision(events=batch, accepted=accepted, verdicts=verdicts, refusals=refusals)
+    return Decision(events=batch, accepted=accepted, verdicts=verdicts, refusals=refusals, problems=problems)
 
 
 def record(decision: Decision, *, hold: bool) -> None:
@@ -198,8 +225,9 @@ def _refuse(refused: Sequence[Event], refusal: Overloaded, *, hold: bool) -> Non
 
 def _receipt(decision: Decision) -> Receipt:
     accepted = len(decision.accepted)
+    problems = tuple(decision.problems)
     if not decision.refusals:
-        return Receipt(accepted=accepted)
+        return Receipt(accepted=accepted, problems=problems)
     by_priority = {priority: Result(verdict.accept, verdict.reason) for priority, verdict in decision.verdicts.items()}
     results = tuple(by_priority[event.priority] for event in decision.events)
-    return Receipt(accepted=accepted, rejected=len(results) - accepted, results=results)
+    return Receipt(accepted=accepted, rejected=len(results) - accepted, results=results, problems=problems)

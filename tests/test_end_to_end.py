@@ -51,7 +51,7 @@ def test_a_reading_over_each_protocol_switches_the_pump_and_people_are_told(syst
     assert system.manage("ledger").returncode == 0
 
 
-BAD: dict[str, Any] = {"events": [{"values": {"ph": 6.1}}, {"values": {"ph": "high"}}]}
+BAD: dict[str, Any] = {"events": [{"values": {"ph": 6.1}}, {"values": {"ph": "high"}}], "strict": True}
 SAID = "events[1].values.ph must be a number, not a string"
 
 
@@ -70,6 +70,25 @@ def test_bad_input_is_refused_alike_on_three_protocols_and_kept_for_the_admin(sy
     assert {row["protocol"] for row in kept} == {"http", "mqtt", "coap"}
     assert {row["reason"] for row in kept} == {"bad-payload"}
     assert {json.dumps(json.loads(row["payload"])) for row in kept} == {json.dumps(BAD)}
+
+
+def test_a_bad_value_costs_its_siblings_nothing_on_three_protocols(system: LocalSystem) -> None:
+    sensor, person = system.farm["sensors"][1], Person(system)
+    body: dict[str, Any] = {"events": [{"values": {"ph": 6.1}}, {"values": {"ph": 6.2, "lux": 4}}]}
+    said = "events[1].values.lux is not a variable of this sensor"
+    answer = http_post(system, sensor, body)
+    assert (answer.status_code, answer.json()["accepted"]) == (202, 2)
+    assert answer.json()["problems"][0]["detail"].startswith(said)
+    mqtt_publish(system, sensor, body)
+    code, text = coap_post(system, sensor, body)
+    assert (code, json.loads(text)["problems"][0]["field"]) == ("2.04", "values.lux")
+
+    def kept() -> list[str]:
+        rows = person.get("rejected-events")["results"]
+        return [row["protocol"] for row in rows if row["detail"].startswith(said)]
+
+    assert set(until(lambda: found if len(found := kept()) == 3 else [])) == {"http", "mqtt", "coap"}
+    until(lambda: system.manage("ledger", check=False).returncode == 0)
 
 
 def test_kill_9_of_the_worker_in_mid_batch_loses_nothing_and_acts_once(tmp_path: Path) -> None:

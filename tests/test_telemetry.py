@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import per_process
 from devices import catalogue
-from devices.models import DeviceToken, Sensor
+from devices.models import DeviceToken, Sensor, Variable
 from rules.admission import rejections
 from rules.admission.control import Admission
 from rules.journal import ledger, slots
@@ -56,7 +57,8 @@ def test_a_batch_is_accepted_as_a_whole_and_counted_in_events(sensor: Sensor) ->
 @pytest.mark.parametrize(
     ("body", "status", "error"),
     [
-        ({"events": [READING, {"values": {"ec": 1}}]}, 400, "bad-payload"),
+        ({"events": [READING, {"values": {"ec": 1}}], "strict": True}, 400, "bad-payload"),
+        ({"events": [{"values": {"ph": "7,2"}}, {"values": {"ec": 1}}]}, 400, "bad-payload"),
         (b"{", 400, "bad-payload"),
         ({"events": [READING] * 1001}, 413, "too-large"),
         (b'{"values": {"ph": 6}}' + b" " * 1_048_576, 413, "too-large"),
@@ -80,11 +82,70 @@ def test_a_refused_request_accepts_nothing_and_is_kept_for_the_admin(
 
 
 def test_bad_input_names_item_and_field(sensor: Sensor) -> None:
-    answer = post({"events": [READING, {"values": {"ph": "high"}}]}, builders.token(sensor))
+    answer = post({"events": [READING, {"values": {"ph": "high"}}], "strict": True}, builders.token(sensor))
 
     body = answer.json()
     assert (body["index"], body["field"]) == (1, "values.ph")
     assert "events[1].values.ph" in body["detail"]
+
+
+def test_what_cannot_be_used_costs_nothing_else_and_is_named_and_kept(sensor: Sensor) -> None:
+    good = [READING] * 96
+    bad: list[Any] = [
+        {"values": {"ph": "85,0"}},
+        {"values": {"ph": 6.3, "lux": 1}},
+        {"value": 6},
+        {**READING, "timestamp": "noon"},
+    ]
+    answer = post({"events": [*good, *bad]}, builders.token(sensor))
+    rejections.shared().flush()
+
+    assert answer.status_code == 202
+    body = answer.json()
+    assert (body["accepted"], accepted()) == (97, 97)
+    assert [(each["index"], each["field"], each["leftOut"]) for each in body["problems"]] == [
+        (96, "values.ph", "event"), (97, "values.lux", "value"), (98, "value", "event"), (99, "timestamp", "event"),
+    ]  # fmt: skip
+    kept = RejectedEvent.objects.get()
+    assert kept.detail == f"{body['problems'][0]['detail']} (and 3 more)"
+
+
+@pytest.mark.parametrize(
+    "value", [b"NaN", b"Infinity", b'"nan"', b'"unavailable"', b"true", b"[6]", b"9007199254740993"]
+)
+def test_a_bad_value_leaves_its_siblings(value: bytes, sensor: Sensor) -> None:
+    Variable.objects.create(sensor=sensor, name="ec", datatype="number")
+    answer = post(b'{"values": {"ph": 5.0, "ec": %s}}' % value, builders.token(sensor))
+
+    assert (answer.status_code, answer.json()["accepted"]) == (202, 1)
+    (problem,) = answer.json()["problems"]
+    assert (problem["index"], problem["field"], problem["leftOut"]) == (None, "values.ec", "value")
+
+
+def test_a_body_in_gzip_is_read_and_another_coding_is_refused_by_name(sensor: Sensor) -> None:
+    token, body = builders.token(sensor), json.dumps({"events": [READING] * 500}).encode()
+    packed = gzip.compress(body)
+    assert post(packed, token, **{"content-encoding": "gzip"}).json() == {"accepted": 500, "rejected": 0}
+    for content, coding, status in [
+        (packed, "br", 415), (body, "gzip", 400), (packed[:-20], "gzip", 400), (gzip.compress(b" " * 2_000_000), "gzip", 413),
+    ]:  # fmt: skip
+        answer = post(content, token, **{"content-encoding": coding})
+        assert answer.status_code == status, answer.json()
+        assert coding in answer.json()["detail"] or status in (400, 413)
+
+
+def test_of_a_batch_of_which_some_are_refused_under_load_and_some_are_bad_each_keeps_its_place(
+    sensor: Sensor, settings: Any
+) -> None:
+    settings.QUEUE_RECOVERY_THRESHOLD, settings.QUEUE_WARNING_THRESHOLD, settings.QUEUE_CRITICAL_THRESHOLD = 10, 20, 30
+    per_process.forget_all()
+    token = builders.token(sensor, highest_priority=1)
+    assert post({"events": [READING] * 30}, token).status_code == 202
+    answer = post({"events": [{"values": {"ph": "x"}}, READING, {**READING, "type": "critical-alarm"}]}, token)
+
+    assert answer.status_code == 202
+    assert [(each["index"], each["accepted"]) for each in answer.json()["results"]] == [(1, False), (2, True)]
+    assert answer.json()["problems"][0]["index"] == 0
 
 
 @pytest.mark.parametrize("token", ["", "nonsense", "aemos_aaaaaaaaaaaaaa_bbbb", "aemos__", "aemos_\u00e9"])

@@ -261,6 +261,28 @@ def test_two_values_of_one_second_are_two_readings_and_the_later_counts(farm: Fa
     assert farm.power == "off"
 
 
+def test_null_says_that_there_is_no_value_now_until_the_next_good_one(farm: Farm) -> None:
+    both = {"type": "AND", "expressions": [
+        builders.leaf(farm.sensor, operator=">", value=6.5), builders.leaf(farm.sensor, key="ec", operator=">", value=1),
+    ]}  # fmt: skip
+    nodes = [
+        builders.node("both", both, next="on", on_false="off"),
+        builders.node("on", builders.command(farm.pump)),
+        builders.node("off", builders.command(farm.pump, "off")),
+    ]
+    builders.chain(farm.organization, nodes)
+    farm.post({"values": {"ph": 7.0, "ec": 2.0}})
+    assert farm.power == "on"
+    answer = farm.post({"values": {"ph": 7.0, "ec": None}})
+    assert (answer, farm.power) == ({"accepted": 1, "rejected": 0}, "off")
+    farm.post({"values": {"ec": None}})
+    farm.post({"values": {"ph": 7.1}})
+    assert (farm.power, Reading.objects.filter(variable__name="ec").count()) == ("off", 1)
+    farm.post({"values": {"ec": 2.1}})
+    assert farm.power == "on"
+    assert (ledger().duplicate, ledger().dead) == (0, 0)
+
+
 def test_how_often_times_were_not_taken_as_they_are_is_counted(farm: Farm) -> None:
     farm.chain()
     farm.say(7.0, hours=-1)

@@ -222,10 +222,13 @@ def _encoded(code: Code, document: Mapping[str, Any], accept: int | None) -> Coa
 
 
 def _changed(receipt: Receipt, accept: int | None) -> CoapResponse:
-    """2.04; how many were taken is said only when it is not all, because radio time is what a device has least of."""
-    if not receipt.rejected:
+    """2.04; what was taken is said only when it is not all, because radio time is what a device has least of."""
+    if not receipt.rejected and not receipt.problems:
         return CoapResponse(code=Code.CHANGED)
-    return _encoded(Code.CHANGED, {"accepted": receipt.accepted, "rejected": receipt.rejected}, accept)
+    body: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
+    if receipt.problems:
+        body["problems"] = msgspec.to_builtins(receipt.problems)
+    return _encoded(Code.CHANGED, body, accept)
 
 
 def _refused(refusal: Refusal) -> CoapResponse:

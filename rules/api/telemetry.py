@@ -6,6 +6,7 @@ calls it ahead of Django's handler (aemos.telemetry_wsgi), and `view` for whatev
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,16 @@ from django.views.decorators.csrf import csrf_exempt
 from aemos.lib.turns import Turns
 from devices import catalogue
 from devices.catalogue import Credential
-from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
+from devices.exceptions import (
+    BadPayload,
+    Forbidden,
+    OverLimit,
+    Overloaded,
+    Refusal,
+    TooLarge,
+    Unauthorized,
+    UnknownCoding,
+)
 from rules import events, ingest
 from rules.admission import rejections
 from rules.ingest import Receipt
@@ -30,6 +40,7 @@ STATUS: dict[type[Refusal], int] = {
     Forbidden: 403,
     BadPayload: 400,
     TooLarge: 413,
+    UnknownCoding: 415,
     OverLimit: 429,
     Overloaded: 503,
 }
@@ -81,6 +92,25 @@ def incomplete() -> BadPayload:
     return BadPayload("The request ended before its body was complete.")
 
 
+def uncompressed(body: bytes, coding: str) -> bytes:
+    """`coding` is the header Content-Encoding. Raises UnknownCoding, BadPayload, and TooLarge before it takes the memory."""
+    coding = coding.strip().lower()
+    if coding in ("", "identity"):
+        return body
+    if coding not in ("gzip", "x-gzip"):
+        raise UnknownCoding(f"Content-Encoding: {coding[:50]} is not known here; send gzip, or the body as it is.")
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        found = unpacker.decompress(body, events.MAXIMUM_BYTES + 1)
+    except zlib.error as error:
+        raise BadPayload(f"The body is not gzip, as Content-Encoding says: {error}.") from None
+    if len(found) > events.MAXIMUM_BYTES:
+        raise too_large()
+    if not unpacker.eof:
+        raise incomplete()
+    return found
+
+
 def _payload(read_body: Callable[[], bytes], credential: Credential | None) -> bytes:
     try:
         return read_body()
@@ -91,7 +121,7 @@ def _payload(read_body: Callable[[], bytes], credential: Credential | None) -> b
 
 def _body(request: HttpRequest) -> bytes:
     try:
-        return request.body
+        return uncompressed(request.body, request.headers.get("Content-Encoding", ""))
     except RequestDataTooBig:
         raise too_large() from None
     except UnreadablePostError:
@@ -108,8 +138,10 @@ def _accepted(receipt: Receipt) -> Answer:
     if receipt.results:
         body["results"] = [
             {"index": index, "accepted": result.accepted, "reason": result.reason}
-            for index, result in enumerate(receipt.results)
+            for index, result in zip(receipt.positions(), receipt.results, strict=True)
         ]
+    if receipt.problems:
+        body["problems"] = receipt.problems
     return Answer(202, msgspec.json.encode(body))
 
 

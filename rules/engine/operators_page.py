@@ -32,9 +32,9 @@ What holds for all of them:
   absence is what they ask for.
 - **A number never equals a text.** A sensor that sends `"6.5"` in quotes sends text, and `>` is false for it. Nothing is
   converted silently.
-- **Which time.** Ages are counted from when a value was taken to when the event that triggered the chain was received. `olderThan`, which
-  asks for silence, counts from when the source was last heard, whatever its clock says. What a source dates ahead counts from
-  when it was received; see [time and values](time.md).
+- **Which time.** Ages are counted from when a value was taken to when the event that triggered the chain was received.
+  `olderThan`, which asks for silence, counts from when the source was last heard, whatever its clock says. What a source dates
+  ahead counts from when it was received; see [time and values](time.md).
 - **A value does not expire.** The latest value stands until there is a newer one. Where an old value must not count, add
   `{"operator": "newerThan", "duration": "10m"}` for the same variable in an AND group.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from devices.models import StateChange
 from notifications import live_channel
@@ -52,11 +53,13 @@ def store(inputs: Inputs) -> Stored:
         if events.is_run(event):
             names = None if position in ran_before else ()
         elif event.chains is not None:  # another attempt: its values are stored, and some chains are still to run
-            names = tuple(event.values)
+            names = tuple(name for name, _ in _measured(event))
         elif event.source_type == "device":
             names = tuple(reported.pop(event.id, ())) or None
         else:
-            names = tuple(name for name, is_new in zip(event.values, new[position], strict=True) if is_new) or None
+            measured = _measured(event)
+            names = tuple(name for (name, _), is_new in zip(measured, new[position], strict=True) if is_new)
+            names = names or (None if measured else ())
         stored.append((event, names))
     return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
 
@@ -83,7 +86,12 @@ def _rows_of(event: Event, inputs: Inputs) -> list[Row]:
         return []
     fields, at_us = originator.fields, event.stored_us
     received_us = event.timestamp_us if event.claimed_us else None
-    return [readings.row_of(fields[name].id, at_us, value, received_us) for name, value in event.values.items()]
+    return [readings.row_of(fields[name].id, at_us, value, received_us) for name, value in _measured(event)]
+
+
+def _measured(event: Event) -> list[tuple[str, Any]]:
+    """Without what has no value now: that is known from then on, and neither stored nor a reason to run a chain."""
+    return [(name, value) for name, value in event.values.items() if value is not None]
 
 
 def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[str, list[str]]]:
