@@ -25,7 +25,16 @@ from django.db import close_old_connections
 
 from aemos.lib import cbor, metrics
 from devices import catalogue, tokens
-from devices.exceptions import BadPayload, Forbidden, OverLimit, Overloaded, Refusal, TooLarge, Unauthorized
+from devices.exceptions import (
+    BadPayload,
+    Forbidden,
+    OverLimit,
+    Overloaded,
+    Refusal,
+    TooLarge,
+    Unauthorized,
+    UnknownCoding,
+)
 from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
 from gateway.coap.states import States
 from gateway.people import Person, organizations_of, person
@@ -51,6 +60,7 @@ CODES: dict[type[Refusal], Code] = {
     Forbidden: Code.FORBIDDEN,
     BadPayload: Code.BAD_REQUEST,
     TooLarge: Code.TOO_LARGE,
+    UnknownCoding: Code.UNSUPPORTED_FORMAT,
     OverLimit: Code.TOO_MANY_REQUESTS,
     Overloaded: Code.UNAVAILABLE,
 }

@@ -5,6 +5,7 @@ Only what a session is full of does a device never hear of: the broker acknowled
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 from uuid import uuid4
@@ -64,9 +65,9 @@ class BrokerStatistics:
             log.warning("What the MQTT broker holds is not known: it refuses $SYS/broker/# (%s)", refused)
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        text = message.payload.decode(errors="replace")
-        if text.isdecimal():
-            self._said[message.topic] = int(text)
+        with contextlib.suppress(ValueError):  # whatever else a broker may say there
+            # Mosquitto counts retained messages below zero after some were taken away.
+            self._said[message.topic] = max(int(message.payload), 0)
 
     def _remember(self) -> None:
         said = dict(self._said)
