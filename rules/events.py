@@ -534,11 +534,6 @@ def _ungrouped(group: _Group) -> list[Event]:
     ]
 
 
-def late_us(event: Event) -> int:
-    """How long before it was received it counts as having happened; 0 for what time or a person brings about."""
-    return 0 if is_run(event) else max(event.received_us - event.timestamp_us, 0)
-
-
 CHAIN = "chain"
 """The source type of an event that runs the chain that is its originator."""
 

@@ -90,17 +90,16 @@ def decide(
         audience = inputs.audiences.of(event, names)
         pending.apply_if_read(audience.references)
         _observe(event, audience.watches, inputs.memory)
-        decisions = [
-            decide_event(part, chains, known, chain_runs)
-            for part, chains in _parts(event, names, late, inputs.audiences)
-        ]
+        parts = _parts(event, names, late, inputs.audiences) if late else ((event, audience.chains),)
+        decisions = [decide_event(part, chains, known, chain_runs) for part, chains in parts]
         if not any(decision.failures for decision in decisions):
             completed.append(event)
         for decision in decisions:
             failures += decision.failures
             next_timers |= decision.next_timers
             pending.add(decision)
-        _count(event, late)
+        if late or event.claimed_us:
+            _count(event, late)
     return Decided(
         completed=completed,
         failures=failures,
@@ -110,6 +109,9 @@ def decide(
         next_timers=next_timers,
         chain_runs=chain_runs,
     )
+
+
+_NOTHING: frozenset[str] = frozenset()
 
 
 class KnownValues:
@@ -134,18 +136,19 @@ class KnownValues:
         Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do. What
         is not dated, or dated ahead, is of now.
         """
-        if events.late_us(event) == 0 or event.chains is not None or event.command_deadline_us:
-            return frozenset()
+        late_us = event.received_us - event.timestamp_us
+        if late_us <= 0 or event.chains is not None or event.command_deadline_us or events.is_run(event):
+            return _NOTHING
         originator = self.inputs.originator(event)
         late_after_us = originator.late_after_us if originator else None
-        if events.late_us(event) > (self.inputs.late_after_us if late_after_us is None else late_after_us):
+        if late_us > (self.inputs.late_after_us if late_after_us is None else late_after_us):
             return frozenset(event.values)
-        source, latest = (event.source_type, event.originator_uuid), self._latest
-        return frozenset(
-            name
-            for name in event.values
-            if (known := latest.get((*source, name))) and known.timestamp_us > event.timestamp_us
-        )
+        late = _NOTHING
+        for name in event.values:
+            known = self._latest.get((event.source_type, event.originator_uuid, name))
+            if known is not None and known.timestamp_us > event.timestamp_us:
+                late |= {name}
+        return late
 
     def update(self, event: Event, names: Sequence[str] | None) -> None:
         """Takes in what the event says.
@@ -223,9 +226,6 @@ def _parts(
 ) -> Iterator[tuple[Event, Sequence[DeployedChain]]]:
     """What of the event is for which chains: without what is late, but for chains that mean to hear that."""
     chains = audiences.of(event, names).chains
-    if not late:
-        yield event, chains
-        return
     if in_time := tuple(name for name in names if name not in late):
         part = msgspec.structs.replace(event, values={name: event.values[name] for name in in_time})
         yield part, [bound for bound in audiences.of(part, in_time).chains if not bound.hears_late]
