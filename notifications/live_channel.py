@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 from redis.exceptions import RedisError
@@ -51,7 +51,7 @@ def shared() -> WatchedVariables:
     return WatchedVariables()
 
 
-def select(stored: Sequence[Reading | None], *, wanted: frozenset[int]) -> list[Reading]:
+def select(stored: Iterable[Reading | None], *, wanted: frozenset[int]) -> list[Reading]:
     """Those that somebody watches; None stands for a reading that is not new."""
     if not wanted:
         return []

@@ -143,7 +143,7 @@ class Problem(msgspec.Struct, frozen=True, rename="camel"):
 
 _single_decoder = msgspec.json.Decoder(_Single)
 _batch_decoder = msgspec.json.Decoder(_Batch)
-_BATCH_START = re.compile(rb'\s*\{\s*"events"')
+_BATCH_START = re.compile(rb'\s*\{\s*(?:"strict"\s*:\s*(?:true|false)\s*,\s*)?"events"')
 _MSGSPEC_PLACE = re.compile(r" - at `\$(?:\.events\[(\d+)\])?\.?(.*)`$")
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 from django.conf import settings
 from django.utils import timezone
 from gevent.event import AsyncResult
@@ -47,6 +48,11 @@ class Receipt:
     rejected: int = 0
     results: tuple[Result, ...] = ()
     problems: tuple[Problem, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """What every protocol answers, JSON-ready."""
+        found: dict[str, Any] = {"accepted": self.accepted, "rejected": self.rejected}
+        return found | {"problems": msgspec.to_builtins(self.problems)} if self.problems else found
 
     def positions(self) -> list[int]:
         """Of the results, in the request."""

@@ -134,6 +134,12 @@ def test_a_body_in_gzip_is_read_and_another_coding_is_refused_by_name(sensor: Se
         assert coding in answer.json()["detail"] or status in (400, 413)
 
 
+def test_strict_may_come_before_the_events(sensor: Sensor) -> None:
+    bad = {"values": {"ph": "high"}}
+    assert post({"strict": False, "events": [READING, bad]}, builders.token(sensor)).json()["problems"][0]["index"] == 1
+    assert post({"strict": True, "events": [READING, bad]}, builders.token(sensor)).json()["index"] == 1
+
+
 def test_of_a_batch_of_which_some_are_refused_under_load_and_some_are_bad_each_keeps_its_place(
     sensor: Sensor, settings: Any
 ) -> None:

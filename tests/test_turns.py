@@ -31,12 +31,12 @@ def test_whoever_waits_longest_is_next_and_what_is_short_comes_first() -> None:
             order.append(name)
 
     greenlets: list[Any] = [gevent.spawn(holder)]
-    for name in ("first", "second", "short"):
-        greenlets.append(gevent.spawn(partial(waiter, name, short=name == "short")))
+    for name in ("first", "second", "short", "short too"):
+        greenlets.append(gevent.spawn(partial(waiter, name, short="short" in name)))
     gevent.sleep(0.01)
     begin.set()
     gevent.joinall(greenlets, timeout=5, raise_error=True)
-    assert order == ["short", "first", "second"]
+    assert order == ["short", "short too", "first", "second"]
 
 
 def test_somebody_whose_socket_is_ready_waits_for_one_turn_not_for_all() -> None:

@@ -23,7 +23,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: deque[Event] = deque()
+        self._short: deque[Event] = deque()
+        self._long: deque[Event] = deque()
         self._looked_at = 0.0
 
     @contextmanager
@@ -43,20 +44,20 @@ class Turns:
         if not self._taken:
             self._taken = True
             return
-        mine = Event()
-        (self._waiting.appendleft if short else self._waiting.append)(mine)
+        mine, waiting = Event(), self._short if short else self._long
+        waiting.append(mine)
         try:
             mine.wait()
         except BaseException:  # ended while it waited
             if mine.is_set():
                 self._pass_on()
             else:
-                self._waiting.remove(mine)
+                waiting.remove(mine)
             raise
 
     def _pass_on(self) -> None:
         """To one that waits, not to whoever comes first now."""
-        if self._waiting:
-            self._waiting.popleft().set()
+        if waiting := self._short or self._long:
+            waiting.popleft().set()
         else:
             self._taken = False

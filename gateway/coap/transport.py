@@ -235,10 +235,7 @@ def _changed(receipt: Receipt, accept: int | None) -> CoapResponse:
     """2.04; what was taken is said only when it is not all, because radio time is what a device has least of."""
     if not receipt.rejected and not receipt.problems:
         return CoapResponse(code=Code.CHANGED)
-    body: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
-    if receipt.problems:
-        body["problems"] = msgspec.to_builtins(receipt.problems)
-    return _encoded(Code.CHANGED, body, accept)
+    return _encoded(Code.CHANGED, receipt.summary(), accept)
 
 
 def _refused(refusal: Refusal) -> CoapResponse:

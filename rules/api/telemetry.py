@@ -134,14 +134,12 @@ def _bearer(authorization: str) -> str:
 
 
 def _accepted(receipt: Receipt) -> Answer:
-    body: dict[str, Any] = {"accepted": receipt.accepted, "rejected": receipt.rejected}
+    body = receipt.summary()
     if receipt.results:
         body["results"] = [
             {"index": index, "accepted": result.accepted, "reason": result.reason}
             for index, result in zip(receipt.positions(), receipt.results, strict=True)
         ]
-    if receipt.problems:
-        body["problems"] = receipt.problems
     return Answer(202, msgspec.json.encode(body))
 
 

@@ -43,7 +43,7 @@ def store(inputs: Inputs) -> Stored:
     ran_before = schedules.already_ran(batch)
     rows = [_rows_of(event, inputs) for event in batch]
     as_stored = readings.store([row for of_event in rows for row in of_event])
-    live_readings = live_channel.select([row and row[:4] for row in as_stored], wanted=inputs.watched)
+    live_readings = live_channel.select((row and row[:4] for row in as_stored), wanted=inputs.watched)
     left = iter(as_stored)
     new = [[next(left) is not None for _ in of_event] for of_event in rows]
     changes, reported = _apply_reports(batch, inputs)
