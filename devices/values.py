@@ -19,9 +19,7 @@ class Datatype(models.TextChoices):
 
 def value_problem(value: object, datatype: str) -> str:
     """Why the value is not of the datatype, as the end of a sentence; empty when it is."""
-    if datatype == Datatype.NUMBER:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"must be a number, not {_kind(value)}"
+    if datatype == Datatype.NUMBER.value:
         return _number_problem(value)
     if datatype == Datatype.BOOLEAN:
         return "" if isinstance(value, bool) else f"must be true or false, not {_kind(value)}"
@@ -40,10 +38,12 @@ def measured(number: float | None, text: str | None, datatype: str) -> float | s
     return bool(number) if datatype == Datatype.BOOLEAN else number
 
 
-def _number_problem(value: float) -> str:
-    if isinstance(value, int):
-        return "" if abs(value) <= MAXIMUM_INTEGER else "cannot be kept exactly: a whole number has at most 53 bits"
-    return "" if math.isfinite(value) else "is not a finite number"
+def _number_problem(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "is not a finite number"
+    if isinstance(value, bool) or not isinstance(value, int):
+        return f"must be a number, not {_kind(value)}"
+    return "" if abs(value) <= MAXIMUM_INTEGER else "cannot be kept exactly: a whole number has at most 53 bits"
 
 
 def _kind(value: object) -> str:

@@ -343,7 +343,7 @@ def test_an_event_that_killed_three_workers_that_were_at_it_is_put_aside(
 ) -> None:
     real = decide.decide_event
 
-    def decide_event(event: Event, *rest: Any) -> decide.Decision:
+    def decide_event(event: Event, *rest: Any) -> None:
         if event.values["ph"] == 6.66:
             raise Killed
         return real(event, *rest)
@@ -364,7 +364,7 @@ def test_workers_that_are_killed_by_chance_cost_no_event(farm: Farm, monkeypatch
     real = decide.decide_event
 
     def dies_at(value: float) -> Any:
-        def decide_event(event: Event, *rest: Any) -> decide.Decision:
+        def decide_event(event: Event, *rest: Any) -> None:
             if event.values["ph"] == value:
                 raise Killed
             return real(event, *rest)

@@ -157,7 +157,7 @@ def test_an_event_that_holds_its_worker_too_long_is_put_aside_and_the_others_act
     settings.WORKER_TIMEOUT_MS = 1_000
     real = decide.decide_event
 
-    def decide_event(event: Event, *rest: Any) -> decide.Decision:
+    def decide_event(event: Event, *rest: Any) -> None:
         if event.values["ph"] == 5.2:
             time.sleep(30)
         return real(event, *rest)

@@ -89,12 +89,15 @@ class SettledStates:
         self._values: dict[int, Any] | None = None
         self._open: set[int] = set()
 
-    def has(self, request: StateChangeRequest) -> bool:
-        """After a request that is to be made, those of the same state after it are to be made, too, in their order."""
+    def has(self, state_id: int | None, value: Any, *, always: bool) -> bool:
+        """Whether nothing is to be done for the value to be set, which is `always` done. After a request that is to be made,
+        those of the same state after it are to be made, too, in their order. A state that does not exist, None, has no value.
+        """
+        if state_id is None:
+            return False
         if self._values is None:
             self._values = DeviceState.objects.newest_values(self._ids)
-        state_id = request.state_id
-        if request.always or state_id in self._open or self._values.get(state_id, _NOTHING) != request.value:
+        if always or state_id in self._open or self._values.get(state_id, _NOTHING) != value:
             self._open.add(state_id)
             return False
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -56,7 +56,9 @@ def store(rows: Sequence[Row]) -> list[Row | None]:
     if not rows:
         return []
     row_locks.hold(Variable, {row.variable_id for row in rows})
-    stored = _placed(rows, {})
+    stored: Sequence[Row | None] = rows
+    if len(set(map(key, rows))) < len(rows):
+        stored = _placed(rows, {})
     new = _insert(stored)
     if len(new) < sum(row is not None for row in stored):
         old = [row for row in stored if row is not None and key(row) not in new]
@@ -66,15 +68,14 @@ def store(rows: Sequence[Row]) -> list[Row | None]:
         stored = [
             row if row is not None and key(row) in new else other for row, other in zip(stored, moved, strict=True)
         ]
-    return stored
+    return list(stored)
 
 
 Key = tuple[int, int]
 """Variable id and timestamp in microseconds: each is there once."""
 
 
-def key(row: Row) -> Key:
-    return row.variable_id, row.timestamp_us
+key: Callable[[Row], Key] = itemgetter(0, 1)
 
 
 def _placed(rows: Sequence[Row | None], taken: dict[Key, float | str | None]) -> list[Row | None]:

@@ -111,6 +111,10 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     for event in batch:
         audiences.of(event, tuple(event.values))
     chains = audiences.chains()
+    sources = {(event.source_type, event.originator_uuid) for event in batch}
+    # With the devices that the chains may set, which are asked for one by one later.
+    commanded = {("device", command.device_uuid) for bound in chains.values() for command in bound.compiled.commands}
+    originators = catalogue.shared().originators(sources | commanded)
     latest, unread = _read_latest(chains.values(), deadline=began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000)
     watches: dict[str, TemporalCondition] = {
         watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
@@ -119,7 +123,7 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         memory.collect(watches.values(), since_us=min(event.timestamp_us for event in batch), latest=latest)
     inputs = Inputs(
         batch=batch,
-        originators=catalogue.shared().originators({(event.source_type, event.originator_uuid) for event in batch}),
+        originators=originators,
         latest=latest,
         unread=unread,
         memory=memory,

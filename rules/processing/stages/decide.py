@@ -6,9 +6,8 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 from django.conf import settings
@@ -38,15 +37,6 @@ log = logging.getLogger(__name__)
 OnEventStart = Callable[[Event | None], None]
 
 
-@dataclass(slots=True, kw_only=True)
-class Decision:
-    """What one event led to."""
-
-    failures: list[Failure]
-    effects: list[tuple[Effect, perform.ResolvedEffect]] = field(default_factory=list)
-    next_timers: dict[Waiting, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
     """`completed`: events of which no chain failed. `effects`: what is still to be applied. `applied`: what was applied
@@ -74,44 +64,38 @@ def decide(
     """
     known = KnownValues(inputs)
     pending = PendingEffects(known)
+    progress = Progress(known=known, pending=pending)
     completed: list[Event] = []
-    failures: list[Failure] = []
-    next_timers: dict[Waiting, int] = {}
-    chain_runs = statistics.Runs()
     for event, names in stored.events:
         if on_event_start:
             on_event_start(event)
-        late = known.late(event)
-        known.update(event, names)
+        late = known.update(event, names)
         if names is None:
             if redelivered:
-                next_timers |= _replay_condition_state(event, known)
+                progress.next_timers.update(_replay_condition_state(event, known))
             continue
         audience = inputs.audiences.of(event, names)
         pending.apply_if_read(audience.references)
         _observe(event, audience.watches, inputs.memory)
-        parts = _parts(event, names, late, inputs.audiences) if late else ((event, audience.chains),)
-        decisions = [decide_event(part, chains, known, chain_runs) for part, chains in parts]
-        if not any(decision.failures for decision in decisions):
+        failed_before = len(progress.failures)
+        if late:
+            for part, chains in _parts(event, names, late, inputs.audiences):
+                decide_event(part, chains, progress)
+        else:
+            decide_event(event, audience.chains, progress)
+        if len(progress.failures) == failed_before:
             completed.append(event)
-        for decision in decisions:
-            failures += decision.failures
-            next_timers |= decision.next_timers
-            pending.add(decision)
         if late or event.claimed_us:
             _count(event, late)
     return Decided(
         completed=completed,
-        failures=failures,
+        failures=progress.failures,
         effects=pending.effects,
         applied=pending.applied,
         latest=known.of_sensors,
-        next_timers=next_timers,
-        chain_runs=chain_runs,
+        next_timers=progress.next_timers,
+        chain_runs=progress.chain_runs,
     )
-
-
-_NOTHING: frozenset[str] = frozenset()
 
 
 class KnownValues:
@@ -130,40 +114,53 @@ class KnownValues:
         found = self._latest.get(reference)
         return Sample(*found) if found else None
 
-    def late(self, event: Event) -> frozenset[str]:
-        """The names of its values that are history: something newer is known of them, or all of it comes too late.
-
-        Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do. What
-        is not dated, or dated ahead, is of now.
-        """
-        late_us = event.received_us - event.timestamp_us
-        if late_us <= 0 or event.chains is not None or event.command_deadline_us or events.is_run(event):
-            return _NOTHING
-        originator = self.inputs.originator(event)
-        late_after_us = originator.late_after_us if originator else None
-        if late_us > (self.inputs.late_after_us if late_after_us is None else late_after_us):
-            return frozenset(event.values)
-        late = _NOTHING
-        for name in event.values:
-            known = self._latest.get((event.source_type, event.originator_uuid, name))
-            if known is not None and known.timestamp_us > event.timestamp_us:
-                late |= {name}
-        return late
-
-    def update(self, event: Event, names: Sequence[str] | None) -> None:
-        """Takes in what the event says.
+    def update(self, event: Event, names: Sequence[str] | None) -> Collection[str]:
+        """Takes in what the event says, and gives the names of its values that are late.
 
         Of telemetry also when it is a duplicate: the run that stored it may have died before it wrote to Redis. What a device
         reports reaches Redis with the change that it is.
         """
-        if event.source_type == "sensor":
-            for name, value in event.values.items():
-                key = (event.source_type, event.originator_uuid, name)
-                self.of_sensors[key] = _heard(self._latest, key, Latest(value, event.timestamp_us, event.received_us))
-        elif event.source_type == "device" and event.chains is None:
-            for name in names or ():
-                key = (event.source_type, event.originator_uuid, name)
-                _put_if_newer(self._latest, key, event.values[name], min(event.timestamp_us, self.inputs.now_us))
+        older = self._hear(event) if event.source_type == "sensor" else self._report(event, names or ())
+        late_us = event.received_us - event.timestamp_us
+        # Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do.
+        # What is not dated, or dated ahead, is of now.
+        if late_us <= 0 or event.chains is not None or event.command_deadline_us or events.is_run(event):
+            return ()
+        originator = self.inputs.originator(event)
+        late_after_us = originator.late_after_us if originator else None
+        return (
+            event.values if late_us > (self.inputs.late_after_us if late_after_us is None else late_after_us) else older
+        )
+
+    def _hear(self, event: Event) -> Collection[str]:
+        """Gives the names of values of which something newer is known: also something older says that its source lives."""
+        older: tuple[str, ...] = ()
+        at_us, received_us = event.timestamp_us, event.received_us
+        for name, value in event.values.items():
+            key = (event.source_type, event.originator_uuid, name)
+            before = self._latest.get(key)
+            if before is None or before.timestamp_us <= at_us:
+                latest = Latest(value, at_us, received_us)
+            else:
+                older += (name,)
+                latest = before._replace(received_us=max(before.received_us or before.timestamp_us, received_us))
+            self._latest[key] = self.of_sensors[key] = latest
+        return older
+
+    def _report(self, event: Event, changed: Sequence[str]) -> Collection[str]:
+        """Gives the names of values of which something newer is known."""
+        if event.source_type != "device" or event.chains is not None:
+            return ()
+        at_us = event.timestamp_us
+        older: tuple[str, ...] = ()
+        for name, value in event.values.items():
+            key = (event.source_type, event.originator_uuid, name)
+            before = self._latest.get(key)
+            if before is not None and before.timestamp_us > at_us:
+                older += (name,)
+            elif name in changed:
+                self._latest[key] = Latest(value, min(at_us, self.inputs.now_us))
+        return older
 
     def refuses(self, device_uuid: str, state_name: str, value: Value) -> str:
         """As `perform.refuses`, which a batch is asked for few different values."""
@@ -177,21 +174,6 @@ class KnownValues:
         self._latest.update(states.latest_of(change.row.state) for change in changes)
 
 
-def _heard(known: dict[Key, Latest], key: Key, latest: Latest) -> Latest:
-    """What is known of the key then: also something older says that its source lives."""
-    before = known.get(key)
-    if before is not None and before.timestamp_us > latest.timestamp_us:
-        latest = before._replace(received_us=max(before.received_us or before.timestamp_us, latest.received_us))
-    known[key] = latest
-    return latest
-
-
-def _put_if_newer(known: dict[Key, Latest], key: Key, value: Any, at_us: int) -> None:
-    before = known.get(key)
-    if before is None or before.timestamp_us <= at_us:
-        known[key] = Latest(value, at_us)
-
-
 class PendingEffects:
     """The effects that are not applied yet: together they cost few queries, but a chain must see what was set before it."""
 
@@ -202,13 +184,19 @@ class PendingEffects:
         self._sets: set[Reference] = set()
         self._settled = states.SettledStates(known.inputs.commanded)
 
-    def add(self, decision: Decision) -> None:
-        for effect, resolved in decision.effects:
-            if isinstance(effect, DeviceCommand) and isinstance(resolved, states.StateChangeRequest):
-                if self._settled.has(resolved):
-                    continue
-                self._sets.add(Reference("device", effect.device_uuid, effect.state_name))
-            self.effects.append(resolved)
+    def add(self, effects: Iterable[Effect], bound: DeployedChain, event: Event) -> None:
+        """Those of one run, all or none: raises ChainFailed when what one of them needs does not exist any more."""
+        self.effects += [perform.resolve(effect, bound, event) for effect in effects if not self._is_so(effect, bound)]
+
+    def _is_so(self, effect: Effect, bound: DeployedChain) -> bool:
+        """Whether it sets a state to what that is already, which no effect before it changes."""
+        if not isinstance(effect, DeviceCommand):
+            return False
+        target = (effect.device_uuid, effect.state_name)
+        if self._settled.has(bound.states.get(target), effect.value, always=effect.force):
+            return True
+        self._sets.add(Reference("device", *target))
+        return False
 
     def apply_if_read(self, references: frozenset[Reference]) -> None:
         """`references`: what the chains of the next event read."""
@@ -222,7 +210,7 @@ class PendingEffects:
 
 
 def _parts(
-    event: Event, names: tuple[str, ...], late: frozenset[str], audiences: Audiences
+    event: Event, names: tuple[str, ...], late: Collection[str], audiences: Audiences
 ) -> Iterator[tuple[Event, Sequence[DeployedChain]]]:
     """What of the event is for which chains: without what is late, but for chains that mean to hear that."""
     chains = audiences.of(event, names).chains
@@ -233,23 +221,33 @@ def _parts(
         yield event, hearing
 
 
-def _count(event: Event, late: frozenset[str]) -> None:
+def _count(event: Event, late: Collection[str]) -> None:
     if late:
         metrics.EVENT_TIMES.labels("late").inc()
     if event.claimed_us - event.timestamp_us > settings.CLOCK_TOLERANCE_SECONDS * 1_000_000:
         metrics.EVENT_TIMES.labels("ahead").inc()
 
 
-def decide_event(
-    event: Event, chains: Sequence[DeployedChain], known: KnownValues, chain_runs: statistics.Runs
-) -> Decision:
-    """Runs these chains for the event; `chain_runs` counts them."""
-    decision = Decision(failures=_not_run(event, chains))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What the events so far have led to."""
+
+    known: KnownValues
+    pending: PendingEffects
+    failures: list[Failure] = field(default_factory=list)
+    next_timers: dict[Waiting, int] = field(default_factory=dict)
+    chain_runs: statistics.Runs = field(default_factory=statistics.Runs)
+
+
+def decide_event(event: Event, chains: Sequence[DeployedChain], progress: Progress) -> None:
+    """Runs these chains for the event."""
+    if event.chains is not None or event.source_type == events.CHAIN:
+        progress.failures.extend(_not_run(event, chains))
     if not chains:
-        return decision
-    inputs = known.inputs
+        return
+    inputs = progress.known.inputs
     too_late = bool(event.command_deadline_us) and inputs.now_us > event.command_deadline_us
-    trigger, originator = _trigger(event, known), inputs.originator(event)
+    trigger, originator = _trigger(event, progress.known), inputs.originator(event)
     for bound in chains:
         began = time.monotonic()
         trigger.deadline = began + inputs.chain_seconds
@@ -258,19 +256,18 @@ def decide_event(
             if inputs.unread:
                 _require_read(bound, event, inputs)
             outcome = bound.compiled.run(trigger)
-            effects = [(effect, perform.resolve(effect, bound, event)) for effect in outcome.effects]
+            if outcome.effects and not too_late:
+                progress.pending.add(outcome.effects, bound, event)
         except ChainFailed as error:
-            chain_runs.failed(bound, error, seconds=time.monotonic() - began, is_retry=event.attempt > 0)
-            decision.failures.append(_failure(error, bound, event))
+            progress.chain_runs.failed(bound, error, seconds=time.monotonic() - began, is_retry=event.attempt > 0)
+            progress.failures.append(_failure(error, bound, event))
             continue
-        chain_runs.completed(bound, outcome, seconds=time.monotonic() - began)
+        progress.chain_runs.completed(bound, outcome, seconds=time.monotonic() - began)
         if bound.timers:
-            decision.next_timers.update(_next_timers(bound, outcome))
+            progress.next_timers.update(_next_timers(bound, outcome))
         if too_late:
-            log.info("%s would have done %d actions for an event that is too old now", bound.name, len(effects))
-            continue
-        decision.effects += effects
-    return decision
+            skipped = len(outcome.effects)
+            log.info("%s would have done %d actions for an event that is too old now", bound.name, skipped)
 
 
 def _trigger(event: Event, known: KnownValues) -> Trigger:

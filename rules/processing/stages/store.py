@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from devices.models import StateChange
 from notifications import live_channel
@@ -41,11 +40,12 @@ def store(inputs: Inputs) -> Stored:
     failed = {failure.event.id for failure in failures}
     batch = [event for event in inputs.batch if event.id not in failed] if failed else inputs.batch
     ran_before = schedules.already_ran(batch)
-    rows = [_rows_of(event, inputs) for event in batch]
-    as_stored = readings.store([row for of_event in rows for row in of_event])
+    rows: list[Row] = []
+    for event in batch:
+        rows += _rows_of(event, inputs)
+    as_stored = readings.store(rows)
     live_readings = live_channel.select((row and row[:4] for row in as_stored), wanted=inputs.watched)
     left = iter(as_stored)
-    new = [[next(left) is not None for _ in of_event] for of_event in rows]
     changes, reported = _apply_reports(batch, inputs)
     stored: list[tuple[Event, tuple[str, ...] | None]] = []
     for position, event in enumerate(batch):
@@ -53,13 +53,12 @@ def store(inputs: Inputs) -> Stored:
         if events.is_run(event):
             names = None if position in ran_before else ()
         elif event.chains is not None:  # another attempt: its values are stored, and some chains are still to run
-            names = tuple(name for name, _ in _measured(event))
+            names = tuple(_measured(event))
         elif event.source_type == "device":
             names = tuple(reported.pop(event.id, ())) or None
         else:
             measured = _measured(event)
-            names = tuple(name for (name, _), is_new in zip(measured, new[position], strict=True) if is_new)
-            names = names or (None if measured else ())
+            names = tuple([name for name in measured if next(left) is not None]) or (None if measured else ())
         stored.append((event, names))
     return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
 
@@ -86,12 +85,16 @@ def _rows_of(event: Event, inputs: Inputs) -> list[Row]:
         return []
     fields, at_us = originator.fields, event.stored_us
     received_us = event.timestamp_us if event.claimed_us else None
-    return [readings.row_of(fields[name].id, at_us, value, received_us) for name, value in _measured(event)]
+    return [
+        readings.row_of(fields[name].id, at_us, value, received_us)
+        for name, value in event.values.items()
+        if value is not None
+    ]
 
 
-def _measured(event: Event) -> list[tuple[str, Any]]:
+def _measured(event: Event) -> list[str]:
     """Without what has no value now: that is known from then on, and neither stored nor a reason to run a chain."""
-    return [(name, value) for name, value in event.values.items() if value is not None]
+    return [name for name, value in event.values.items() if value is not None]
 
 
 def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.Change], dict[str, list[str]]]:
