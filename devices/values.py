@@ -17,11 +17,15 @@ class Datatype(models.TextChoices):
     BOOLEAN = "boolean"
 
 
+# A member of an enumeration takes longer to look up than the value takes to judge.
+_NUMBER, _BOOLEAN = Datatype.NUMBER.value, Datatype.BOOLEAN.value
+
+
 def value_problem(value: object, datatype: str) -> str:
     """Why the value is not of the datatype, as the end of a sentence; empty when it is."""
-    if datatype == Datatype.NUMBER.value:
+    if datatype == _NUMBER:
         return _number_problem(value)
-    if datatype == Datatype.BOOLEAN:
+    if datatype == _BOOLEAN:
         return "" if isinstance(value, bool) else f"must be true or false, not {_kind(value)}"
     if not isinstance(value, str):
         return f"must be a string, not {_kind(value)}"
