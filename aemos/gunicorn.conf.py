@@ -75,7 +75,9 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Refusals of the last moment still wait in this process."""
+    """Refusals and problems of the last moment still wait in this process."""
+    from devices.quality import data_problems
     from rules.admission import rejections
 
+    data_problems.shared().flush(force=True)
     rejections.shared().close()

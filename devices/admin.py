@@ -14,7 +14,9 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.timesince import timesince
 
+from devices import catalogue
 from devices.models import (
+    DataProblem,
     Device,
     DeviceState,
     DeviceToken,
@@ -22,6 +24,7 @@ from devices.models import (
     Organization,
     Reading,
     Sensor,
+    SensorClock,
     StateChange,
     Variable,
 )
@@ -63,17 +66,44 @@ class MembershipAdmin(ScopedAdmin):
 class VariableInline(TabularInline):
     model = Variable
     extra = 1
+    fields = ("name", "datatype", "unit", "uuid")
     readonly_fields = ("uuid",)
+    show_change_link = True
 
 
 @admin.register(Sensor)
 class SensorAdmin(ScopedAdmin):
     resource = "sensors"
-    list_display = ("name", "organization", "uuid", "created_at")
+    list_display = ("name", "organization", "measured_clock", "data_problems", "uuid", "created_at")
+    readonly_fields = ("uuid", "measured_clock", "data_problems", "created_at")
     list_filter = (OrganizationListFilter,)
-    list_select_related = ("organization",)
+    list_select_related = ("organization", "measured_clock")
     autocomplete_fields = ("organization",)
     inlines = (VariableInline,)
+
+    @admin.display(description="clock", empty_value="not known yet")
+    def measured_clock(self, row: Sensor) -> str | None:
+        clock = getattr(row, "measured_clock", None)
+        return describe_clock(clock) if clock else None
+
+    @admin.display(description="data problems")
+    def data_problems(self, row: Sensor) -> str:
+        return link_to_problems(row)
+
+
+def describe_clock(clock: SensorClock) -> str:
+    """In words: "90 s slow, 12 late events"."""
+    counts = [f"{number} {what}" for number, what in ((clock.late, "late"), (clock.ahead, "ahead")) if number]
+    if clock.offset_ms is None:
+        return ", ".join(counts) or "no event says when it happened"
+    seconds = abs(clock.offset_ms) / 1_000
+    how = "right" if seconds < 1 else f"{seconds:,.0f} s {'slow' if clock.offset_ms > 0 else 'fast'}"
+    return ", ".join([how, *counts])
+
+
+def link_to_problems(row: Sensor | Device) -> str:
+    url = reverse("admin:devices_dataproblem_changelist")
+    return format_html('<a href="{}?q={}">what it sent that is bad</a>', url, row.uuid)
 
 
 @admin.register(Variable)
@@ -87,6 +117,22 @@ class VariableAdmin(ScopedAdmin):
     list_select_related = ("sensor__organization",)
     search_fields = ("name", "sensor__name")
     autocomplete_fields = ("sensor",)
+    fieldsets = (
+        (None, {"fields": ("sensor", "name", "datatype", "unit", "uuid", "created_at")}),
+        (
+            "What is believed",
+            {
+                "description": "A reading outside these limits is suspect: it is kept and shown, and rules go on with the last "
+                "good one.",
+                "fields": (
+                    ("minimum", "maximum"),
+                    ("maximum_step", "maximum_step_seconds"),
+                    "stuck_after_seconds",
+                    "maximum_age_seconds",
+                ),
+            },
+        ),
+    )
 
     def readings(self, row: Variable) -> str:
         url = reverse("admin:devices_reading_changelist")
@@ -206,10 +252,10 @@ class ReadingAdmin(RecordAdmin):
     resource = "readings"
     organization_path = "variable__sensor__organization"
     uuid_paths = ("variable__uuid", "variable__sensor__uuid")
-    list_display = ("variable", "timestamp", "value")
+    list_display = ("variable", "timestamp", "value", "suspect")
     list_filter = (OrganizationListFilter,)
     list_select_related = ("variable__sensor",)
-    fields = ("variable", "timestamp", "value")
+    fields = ("variable", "timestamp", "received_at", "value", "suspect")
     search_fields = ("=variable__name",)
     search_help_text = "The whole name of a variable, or the uuid of a variable or sensor"
 
@@ -219,6 +265,33 @@ class ReadingAdmin(RecordAdmin):
 
     def value(self, row: Reading) -> str:
         return str(row.value)
+
+
+@admin.register(DataProblem)
+class DataProblemAdmin(RecordAdmin):
+    """What cannot be used or is not believed, counted by kind. Whoever has mended the cause deletes the row."""
+
+    resource = "data-problems"
+    uuid_paths = ("uuid", "originator_uuid")
+    list_display = ("last_seen_at", "originator", "name", "kind", "count", "detail")
+    list_filter = ("kind", "source_type", OrganizationListFilter)
+    list_select_related = ("organization",)
+    fields = (
+        "organization", "source_type", "originator", "originator_uuid", "name", "kind", "count", "detail", "payload",
+        "first_seen_at", "last_seen_at",
+    )  # fmt: skip
+    readonly_fields = ("originator",)
+    search_fields = ("=name",)
+    search_help_text = "The name of a variable, or the uuid of a sensor or device"
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return ScopedAdmin.has_delete_permission(self, request, obj)
+
+    @admin.display(description="sensor or device")
+    def originator(self, row: DataProblem) -> str:
+        key = (row.source_type, str(row.originator_uuid))
+        known = catalogue.shared().originators([key]).get(key)
+        return known.name if known else f"{row.source_type} {row.originator_uuid}, which was deleted"
 
 
 @admin.register(StateChange)

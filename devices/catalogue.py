@@ -20,9 +20,11 @@ from django.db.models.signals import post_delete, post_save
 from aemos.lib.per_process import per_process
 from devices import tokens
 from devices.models import CatalogueVersion, Device, DeviceState, DeviceToken, Organization, Sensor, Variable
+from devices.quality.limits import Limits
 from devices.values import value_problem
 
 log = logging.getLogger(__name__)
+SECOND_US = 1_000_000
 REFRESH_SECONDS = 1.0
 # A change moves a version by one. So many at once say that even what did not change is to be built again.
 BUILD = 2**32
@@ -32,11 +34,16 @@ MAXIMUM_UNKNOWN = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A variable of a sensor or a state of a device. `id` is the row's."""
+    """A variable of a sensor or a state of a device. `id` is the row's.
+
+    `limits` say which values of a variable are suspect. After `maximum_age_us` rules see it as missing; 0 is never.
+    """
 
     id: int
     datatype: str
     allowed_values: tuple[Any, ...] = ()
+    limits: Limits | None = None
+    maximum_age_us: int = 0
 
     def problem_with(self, value: object) -> str:
         """Why the field cannot take the value, as the end of a sentence; empty when it can."""
@@ -232,12 +239,26 @@ def _load_originators(source_type: str, **filters: Any) -> list[Originator]:
 
 def _late_after_us(row: Sensor | Device) -> int | None:
     seconds = row.late_after_seconds if isinstance(row, Sensor) else None
-    return None if seconds is None else seconds * 1_000_000
+    return None if seconds is None else seconds * SECOND_US
 
 
 def _field(row: Variable | DeviceState) -> Field:
-    allowed = tuple(row.allowed_values) if isinstance(row, DeviceState) else ()
-    return Field(row.pk, row.datatype, allowed)
+    if isinstance(row, DeviceState):
+        return Field(row.pk, row.datatype, tuple(row.allowed_values))
+    maximum_age_us = (row.maximum_age_seconds or 0) * SECOND_US
+    return Field(row.pk, row.datatype, limits=_limits(row), maximum_age_us=maximum_age_us)
+
+
+def _limits(row: Variable) -> Limits | None:
+    if row.minimum is row.maximum is row.maximum_step is row.stuck_after_seconds is None:
+        return None
+    return Limits(
+        minimum=row.minimum,
+        maximum=row.maximum,
+        step=row.maximum_step,
+        step_us=row.maximum_step_seconds * SECOND_US,
+        stuck_after_us=None if row.stuck_after_seconds is None else row.stuck_after_seconds * SECOND_US,
+    )
 
 
 def mark_changed(organization_id: int) -> None:

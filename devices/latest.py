@@ -25,12 +25,26 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Latest(NamedTuple):
     """A value and when it was true, in microseconds since 1970.
 
-    `received_us` is when its source last said something of it, if only something older; 0 where that is the same.
+    `received_us` is when its source last said something of it, if only something older; 0 where that is the same. Of a variable
+    with limits the value is the last good one: `suspect_us` is the time of the newest reading that was suspect, for the
+    `reason`, and `since_us` is since when the value has been the same.
     """
 
     value: Any
     timestamp_us: int
     received_us: int = 0
+    suspect_us: int = 0
+    reason: str = ""
+    since_us: int = 0
+
+    @property
+    def heard_us(self) -> int:
+        return self.received_us or self.timestamp_us
+
+    @property
+    def suspicion(self) -> str:
+        """Why the newest reading is not believed; empty when it is."""
+        return self.reason if self.suspect_us > self.timestamp_us else ""
 
 
 Key = tuple[str, str, str]  # source type, uuid, name of the variable or state
@@ -40,6 +54,7 @@ _unknown: dict[Key, float] = {}
 
 # What it does: sets each field unless it holds something newer; then at most what is held was received later than it says. A
 # field's text is "<timestamp in us> <received in us> <JSON>", of before there were received times "<timestamp in us> <JSON>".
+# With limits a tab follows, and "<suspect in us> <since in us> <reason>".
 # KEYS: hash of one source. ARGV: by fours field, timestamp in us, received in us, JSON. Returns: nothing of interest.
 _SET_IF_NEWER = """
 for i = 1, #ARGV, 4 do
@@ -70,9 +85,9 @@ def remember(values: Mapping[Key, Latest]) -> None:
     by_source: dict[tuple[str, str], list[Any]] = {}
     for (source_type, uuid, name), latest in values.items():
         _unknown.pop((source_type, uuid, name), None)
-        received_us = latest.received_us or latest.timestamp_us
-        entry = (name, latest.timestamp_us, received_us, json.dumps(latest.value))
-        by_source.setdefault((source_type, uuid), []).extend(entry)
+        by_source.setdefault((source_type, uuid), []).extend(
+            (name, latest.timestamp_us, latest.heard_us, _text(latest))
+        )
     if not by_source:
         return
     with redis.client().pipeline(transaction=False) as pipeline:
@@ -101,11 +116,22 @@ def recall(wanted: Iterable[Key]) -> dict[Key, Latest]:
     return found
 
 
+def _text(latest: Latest) -> str:
+    """JSON, in which a tab is always escaped."""
+    quality = f"\t{latest.suspect_us} {latest.since_us} {latest.reason}" if latest.suspect_us or latest.since_us else ""
+    return json.dumps(latest.value) + quality
+
+
 def _parsed(text: bytes) -> Latest:
     timestamp_us, received_us, *value = text.split(b" ", 2)
     if not value or not received_us.isdigit():  # of before there were received times
         return Latest(json.loads(text.split(b" ", 1)[1]), int(timestamp_us))
-    return Latest(json.loads(value[0]), int(timestamp_us), int(received_us))
+    document, _, quality = value[0].partition(b"\t")
+    latest = Latest(json.loads(document), int(timestamp_us), int(received_us))
+    if not quality:
+        return latest
+    suspect_us, since_us, reason = quality.split(b" ", 2)
+    return latest._replace(suspect_us=int(suspect_us), since_us=int(since_us), reason=reason.decode())
 
 
 def _restored(missing: Iterable[Key]) -> dict[Key, Latest]:
@@ -138,15 +164,27 @@ def _readings(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Lat
     taken = Coalesce("received_at", "timestamp")
     of_variable, now = Reading.objects.filter(variable=OuterRef("pk")), timezone.now()
     # By the index: of what is not ahead the newest, and all that is ahead, which is almost always nothing.
-    usual = of_variable.filter(timestamp__lte=now).order_by("-timestamp").values("pk")[:1]
-    ahead = of_variable.filter(timestamp__gt=now).order_by(taken.desc()).values("pk")[:1]
+    usual = of_variable.filter(timestamp__lte=now).order_by("-timestamp").values("pk")
+    ahead = of_variable.filter(timestamp__gt=now).order_by(taken.desc()).values("pk")
+    chosen = {
+        "newest": usual,
+        "good": usual.filter(suspect=None),
+        "ahead": ahead,
+        "good_ahead": ahead.filter(suspect=None),
+    }
     variables = Variable.objects.filter(sensor__uuid__in=uuids, name__in=names)
-    found = variables.annotate(usual=Subquery(usual), ahead=Subquery(ahead)).values_list("usual", "ahead")
-    ids = {pk for pair in found for pk in pair if pk is not None}
+    found = variables.annotate(**{name: Subquery(rows[:1]) for name, rows in chosen.items()}).values_list(*chosen)
+    ids = {pk for rows in found for pk in rows if pk is not None}
+    latest: dict[int, Latest] = {}
     for row in Reading.objects.filter(pk__in=ids).select_related("variable__sensor").order_by(taken):
         variable = row.variable
-        at = min(row.received_at or row.timestamp, now)
-        yield variable.sensor.uuid, variable.name, Latest(row.value, _microseconds(at))
+        at_us = _microseconds(min(row.received_at or row.timestamp, now))
+        if row.suspect:
+            known = latest.get(variable.pk, Latest(None, 0))
+            latest[variable.pk] = known._replace(received_us=at_us, suspect_us=at_us, reason=row.suspect)
+        else:
+            latest[variable.pk] = Latest(row.value, at_us)
+        yield variable.sensor.uuid, variable.name, latest[variable.pk]
 
 
 def _states(uuids: set[str], names: set[str]) -> Iterator[tuple[UUID, str, Latest]]:

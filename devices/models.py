@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Collection
 from datetime import datetime
@@ -10,10 +11,12 @@ from typing import Any, ClassVar
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
+from django.core.validators import MinValueValidator
 from django.db import connection, models
 from django.utils import timezone
 
 from devices import tokens
+from devices.quality.reasons import Reason
 from devices.values import Datatype, measured, value_problem
 
 
@@ -93,6 +96,30 @@ class Variable(Identified):
     name = models.CharField(max_length=100)
     datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.NUMBER)
     unit = models.CharField(max_length=20, blank=True)
+    minimum = models.FloatField(
+        null=True, blank=True, help_text="A number below this is suspect: kept and shown, and not believed by rules."
+    )
+    maximum = models.FloatField(null=True, blank=True, help_text="A number above this is suspect.")
+    maximum_step = models.FloatField(
+        "maximum step", null=True, blank=True, help_text="A change by more than this in the time beside it is suspect."
+    )
+    maximum_step_seconds = models.PositiveIntegerField(
+        "maximum step per, seconds", default=60, validators=[MinValueValidator(1)]
+    )
+    stuck_after_seconds = models.PositiveIntegerField(
+        "stuck after, seconds",
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1)],
+        help_text="A number that has stayed exactly the same for this long is suspect, until it moves.",
+    )
+    maximum_age_seconds = models.PositiveIntegerField(
+        "maximum age, seconds",
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1)],
+        help_text="For rules, a value older than this is none. Empty: they see the last one, however old it is.",
+    )
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["sensor", "name"], name="variable_name_in_sensor")]
@@ -100,6 +127,19 @@ class Variable(Identified):
 
     def __str__(self) -> str:
         return f"{self.sensor}: {self.name}"
+
+    def clean(self) -> None:
+        limits = {name: getattr(self, name) for name in ("minimum", "maximum", "maximum_step", "stuck_after_seconds")}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if self.datatype != Datatype.NUMBER and given:
+            raise ValidationError(dict.fromkeys(given, f"is for numbers only, and this is a {self.datatype}"))
+        errors = {name: "must be a finite number" for name, limit in given.items() if not math.isfinite(limit)}
+        if not errors and "maximum_step" in given and given["maximum_step"] <= 0:
+            errors["maximum_step"] = "must be above 0"
+        if not errors and {"minimum", "maximum"} <= given.keys() and given["minimum"] >= given["maximum"]:
+            errors["maximum"] = f"must be above the minimum, {given['minimum']:g}"
+        if errors:
+            raise ValidationError(errors)
 
 
 class Device(Identified):
@@ -316,6 +356,7 @@ class Reading(models.Model):
     )
     number = models.FloatField(null=True, help_text="The value of a number; 1 or 0 for true or false.")
     text = models.TextField(null=True, help_text="The value of a string.")
+    suspect = models.CharField(max_length=20, null=True, help_text="Why rules do not believe it; empty when they do.")
 
     class Meta:
         # The unique index also serves "the readings of a variable in a time span", the one question charts ask.
@@ -384,6 +425,65 @@ class StateChange(models.Model):
 
     def __str__(self) -> str:
         return f"{self.state}: {self.previous!r} -> {self.value!r}"
+
+
+class DataProblem(models.Model):
+    """What one sensor or device sent that could not be used, or is not believed: one row for each kind of problem of each value.
+
+    Written by what has counted them (devices.quality.data_problems), so that a sensor that sends bad values for ever fills
+    nothing.
+    """
+
+    class Kind(models.TextChoices):
+        VALUE = "value", "value that cannot be used"
+        UNKNOWN = "unknown", "name that is not known"
+        CLOCK = "clock", "time that cannot be"
+        CLOCK_NOT_SET = "clock-not-set", "time of a clock that was not set"
+        EVENT = "event", "event that cannot be read"
+        BELOW_MINIMUM = Reason.BELOW_MINIMUM.value, "suspect: below the minimum"
+        ABOVE_MAXIMUM = Reason.ABOVE_MAXIMUM.value, "suspect: above the maximum"
+        STEP = Reason.STEP.value, "suspect: changed too much at once"
+        STUCK = Reason.STUCK.value, "suspect: does not move"
+
+    id = models.BigAutoField(primary_key=True)
+    uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
+    organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="data_problems")
+    source_type = models.CharField(max_length=10)
+    originator_uuid = models.UUIDField("sensor or device")
+    name = models.CharField(max_length=100, help_text="Of the variable or state; empty where it is not known.")
+    kind = models.CharField(max_length=20, choices=Kind.choices)
+    count = models.BigIntegerField()
+    detail = models.CharField(max_length=500, help_text="Of the newest.")
+    payload = models.TextField(help_text="The newest, as it was sent.")
+    first_seen_at = models.DateTimeField()
+    last_seen_at = models.DateTimeField(db_index=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["originator_uuid", "name", "kind"], name="one_data_problem_per_originator_name_and_kind"
+            )
+        ]
+        ordering = ["-last_seen_at"]
+
+    def __str__(self) -> str:
+        return f"{self.name or self.source_type}: {self.detail}"
+
+
+class SensorClock(models.Model):
+    """What is known of a sensor's clock, and how many of its events were late or ahead."""
+
+    sensor = models.OneToOneField(Sensor, on_delete=models.CASCADE, primary_key=True, related_name="measured_clock")
+    # The median of the newest events, so that one that waited for the network says nothing. Positive: its clock is slow.
+    offset_ms = models.BigIntegerField(
+        "behind by, ms", null=True, help_text="Received minus claimed; negative where its clock is ahead."
+    )
+    late = models.BigIntegerField("late events", default=0)
+    ahead = models.BigIntegerField("events ahead", default=0)
+    updated_at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"clock of {self.sensor_id}"
 
 
 class CatalogueVersion(models.Model):

@@ -49,6 +49,7 @@ RIGHTS: Mapping[str, Rights] = {
     "device-states": _OF_OPERATORS,
     "device-tokens": _OF_ADMINS,
     "readings": Rights(),
+    "data-problems": Rights(delete=Role.OPERATOR),
     "state-changes": Rights(add=Role.OPERATOR),
     "rule-chains": _OF_OPERATORS,
     "alarms": Rights(change=Role.OPERATOR),

@@ -19,6 +19,7 @@ from rest_framework.relations import PKOnlyObject
 from rest_framework_simplejwt.serializers import TokenObtainPairSerializer, TokenRefreshSerializer
 
 from devices.models import (
+    DataProblem,
     Device,
     DeviceState,
     DeviceToken,
@@ -26,6 +27,7 @@ from devices.models import (
     Organization,
     Reading,
     Sensor,
+    SensorClock,
     StateChange,
     Variable,
 )
@@ -198,14 +200,25 @@ class MembershipSerializer(CamelCaseSerializer[Membership]):
         immutable = ["organization", "user"]
 
 
+class MeasuredClockSerializer(CamelCaseSerializer[SensorClock]):
+    """By how much a sensor's clock is off, and how many of its events were late or ahead."""
+
+    class Meta:
+        model = SensorClock
+        fields = ["offset_ms", "late", "ahead", "updated_at"]
+
+
 class SensorSerializer(CamelCaseSerializer[Sensor]):
     """Something that measures."""
 
     organization = organization_field()
+    measured_clock = MeasuredClockSerializer(
+        read_only=True, allow_null=True, help_text="null until an event has said when it happened."
+    )
 
     class Meta:
         model = Sensor
-        fields = ["uuid", "organization", "name", "clock", "late_after_seconds", "created_at"]
+        fields = ["uuid", "organization", "name", "clock", "late_after_seconds", "measured_clock", "created_at"]
         immutable = ["organization"]
 
 
@@ -216,7 +229,10 @@ class VariableSerializer(CamelCaseSerializer[Variable]):
 
     class Meta:
         model = Variable
-        fields = ["uuid", "sensor", "name", "datatype", "unit", "created_at"]
+        fields = [
+            "uuid", "sensor", "name", "datatype", "unit", "minimum", "maximum", "maximum_step", "maximum_step_seconds",
+            "stuck_after_seconds", "maximum_age_seconds", "created_at",
+        ]  # fmt: skip
         immutable = ["sensor"]
 
 
@@ -347,14 +363,33 @@ class ReadingSerializer(serializers.ModelSerializer[Reading]):
     variable = serializers.UUIDField(source="variable.uuid")
     name = serializers.CharField(source="variable.name")
     value = serializers.SerializerMethodField(method_name="get_measured")
+    quality = serializers.SerializerMethodField(help_text="`suspect` of what rules do not believe, else `good`.")
+    reason = serializers.CharField(source="suspect", allow_null=True, help_text="Why it is suspect.")
 
     class Meta:
         model = Reading
-        fields = ["sensor", "variable", "name", "timestamp", "value"]
+        fields = ["sensor", "variable", "name", "timestamp", "value", "quality", "reason"]
+
+    def get_quality(self, row: Reading) -> str:
+        return "suspect" if row.suspect else "good"
 
     @extend_schema_field(AnyJSON)
     def get_measured(self, row: Reading) -> float | str | bool | None:
         return row.value
+
+
+class DataProblemSerializer(CamelCaseSerializer[DataProblem]):
+    """One kind of problem with one value of a sensor or device: how often it came, and the newest."""
+
+    organization = serializers.UUIDField(source="organization.uuid")
+    originator = serializers.UUIDField(source="originator_uuid")
+
+    class Meta:
+        model = DataProblem
+        fields = [
+            "uuid", "organization", "source_type", "originator", "name", "kind", "count", "detail", "payload", "first_seen_at",
+            "last_seen_at",
+        ]  # fmt: skip
 
 
 class CommandSerializer(CamelCaseSerializer[StateChange]):

@@ -17,6 +17,7 @@ router.register("devices", views.DeviceViewSet)
 router.register("device-states", views.DeviceStateViewSet)
 router.register("device-tokens", views.DeviceTokenViewSet)
 router.register("readings", views.ReadingViewSet)
+router.register("data-problems", views.DataProblemViewSet)
 router.register("state-changes", views.StateChangeViewSet)
 
 Actions = dict[str, Any]

@@ -11,7 +11,7 @@ from django.utils import timezone
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework.decorators import action
 from rest_framework.exceptions import AuthenticationFailed, ValidationError
-from rest_framework.mixins import ListModelMixin
+from rest_framework.mixins import DestroyModelMixin, ListModelMixin
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
@@ -21,6 +21,7 @@ from rest_framework_simplejwt.views import TokenObtainPairView, TokenRefreshView
 
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.models import (
+    DataProblem,
     Device,
     DeviceState,
     DeviceToken,
@@ -35,6 +36,7 @@ from devices.models import (
 from devices.parsers import BoundedJSONParser
 from devices.serializers import (
     AccessTokenSerializer,
+    DataProblemSerializer,
     DeviceSerializer,
     DeviceStateSerializer,
     DeviceTokenSerializer,
@@ -138,7 +140,7 @@ class SensorViewSet(EditViewSet[Sensor]):
     """What measures."""
 
     resource = "sensors"
-    queryset = Sensor.objects.select_related("organization")
+    queryset = Sensor.objects.select_related("organization", "measured_clock")
     serializer_class = SensorSerializer
     filterset_class = OrganizationFilter
 
@@ -263,6 +265,25 @@ class ReadingViewSet(ListModelMixin, ScopedViewSet[Reading]):
         if not {"variable", "sensor"} & self.request.query_params.keys():
             raise ValidationError({"variable": ["Say which variable, or which sensor."]})
         return super().filter_queryset(queryset)
+
+
+class DataProblemFilter(FilterSet):
+    span = "last_seen_at"
+    organization = by_uuid("organization")
+    originator = UUIDFilter(field_name="originator_uuid")
+    name = CharFilter()
+    kind = ChoiceFilter(choices=DataProblem.Kind.choices)
+
+
+class DataProblemViewSet(ListModelMixin, DestroyModelMixin, ScopedViewSet[DataProblem]):
+    """What sensors and devices send that cannot be used or is not believed, the newest first: one row for each kind of problem of
+    each value. Delete one to begin to count anew.
+    """
+
+    resource = "data-problems"
+    queryset = DataProblem.objects.select_related("organization")
+    serializer_class = DataProblemSerializer
+    filterset_class = DataProblemFilter
 
 
 class StateChangeFilter(FilterSet):

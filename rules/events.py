@@ -22,6 +22,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # No import is of a time before this.
 EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
 EARLIEST_US = int(EARLIEST.timestamp()) * 1_000_000
+CLOCK_NOT_SET = "the sender's clock seems not to be set"
 DAY_US = 86_400_000_000
 MAXIMUM_FUTURE_US = DAY_US
 MAXIMUM_AGE_US = 30 * DAY_US
@@ -182,10 +183,11 @@ def decode(
         except BadPayload as refusal:
             reader.problems.append(Problem(refusal.index, refusal.field, refusal.detail, "event"))
     if reader.problems:
+        if problems is not None:
+            problems += reader.problems
         if strict or problems is None or not found:
             first = reader.problems[0]
             raise BadPayload(first.detail, index=first.index, field=first.field)
-        problems += reader.problems
     return _as_received(found) if reader.sees_ahead else found
 
 
@@ -204,7 +206,24 @@ def _as_received(found: list[Event]) -> list[Event]:
     ]
 
 
+# To ask the system for randomness takes longer than all else that is done for a single event, so it is asked for many. What a
+# process has left over is not for those that it becomes.
+SPARE_IDS = 256
+_spare_ids: list[str] = []
+os.register_at_fork(after_in_child=_spare_ids.clear)
+
+
 def _new_ids(count: int) -> list[str]:
+    if count > 1:
+        return _random_ids(count)
+    while True:
+        try:
+            return [_spare_ids.pop()]
+        except IndexError:
+            _spare_ids.extend(_random_ids(SPARE_IDS))
+
+
+def _random_ids(count: int) -> list[str]:
     """Random UUIDs (version 4), all from one look at the system's source of randomness."""
     digits = os.urandom(16 * count).hex()
     variants = "89ab"
@@ -396,11 +415,11 @@ class _Reader:
         if claimed_us - self._received_us > MAXIMUM_FUTURE_US:
             return "is more than 24 hours in the future"
         if claimed_us < EARLIEST_US:
-            return f"is before {EARLIEST.year}: the sender's clock seems not to be set"
+            return f"is before {EARLIEST.year}: {CLOCK_NOT_SET}"
         if claimed_us < self._received_us - self._maximum_age_us and kind != EventType.BATCH_OPERATION:
             days = self._maximum_age_us // DAY_US
             return (
-                f"is more than {days} days ago: the sender's clock seems not to be set. Say that it has none (clock: none), "
+                f"is more than {days} days ago: {CLOCK_NOT_SET}. Say that it has none (clock: none), "
                 "or send old data as batch-operation"
             )
         return ""

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import msgspec
 from django.conf import settings
-from django.utils import timezone
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
 from aemos.lib import metrics
 from aemos.lib.per_process import per_process
 from aemos.lib.turns import Turns
-from devices.catalogue import Credential
+from devices.catalogue import Credential, Originator
 from devices.exceptions import BadPayload, Forbidden, Overloaded, Refusal, Unauthorized
+from devices.quality import data_problems
+from devices.quality.data_problems import Kind
 from rules import events
 from rules.admission import control, rejections
 from rules.admission.circuit import Verdict
@@ -113,7 +115,7 @@ def submit(
 
 
 def read(request: Request) -> tuple[list[Event], list[Problem]]:
-    """The events of an authorized sender, and what could not be used beside them, which is recorded with what was sent.
+    """The events of an authorized sender, and what could not be used beside them, which is noted with what was sent.
 
     Raises Refusal, which is counted and recorded, too.
     """
@@ -124,12 +126,14 @@ def read(request: Request) -> tuple[list[Event], list[Problem]]:
             request.payload,
             sender.originator,
             highest_priority=sender.highest_priority,
-            now=timezone.now(),
+            now=datetime.now(UTC),  # Django's looks a setting up each time, which takes longer
             protocol=request.protocol,
             maximum_age_us=settings.MAX_EVENT_AGE_DAYS * events.DAY_US,
             problems=problems,
         )
     except Refusal as refusal:
+        if isinstance(refusal, BadPayload) and request.credential:
+            _note_problems(request.credential, request.payload, problems or [_as_problem(refusal)])
         rejections.record(
             refusal,
             request.payload,
@@ -139,18 +143,33 @@ def read(request: Request) -> tuple[list[Event], list[Problem]]:
         )
         raise
     if problems:
-        _record_problems(request, problems)
+        _note_problems(sender, request.payload, problems)
     return found, problems
 
 
-def _record_problems(request: Request, problems: Sequence[Problem]) -> None:
-    """One row for the request, whatever it holds of them."""
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    first = problems[0]
-    refusal = BadPayload(f"{first.detail}{more}", index=first.index, field=first.field)
-    rejections.record(
-        refusal, request.payload, credential=request.credential, protocol=request.protocol, uuid=request.uuid
-    )
+def _note_problems(sender: Credential, payload: bytes, problems: Sequence[Problem]) -> None:
+    """Where people find what is bad of a sensor's data, counted by kind."""
+    originator, shared = sender.originator, data_problems.shared()
+    text = payload[: data_problems.MAXIMUM_PAYLOAD].decode("utf-8", "backslashreplace")
+    for problem in problems:
+        kind, name = _kind_of(problem, originator)
+        key = data_problems.Key(originator.source_type, originator.uuid, name, kind)
+        shared.note(key, originator.organization_id, detail=problem.detail, payload=text)
+    shared.flush_soon()
+
+
+def _kind_of(problem: Problem, originator: Originator) -> tuple[Kind, str]:
+    """With the variable or state that is meant; what is none of them is not named, or a sender could make up rows."""
+    place, _, name = problem.field.partition(".")
+    if place == "timestamp":
+        return (Kind.CLOCK_NOT_SET if events.CLOCK_NOT_SET in problem.detail else Kind.CLOCK), ""
+    if place != "values" or not name:
+        return Kind.EVENT, ""
+    return (Kind.VALUE, name) if name in originator.fields else (Kind.UNKNOWN, "")
+
+
+def _as_problem(refusal: BadPayload) -> Problem:
+    return Problem(refusal.index, refusal.field, refusal.detail, "event")
 
 
 def decide(batch: Sequence[Event], problems: Sequence[Problem] = ()) -> Decision:

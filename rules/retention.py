@@ -1,4 +1,4 @@
-"""Delete alarms, rejected events, dead letters and replays that are too old."""
+"""Delete alarms, rejected events, data problems, dead letters and replays that are too old."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from django.utils import timezone
 
 from aemos.lib import keys
 from aemos.lib.retention import delete_in_chunks
+from devices.models import DataProblem
 from rules.engine.durations import MAX_DAYS
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
 
@@ -31,6 +32,7 @@ def _expired() -> list[QuerySet[Any]]:
     alarms = now - timedelta(days=settings.ALARM_RETENTION_DAYS)
     return [
         RejectedEvent.objects.filter(received_at__lt=rejected),
+        DataProblem.objects.filter(last_seen_at__lt=rejected),
         DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.OPEN),
         Replay.objects.filter(ended_at__lt=dead),
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),

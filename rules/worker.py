@@ -17,6 +17,7 @@ from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
 from aemos.lib import metrics
+from devices.quality import data_problems, sensor_clocks
 from rules import jobs
 from rules.journal import tickets
 from rules.journal.listening import Listener
@@ -97,11 +98,17 @@ class DrainWorker(SimpleWorker):
         """Between two jobs, and every half a second of a worker that listens: counts do not wait for the next event."""
         super().heartbeat(timeout, pipeline)
         if pipeline is None:
-            statistics.shared().flush()
-            metrics.flush()
+            _flush()
 
     def teardown(self) -> None:
         self._stop_listening()
-        statistics.shared().flush(force=True)
-        metrics.flush()
+        _flush(force=True)
         super().teardown()
+
+
+def _flush(*, force: bool = False) -> None:
+    """Writes what was counted since the last time."""
+    statistics.shared().flush(force=force)
+    data_problems.shared().flush(force=force)
+    sensor_clocks.shared().flush(force=force)
+    metrics.flush()

@@ -40,7 +40,17 @@ from tests.test_api_rights import Farm, make_farm
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 PAGES = [model for model, page in admin.site._registry.items() if isinstance(page, ScopedAdmin)]
-RECORDS = {"reading", "statechange", "notification", "rejectedevent", "deadletter", "replay", "alarm", "actioncooldown"}
+RECORDS = {
+    "reading",
+    "statechange",
+    "notification",
+    "rejectedevent",
+    "deadletter",
+    "replay",
+    "alarm",
+    "actioncooldown",
+    "dataproblem",
+}
 
 
 def url(model: Any, page: str, *args: Any) -> str:
@@ -69,7 +79,7 @@ def test_every_table_that_people_use_has_a_page() -> None:
     assert named == {
         "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
         "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification", "Alarm",
-        "ActionCooldown",
+        "ActionCooldown", "DataProblem",
     }  # fmt: skip
 
 

@@ -363,6 +363,8 @@ def test_readings_come_newest_first_and_within_a_time_span(farm: Organization, a
         "name": "ph",
         "timestamp": "2026-05-01T06:00:00Z",
         "value": 0,
+        "quality": "good",
+        "reason": None,
     }
     span = {"variable": variable.uuid, "from": "2026-05-01T06:01:00Z", "to": "2026-05-01T06:03:00Z"}
     assert [row["value"] for row in admin.get(f"{API}/readings", span).json()["results"]] == [3, 2, 1]

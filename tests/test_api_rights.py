@@ -15,7 +15,17 @@ from django.db import transaction
 from django.urls import URLResolver, get_resolver
 from rest_framework.test import APIClient
 
-from devices.models import Device, DeviceState, DeviceToken, Organization, Reading, Sensor, StateChange, Variable
+from devices.models import (
+    DataProblem,
+    Device,
+    DeviceState,
+    DeviceToken,
+    Organization,
+    Reading,
+    Sensor,
+    StateChange,
+    Variable,
+)
 from devices.viewsets import ScopedViewSet
 from notifications.models import Delivery, Notification
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
@@ -60,6 +70,10 @@ def names_of(farm: Farm) -> dict[str, Any]:
     organization, state = farm.organization, DeviceState.objects.get(device=farm.device)
     variable = Variable.objects.get(sensor=farm.sensor)
     Reading.objects.create(variable=variable, timestamp=WHEN, number=6.1)
+    problem = DataProblem.objects.create(
+        organization=organization, source_type="sensor", originator_uuid=farm.sensor.uuid, name="ph", kind="stuck", count=1,
+        first_seen_at=WHEN, last_seen_at=WHEN,
+    )  # fmt: skip
     change = StateChange.objects.create(
         effect_key=str(uuid4()), state=state, value="on", source="rule", actor="x", timestamp=WHEN
     )
@@ -85,8 +99,8 @@ def names_of(farm: Farm) -> dict[str, Any]:
     newcomer = builders.user()
     token, _ = DeviceToken.objects.issue(farm.sensor)
     rows: dict[str, Any] = {
-        "organization": organization, "sensor": farm.sensor, "variable": variable, "device": farm.device, "state": state,
-        "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
+        "organization": organization, "sensor": farm.sensor, "variable": variable, "problem": problem, "device": farm.device,
+        "state": state, "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
         "replay": replay, "alarm": alarm,
     }  # fmt: skip
     return {name: str(row.uuid) for name, row in rows.items()} | {
@@ -159,6 +173,8 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("DELETE", "device-tokens/{token}", None, "admin", 204),
     ("POST", "device-tokens/{token}/revoke", None, "admin", 200),
     ("GET", "readings?variable={variable}", None, "viewer", 200),
+    ("GET", "data-problems", None, "viewer", 200),
+    ("DELETE", "data-problems/{problem}", None, "operator", 204),
     ("GET", "state-changes", None, "viewer", 200),
     ("GET", "state-changes/{change}", None, "viewer", 200),
     ("POST", "device-state-instances", COMMAND, "operator", 201),

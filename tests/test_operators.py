@@ -207,6 +207,8 @@ MEANINGS: list[tuple[str, Any, Value, bool]] = [
     ("isBoolean", ..., "true", False),
     ("isArray", ..., "a,b", False),
     ("isArray", ..., 1, False),
+    ("isSuspect", ..., 6.5, False),
+    ("isNotSuspect", ..., 6.5, True),
 ]
 # Operator, value of the leaf (None: it takes none), value of the sample, age of the sample, expected.
 AGES: list[tuple[str, Any, Value, int, bool]] = [
@@ -255,6 +257,12 @@ def test_an_operator_on_age_has_one_meaning_up_to_the_microsecond(
 
 def test_every_operator_has_its_meaning_tested() -> None:
     assert {operator for operator, *_ in [*MEANINGS, *AGES]} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("value", [6.5, None])
+def test_what_is_suspect_is_so_whether_or_not_a_value_was_ever_believed(value: Value) -> None:
+    sample = Sample(value, NOW_US, suspicion="stuck")
+    assert [run(leaf(operator), sample)[0] for operator in ("isSuspect", "isNotSuspect")] == [True, False]
 
 
 ABSENCE = {"isNull", "isEmpty", "olderThan"}
@@ -516,8 +524,10 @@ def comparisons_by_the_book(operator: str, value: Any, operand: Any) -> bool:  #
             return any(equal(value, entry) for entry in operand)
         case "notIn":
             return all(not equal(value, entry) for entry in operand)
-        case "isNotNull":
+        case "isNotNull" | "isNotSuspect":
             return True
+        case "isSuspect":
+            return False
         case "isNotEmpty":
             return not equal(value, "")
         case "isNumber":
@@ -571,6 +581,8 @@ def by_the_book(config: Mapping[str, Any], sample: Sample | None) -> bool:
             counted_from_us = sample.received_us
         of_age = ages_by_the_book(operator, NOW_US - counted_from_us, config["duration_us"])
         return of_age if operand is None else of_age and equal(sample.value, operand)
+    if sample.suspicion and operator in ("isSuspect", "isNotSuspect"):
+        return operator == "isSuspect"
     return sample.value is not None and comparisons_by_the_book(operator, sample.value, operand)
 
 

@@ -18,7 +18,8 @@ from redis.exceptions import RedisError
 
 from aemos.lib import per_process
 from devices import catalogue
-from devices.models import DeviceToken, Sensor, Variable
+from devices.models import DataProblem, DeviceToken, Sensor, Variable
+from devices.quality import data_problems
 from rules.admission import rejections
 from rules.admission.control import Admission
 from rules.journal import ledger, slots
@@ -98,7 +99,7 @@ def test_what_cannot_be_used_costs_nothing_else_and_is_named_and_kept(sensor: Se
         {**READING, "timestamp": "noon"},
     ]
     answer = post({"events": [*good, *bad]}, builders.token(sensor))
-    rejections.shared().flush()
+    data_problems.shared().flush(force=True)
 
     assert answer.status_code == 202
     body = answer.json()
@@ -106,8 +107,11 @@ def test_what_cannot_be_used_costs_nothing_else_and_is_named_and_kept(sensor: Se
     assert [(each["index"], each["field"], each["leftOut"]) for each in body["problems"]] == [
         (96, "values.ph", "event"), (97, "values.lux", "value"), (98, "value", "event"), (99, "timestamp", "event"),
     ]  # fmt: skip
-    kept = RejectedEvent.objects.get()
-    assert kept.detail == f"{body['problems'][0]['detail']} (and 3 more)"
+    details = [each["detail"] for each in body["problems"]]
+    kinds = [("value", "ph"), ("unknown", ""), ("event", ""), ("clock", "")]
+    kept = {(row.kind, row.name): (row.detail, row.count) for row in DataProblem.objects.all()}
+    assert kept == {kind: (detail, 1) for kind, detail in zip(kinds, details, strict=True)}
+    assert not RejectedEvent.objects.exists(), "it was accepted but for these"
 
 
 @pytest.mark.parametrize(

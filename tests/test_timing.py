@@ -254,7 +254,7 @@ def as_float(value: Value) -> float | None:
 def rate_by_the_book(config: dict[str, Any], history: list[Sample]) -> bool:
     """The readings that count are numbers a second after the one before, and every one that is no number."""
     counted: list[tuple[float | None, int]] = []
-    for value, us, _ in history:
+    for value, us, *_ in history:
         number = as_float(value)
         if not counted or number is None or counted[-1][0] is None or us - counted[-1][1] >= SECOND_US:
             counted.append((number, us))
@@ -275,7 +275,7 @@ def by_the_book(config: dict[str, Any], history: list[Sample]) -> bool:
     seconds = {"1m": 60, "2m": 120, "3m": 180, "5m": 300, "10m": 600}
     if "times" in config:
         start_us = newest_us - seconds[config["within"]] * SECOND_US
-        hits = sum(true and us >= start_us for true, (_, us, _) in zip(states, history, strict=True))
+        hits = sum(true and us >= start_us for true, (_, us, *_) in zip(states, history, strict=True))
         return bool(hits >= config["times"])
     if "for" not in config:
         return states[-1]

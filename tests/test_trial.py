@@ -89,7 +89,7 @@ def test_every_step_is_told_with_what_it_saw_and_what_it_made(farm: Farm) -> Non
         {
             "path": "nodes[1].config", "text": "Reservoir B temperature is above 20", "sourceType": "sensor",
             "UUID": str(farm.other.uuid), "name": "Reservoir B", "key": "temperature", "found": 25,
-            "foundAt": "2026-05-01T11:58:30Z", "ageSeconds": 90.0, "passed": True,
+            "foundAt": "2026-05-01T11:58:30Z", "ageSeconds": 90.0, "suspect": None, "passed": True,
         }
     ]  # fmt: skip
     assert half["values"] == {"ph": 7, "speed": 3.5}

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -117,6 +117,11 @@ class Connection:
                 log.exception("A callback of the MQTT connection for %s failed", self._purpose)
 
         return call
+
+    def acknowledge(self, mids: Sequence[int]) -> None:
+        """Messages that were received with QoS 1; for a session that receives."""
+        assert isinstance(self.client, ReceivingClient)  # noqa: S101  there is no other that holds acknowledgements back
+        self.client.acknowledge(mids)
 
     def start(self) -> None:
         """Begins to connect; returns at once. OSError when the certificates cannot be read."""

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import paho.mqtt.client as mqtt
@@ -40,7 +41,9 @@ from gateway.transport import Ingest, Pending
 from notifications.messages import Protocol
 
 log = logging.getLogger(__name__)
-# So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt.
+# So many messages at a time may be unacknowledged, whether they are under way or wait for another attempt. Mosquitto 2.0.11 sends
+# more, up to all that it holds, and then looks for each acknowledgement through all of them, which took most of its time: so no
+# more are taken up at a time, in the order of their arrival.
 RECEIVE_MAXIMUM = 1_000
 # Twice of what telemetry may take, so that one a little too large is refused and recorded; MQTT allows 256 MB, and what
 # is larger than this the broker drops.
@@ -110,10 +113,13 @@ class Inbound:
         self._leads = False
         self._next_tick = float("-inf")
         self._connections = 0
-        self._news: queue.Queue[Arrival | None] = queue.Queue()
+        self._news: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._sender_queues = SenderQueues()
-        self.held_bytes = 0
+        # Each is written by one thread alone, so that neither needs a lock.
+        self._received_bytes = self._done_bytes = 0
         self._room = threading.Condition()
+        self._waits_for_room = False
+        self._to_acknowledge: list[Arrival] = []
         self._under_way: deque[tuple[Arrival, Pending]] = deque()
         # By the broker's number the newest that were accepted, as many as may be unacknowledged.
         self._accepted: dict[int, tuple[int, int]] = {}
@@ -132,6 +138,10 @@ class Inbound:
             on_lost=self._on_lost,
         )
         self._connection.client.on_message = self._connection.guarded(self._on_message)
+
+    @property
+    def held_bytes(self) -> int:
+        return self._received_bytes - self._done_bytes
 
     @property
     def connected(self) -> bool:
@@ -191,26 +201,21 @@ class Inbound:
         return self.held_bytes + size <= MAXIMUM_HELD_BYTES
 
     def _make_room(self, size: int) -> None:
-        with self._room:
-            if not self._has_room(size):
-                self._log.log(
-                    "full",
-                    logging.WARNING,
-                    "%s waits in the broker: %d bytes are held",
-                    self._channel.name,
-                    self.held_bytes,
-                )
-                self._room.wait_for(
-                    lambda: self._has_room(size) or self._stopping.is_set(),
-                    WAIT_FOR_ROOM_SECONDS,
-                )
-            self.held_bytes += size
+        if not self._has_room(size):
+            what = "%s waits in the broker: %d bytes are held"
+            self._log.log("full", logging.WARNING, what, self._channel.name, self.held_bytes)
+            with self._room:
+                self._waits_for_room = True
+                self._room.wait_for(lambda: self._has_room(size) or self._stopping.is_set(), WAIT_FOR_ROOM_SECONDS)
+                self._waits_for_room = False
+        self._received_bytes += size
 
     def _forget(self, arrival: Arrival) -> None:
         self._sender_queues.done(arrival)
-        with self._room:
-            self.held_bytes -= len(arrival.payload)
-            self._room.notify_all()
+        self._done_bytes += len(arrival.payload)
+        if self._waits_for_room:
+            with self._room:
+                self._room.notify_all()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -221,8 +226,8 @@ class Inbound:
                 metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Receiving %s over MQTT failed and is tried again", self._channel.name)
                 self._stopping.wait(TICK_SECONDS)
-        while self._under_way:
-            self._settle()
+        self._settle()
+        self._acknowledge()
         self._on_tick()
         database.close()
 
@@ -235,18 +240,22 @@ class Inbound:
             if not arrivals:
                 break
             self._submit(arrivals)
-        if self._under_way:
-            self._settle()
+        self._settle()
+        self._acknowledge()
 
     def _take_arrivals(self) -> None:
-        """All that is there; waits for the first only if there is nothing else to do."""
+        """What is there and has room; waits for the first only if there is nothing else to do."""
         seconds = self._sender_queues.seconds_until_next(time.monotonic(), longest=TICK_SECONDS)
+        room = RECEIVE_MAXIMUM - len(self._sender_queues)
+        if room <= 0:
+            self._stopping.wait(seconds)
+            return
         try:
-            arrival = self._news.get(block=not self._under_way and seconds > 0, timeout=seconds)
-            while True:
+            for _ in range(room):
+                arrival = self._news.get(block=seconds > 0, timeout=seconds)
                 if arrival is not None:
                     self._sender_queues.add(arrival)
-                arrival = self._news.get_nowait()
+                seconds = 0.0
         except queue.Empty:
             return
 
@@ -265,11 +274,12 @@ class Inbound:
                 before = pending
 
     def _settle(self) -> None:
-        """Waits for the oldest request under way; the others, asked with it, are then mostly done as well."""
-        arrival, pending = self._under_way.popleft()
-        receipt = self._attempt(arrival, pending.wait)
-        if receipt is not None:
-            self._finish(arrival, "accepted")
+        """Waits for what is under way. All of it, so that no sender has a second turn before all others had one."""
+        while self._under_way:
+            arrival, pending = self._under_way.popleft()
+            receipt = self._attempt(arrival, pending.wait)
+            if receipt is not None:
+                self._finish(arrival, "accepted")
 
     def _attempt(self, arrival: Arrival, step: Callable[[], T]) -> T | None:
         """What `step` gives; None when it was refused or failed, with what follows from that seen to."""
@@ -312,10 +322,19 @@ class Inbound:
             if len(self._accepted) > RECEIVE_MAXIMUM:
                 del self._accepted[next(iter(self._accepted))]
         self._forget(arrival)
+        if arrival.qos:
+            self._to_acknowledge.append(arrival)
+
+    def _acknowledge(self) -> None:
+        """All that was finished since the last time, together."""
+        if not self._to_acknowledge:
+            return
+        # In the order of their arrival: Mosquitto looks for each through all that it sent before it.
+        finished, self._to_acknowledge = sorted(self._to_acknowledge, key=attrgetter("held_since")), []
         with self._lock:
             # Over a later connection the number could be that of another message, which would then be lost.
-            if arrival.qos and arrival.connection == self._connections:
-                self._connection.client.ack(arrival.mid, arrival.qos)
+            if mids := [arrival.mid for arrival in finished if arrival.connection == self._connections]:
+                self._connection.acknowledge(mids)
 
     def _tick(self) -> None:
         self._next_tick = time.monotonic() + TICK_SECONDS

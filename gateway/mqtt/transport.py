@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
+from devices.quality import data_problems
 from gateway.mqtt.accounts import BrokerSync
 from gateway.mqtt.inbound import TELEMETRY, TELEMETRY_TOGETHER, Inbound, Telemetry
 from gateway.mqtt.outbound import Outbound
@@ -27,7 +28,13 @@ class MqttTransport(Transport):
 
     def __init__(self, ingest: Ingest) -> None:
         kept = Reports()
-        self.telemetry = Inbound(TELEMETRY, Telemetry(ingest, on_device=kept.saw).take, together=TELEMETRY_TOGETHER)
+        self.telemetry = Inbound(
+            TELEMETRY,
+            Telemetry(ingest, on_device=kept.saw).take,
+            together=TELEMETRY_TOGETHER,
+            # Its thread waits for messages, not for greenlets that could write them.
+            on_tick=data_problems.shared().flush,
+        )
         self.reports = Inbound(REPORTS, kept.take, on_tick=kept.flush)
         self._outbound = Outbound(kept)
 

@@ -90,6 +90,7 @@ class ConditionReportSerializer(MissingSourceSerializer):
     found = ValueField(allow_null=True)
     foundAt = serializers.DateTimeField(allow_null=True)  # noqa: N815
     ageSeconds = serializers.FloatField(allow_null=True)  # noqa: N815
+    suspect = serializers.CharField(allow_null=True, help_text="Why the newest reading is not believed.")
     passed = serializers.BooleanField()
 
 

@@ -20,7 +20,9 @@ from django.core.exceptions import ValidationError
 from django.utils import timezone
 
 from devices import catalogue, latest
+from devices.catalogue import Field
 from devices.models import DeviceState
+from devices.quality import limits
 from devices.serializers import camel
 from rules import events
 from rules.authoring import describe, validation
@@ -32,10 +34,12 @@ from rules.engine.conditions import SOURCE_TYPES, compile_condition
 from rules.engine.context import Run, Scope, Trigger
 from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed
+from rules.engine.fields import is_number
 from rules.engine.values import Reference, Sample, TemporalCondition, Value
 from rules.events import CHAIN
 from rules.models import ActionCooldown, RuleChain, RuleNode
 from rules.processing import condition_memory, loading
+from rules.processing.quality import sample_of
 
 EVENT_ID = "trial"
 
@@ -74,12 +78,13 @@ def run(chain: RuleChain, nodes: Sequence[RuleNode], given: TrialInput) -> dict[
     source = _source(chain, compiled, given)
     when = given.timestamp or timezone.now()
     facts = _Facts(compiled, given, when=when, source=source)
+    values = {name: value for name, value in given.values.items() if name not in facts.suspects}
     names = describe.names_of(chain.organization_id, nodes)
     trigger = Trigger(
         event_id=EVENT_ID,
         source_type=source[0],
         uuid=source[1],
-        values=given.values,
+        values=values,
         timestamp_us=events.microseconds(when),
         lookup=facts.samples.get,
         memory=facts.memory,
@@ -124,19 +129,48 @@ def _check_values(source: tuple[str, str], values: Mapping[str, Value]) -> None:
 
 
 class _Facts:
-    """What is known besides the event: the latest sample of each reference, and what conditions over time remember."""
+    """What is known besides the event: the latest sample of each reference, and what conditions over time remember.
+
+    `suspects`: the names of the event's values that are not believed.
+    """
 
     def __init__(self, compiled: Chain, given: TrialInput, *, when: datetime, source: tuple[str, str]) -> None:
         self._when_us = events.microseconds(when)
         self._given = self._histories(given.latest)
-        self._own = {Reference(*source, key): Sample(value, self._when_us) for key, value in given.values.items()}
-        self.samples = self._latest(compiled.references)
+        own = {Reference(*source, key): value for key, value in given.values.items()}
+        sources = {source, *(reference[:2] for reference in compiled.references)}
+        self._originators = catalogue.shared().originators(sources)
+        judged = {reference for reference in own if (field := self._field(reference)) and field.limits}
+        self.samples = self._latest((compiled.references - own.keys()) | judged)
+        self.suspects = {reference.key for reference, value in own.items() if self._is_suspect(reference, value)}
+        believed = {reference: value for reference, value in own.items() if reference.key not in self.suspects}
+        self._own = {reference: Sample(value, self._when_us) for reference, value in believed.items()}
+        self.samples |= self._own
         self.memory = self._memory(compiled.watches)
 
     def _latest(self, references: Iterable[Reference]) -> dict[Reference, Sample]:
-        known = latest.recall([each for each in references if each not in self._given and each not in self._own])
-        found = {Reference(*key): Sample(*value) for key, value in known.items()}
+        self._known = latest.recall([each for each in references if each not in self._given])
+        found = {Reference(*key): self._sample(Reference(*key), value) for key, value in self._known.items()}
         return found | {reference: history[-1] for reference, history in self._given.items()}
+
+    def _sample(self, reference: Reference, known: latest.Latest) -> Sample:
+        field = self._field(reference)
+        return sample_of(known, clock_us=self._when_us, maximum_age_us=field.maximum_age_us if field else None)
+
+    def _field(self, reference: Reference) -> Field | None:
+        originator = self._originators.get(reference[:2])
+        return originator.fields.get(reference.key) if originator else None
+
+    def _is_suspect(self, reference: Reference, value: Value) -> bool:
+        """Then what was known before it stays known, and is suspect."""
+        field, known = self._field(reference), self._known.get(reference)
+        if field is None or field.limits is None or not is_number(value):
+            return False
+        reason = limits.judge(field.limits, value, self._when_us, known)
+        if reason:
+            taken = limits.taken_in(reason, value, self._when_us, self._when_us, known)
+            self.samples[reference] = self._sample(reference, taken)
+        return bool(reason)
 
     def _histories(self, known: Sequence[KnownValue]) -> dict[Reference, list[Sample]]:
         found: dict[Reference, list[Sample]] = {}
@@ -270,6 +304,7 @@ class _Report:
             "found": sample.value if sample else None,
             "foundAt": _time(sample.timestamp_us) if sample else None,
             "ageSeconds": (run.clock_us - sample.timestamp_us) / 1_000_000 if sample else None,
+            "suspect": sample.suspicion or None if sample else None,
             "passed": condition.evaluate(Scope(run.read, run.now_us, run.memory, clock_us=run.clock_us)),
         }
 

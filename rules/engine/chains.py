@@ -108,7 +108,8 @@ class Chain:
     `references` trigger the chain and must be known to the lookup: what its filters read and, where a filter reads
     the result of a transform before it, also what that transform reads. `watches` are what its conditions over time
     remember, which the caller keeps; `timers` those that time alone can make true. `commands` are the devices and states
-    that its actions address; whether they exist in the organization is the caller's to check.
+    that its actions address; whether they exist in the organization is the caller's to check. `questioned` are the references of
+    which its filters ask whether they are believed.
     """
 
     spec: ChainSpec
@@ -116,6 +117,7 @@ class Chain:
     watches: tuple[TemporalCondition, ...]
     timers: tuple[Timer, ...]
     commands: tuple[Command, ...]
+    questioned: frozenset[Reference]
     _start: _Node = field(repr=False)
 
     @property
@@ -195,6 +197,7 @@ def compile(spec: ChainSpec) -> Chain:
         watches=tuple({watch.key: watch for part in parts for watch in part.watches}.values()),
         timers=tuple(dict.fromkeys(timer for part in parts for timer in part.timers)),
         commands=tuple(command for part in parts for command in part.commands),
+        questioned=frozenset(reference for part in parts for reference in part.questioned),
         _start=_link(spec.nodes, edges, parts)[start],
     )
 
@@ -291,12 +294,17 @@ class _Part(NamedTuple):
     timers: tuple[Timer, ...] = ()
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
+    questioned: frozenset[Reference] = frozenset()
 
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
     condition = compile_condition(node.config, path=path)
     return _Part(
-        condition.evaluate, references=condition.references, watches=condition.watches, timers=condition.timers
+        condition.evaluate,
+        references=condition.references,
+        watches=condition.watches,
+        timers=condition.timers,
+        questioned=condition.questioned,
     )
 
 

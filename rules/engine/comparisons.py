@@ -86,6 +86,22 @@ def judging(judge: Judge, *, wanted: bool = True) -> Make:
     return make
 
 
+def suspicious(*, wanted: bool) -> Make:
+    """Make leaves that ask whether the newest value is believed, whatever it is."""
+
+    def make(reference: Reference, _operand: None, _duration_us: int) -> Evaluate:
+        def evaluate(scope: Scope) -> bool:
+            sample = scope.read(reference)
+            if sample is None or (sample.value is None and not sample.suspicion):
+                scope.missing.append(reference)
+                return False
+            return bool(sample.suspicion) is wanted
+
+        return evaluate
+
+    return make
+
+
 def absent(reference: Reference, _operand: None, _duration_us: int) -> Evaluate:
     def evaluate(scope: Scope) -> bool:
         sample = scope.read(reference)

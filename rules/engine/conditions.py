@@ -52,6 +52,7 @@ _ON_LEAVES = dict.fromkeys(("duration", *TIME_KEYS), "is not for groups: put it 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """A compiled filter; `watches` are what its conditions over time remember, `timers` those that time alone can change.
+    `questioned` are the references of which it asks whether they are believed.
 
     `evaluate(scope)` reads one reference at a time, left to right, only as far as AND and OR need it, and notes as
     missing every reference that has no value. It raises nothing of its own.
@@ -61,6 +62,7 @@ class Condition:
     evaluate: Evaluate
     watches: tuple[TemporalCondition, ...] = ()
     timers: tuple[Timer, ...] = ()
+    questioned: frozenset[Reference] = frozenset()
 
 
 def compile_condition(config: object, *, path: str) -> Condition:
@@ -77,6 +79,7 @@ def compile_condition(config: object, *, path: str) -> Condition:
         evaluate=evaluate,
         watches=tuple(tree.watches.values()),
         timers=tuple(tree.timers),
+        questioned=frozenset(tree.questioned),
     )
 
 
@@ -117,6 +120,7 @@ class _Tree:
         self.references: set[Reference] = set()
         self.watches: dict[str, TemporalCondition] = {}
         self.timers: dict[Timer, None] = {}
+        self.questioned: set[Reference] = set()
         self.problems: list[Problem] = []
         self._leaves = 0
 
@@ -163,6 +167,8 @@ class _Tree:
             return _never
         reference = Reference(source_type, uuid.lower(), key)
         self.references.add(reference)
+        if OPERATORS[symbol].asks_quality:
+            self.questioned.add(reference)
         evaluate = OPERATORS[symbol].make(reference, operand, duration_us)
         leaf = Leaf(reference, symbol, operand, duration_us, evaluate)
         if timing is None:

@@ -45,7 +45,8 @@ class Operator(NamedTuple):
 
     `meaning` completes "true when the value ..."; `odd` are the cases in which people expect different things; `example` are
     the keys that follow the operator in a leaf; `predicate` completes a sentence about a sensor, with places for the operand.
-    All four are shown to people. One that `turns_by_itself` may turn true without an event.
+    All four are shown to people. One that `turns_by_itself` may turn true without an event. One that `asks_quality` is also asked
+    at a reading that is suspect, at which no other is.
     """
 
     make: Make
@@ -56,6 +57,7 @@ class Operator(NamedTuple):
     predicate: str
     takes_duration: bool = False
     turns_by_itself: bool = False
+    asks_quality: bool = False
 
     @property
     def is_numeric(self) -> bool:
@@ -228,6 +230,27 @@ SECTIONS: dict[str, dict[str, Operator]] = {
             "is there and is not text of no characters",
             "The opposite of isEmpty.",
             predicate="is not empty",
+        ),
+    },
+    "Whether the value is believed": {
+        "isSuspect": Operator(
+            comparisons.suspicious(wanted=True),
+            None,
+            "is outside the limits of its variable, jumped, or is stuck",
+            "Asked of the newest reading, while all other operators see the last one that was believed. A state of a device is "
+            "never suspect. False while there is no value.",
+            {},
+            predicate="is suspect",
+            asks_quality=True,
+        ),
+        "isNotSuspect": Operator(
+            comparisons.suspicious(wanted=False),
+            None,
+            "is believed",
+            "The opposite of isSuspect, but false while there is no value.",
+            {},
+            predicate="is believed",
+            asks_quality=True,
         ),
     },
     "What kind of value": {

@@ -19,12 +19,14 @@ class Reference(NamedTuple):
 class Sample(NamedTuple):
     """A value and when it was taken, in microseconds since 1970 (UTC).
 
-    `received_us` is when its source was last heard of it, whatever its clock says; 0 where that is when it was taken.
+    `received_us` is when its source was last heard of it, whatever its clock says; 0 where that is when it was taken. With
+    limits the value is the last good one, and `suspicion` says why the newest is not believed; empty when it is.
     """
 
     value: Value
     timestamp_us: int
     received_us: int = 0
+    suspicion: str = ""
 
     @property
     def heard_us(self) -> int:

@@ -12,7 +12,7 @@ from notifications.live_channel import Reading
 from rules.effects import perform
 from rules.effects.perform import Applied
 from rules.events import Event
-from rules.processing import schedules, statistics
+from rules.processing import data_quality, schedules, statistics
 from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.failures import Failure
 from rules.processing.stages.collect import collect
@@ -74,6 +74,7 @@ def process(
         applied = apply(decided)
         record_failures([*stored.failures, *decided.failures])
     statistics.shared().add(decided.chain_runs)
+    data_quality.count(stored, decided.late_events)
     return _result(stored, decided, applied)
 
 

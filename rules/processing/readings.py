@@ -16,8 +16,8 @@ from devices.models import Reading, Variable
 from devices.values import measured
 from rules import events
 
-# SQLite takes 32,766 parameters in one statement, and a row has five.
-SQLITE_ROWS = 6_000
+# SQLite takes 32,766 parameters in one statement, and a row has six.
+SQLITE_ROWS = 5_000
 
 
 # Different values of one variable that claim one microsecond are kept in the ones after it: as many as a request may hold.
@@ -27,7 +27,7 @@ SHIFT_US = 1_000
 class Row(NamedTuple):
     """One measured value: a number (true and false are 1 and 0) or a text.
 
-    `received_us` is None but where its own time was ahead of when it was received.
+    `received_us` is None but where its own time was ahead of when it was received. `suspect` is why rules do not believe it.
     """
 
     variable_id: int
@@ -35,16 +35,23 @@ class Row(NamedTuple):
     number: float | None
     text: str | None
     received_us: int | None = None
+    suspect: str | None = None
 
     @property
     def value(self) -> float | str | None:
         return self.number if self.text is None else self.text
 
 
-def row_of(variable_id: int, timestamp_us: int, value: float | str | bool, received_us: int | None = None) -> Row:
+def row_of(
+    variable_id: int,
+    timestamp_us: int,
+    value: float | str | bool,
+    received_us: int | None = None,
+    suspect: str | None = None,
+) -> Row:
     if isinstance(value, str):
-        return Row(variable_id, timestamp_us, None, value, received_us)
-    return Row(variable_id, timestamp_us, float(value), None, received_us)
+        return Row(variable_id, timestamp_us, None, value, received_us, suspect)
+    return Row(variable_id, timestamp_us, float(value), None, received_us, suspect)
 
 
 def store(rows: Sequence[Row]) -> list[Row | None]:
@@ -107,8 +114,10 @@ def _there(rows: Sequence[Row]) -> dict[Key, float | str | None]:
 
 
 def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, float | str | bool | None]]:
-    """(when it counts as taken in us, value) of the variable's newest readings from then on, at most so many, ascending."""
-    rows = Reading.objects.filter(variable_id=field.id, timestamp__gte=events.moment(max(since_us, 0)))
+    """(when it counts as taken in us, value) of the variable's newest readings from then on that are believed, at most so many,
+    ascending.
+    """
+    rows = Reading.objects.filter(variable_id=field.id, timestamp__gte=events.moment(max(since_us, 0)), suspect=None)
     newest = rows.order_by("-timestamp").values_list("timestamp", "received_at", "number", "text")[:maximum]
     found = [
         (events.microseconds(received_at or at), measured(number, text, field.datatype))
@@ -118,9 +127,9 @@ def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, floa
 
 
 _POSTGRESQL = """
-INSERT INTO devices_reading (variable_id, "timestamp", number, text, received_at)
-SELECT v, timestamptz 'epoch' + t * interval '1 microsecond', n, s, timestamptz 'epoch' + r * interval '1 microsecond'
-FROM unnest(%b::bigint[], %b::bigint[], %b::float8[], %b::text[], %b::bigint[]) AS incoming(v, t, n, s, r)
+INSERT INTO devices_reading (variable_id, "timestamp", number, text, received_at, suspect)
+SELECT v, timestamptz 'epoch' + t * interval '1 microsecond', n, s, timestamptz 'epoch' + r * interval '1 microsecond', q
+FROM unnest(%b::bigint[], %b::bigint[], %b::float8[], %b::text[], %b::bigint[], %b::text[]) AS incoming(v, t, n, s, r, q)
 ON CONFLICT (variable_id, "timestamp") DO NOTHING
 RETURNING variable_id, (extract(epoch FROM "timestamp") * 1000000)::bigint
 """
@@ -153,7 +162,7 @@ def _there_postgresql(rows: Sequence[Row]) -> dict[Key, float | str | None]:
 
 
 _SQLITE = """
-INSERT INTO devices_reading (variable_id, "timestamp", number, text, received_at) VALUES ROWS
+INSERT INTO devices_reading (variable_id, "timestamp", number, text, received_at, suspect) VALUES ROWS
 ON CONFLICT (variable_id, "timestamp") DO NOTHING RETURNING variable_id, "timestamp"
 """
 
@@ -167,7 +176,7 @@ def _insert_sqlite(rows: Sequence[Row]) -> set[Key]:
 
 def _insert_sqlite_chunk(rows: Sequence[Row]) -> set[Key]:
     texts = {_sqlite_time(row.timestamp_us): row.timestamp_us for row in rows}
-    statement = _SQLITE.replace("ROWS", ",".join(["(%s, %s, %s, %s, %s)"] * len(rows)))
+    statement = _SQLITE.replace("ROWS", ",".join(["(%s, %s, %s, %s, %s, %s)"] * len(rows)))
     parameters = [
         value
         for row in rows
@@ -177,6 +186,7 @@ def _insert_sqlite_chunk(rows: Sequence[Row]) -> set[Key]:
             row.number,
             row.text,
             row.received_us and _sqlite_time(row.received_us),
+            row.suspect,
         )
     ]
     with connection.cursor() as cursor:

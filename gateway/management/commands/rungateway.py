@@ -66,9 +66,11 @@ class Command(BaseCommand):
         ]
 
     def _keep_refusals(self) -> None:
-        """Refusals of the last moment still wait in this process."""
+        """Refusals and problems of the last moment still wait in this process."""
+        from devices.quality import data_problems
         from rules.admission import rejections
 
+        data_problems.shared().flush(force=True)
         rejections.shared().close()
 
     def _is_off(self, protocol: Protocol, switched_off: bool) -> bool:

@@ -19,7 +19,7 @@ from devices.latest import Key, Latest
 from notifications import live_channel
 from rules import events
 from rules.engine.bound import DeployedChain
-from rules.engine.values import Reference, TemporalCondition
+from rules.engine.values import Reference, Source, TemporalCondition
 from rules.events import Event
 from rules.processing import index
 from rules.processing.condition_memory import ConditionStateStore
@@ -80,16 +80,18 @@ def _audience(event: Event, names: tuple[str, ...]) -> Audience:
 class Inputs:
     """A batch with what is known before it.
 
-    `latest`: values of what its chains read. `unread`: references that DATA_COLLECTION_TIMEOUT_MS left no time to read; a
-    chain that needs one fails with that code. `commanded`: ids of the states that its chains may set. `watched`: ids of the
-    variables that people look at right now. `now_us`: when the batch began, in microseconds since 1970. `late_after_us`: what
-    came later than this after it was taken is history, where its sensor does not say otherwise. `chain_seconds`: how long one
-    chain may run.
+    `latest`: values of what its chains read, and of its variables that have limits. `maximum_ages`: after how many microseconds
+    a value that its chains read is missing, of those that have such an age. `unread`: references that
+    DATA_COLLECTION_TIMEOUT_MS left no time to read; a chain that needs one fails with that code. `commanded`: ids of the states
+    that its chains may set. `watched`: ids of the variables that people look at right now. `now_us`: when the batch began, in
+    microseconds since 1970. `late_after_us`: what came later than this after it was taken is history, where its sensor does not
+    say otherwise. `chain_seconds`: how long one chain may run.
     """
 
     batch: Sequence[Event]
     originators: Mapping[tuple[str, str], Originator]
     latest: Mapping[Key, Latest]
+    maximum_ages: Mapping[Key, int]
     unread: frozenset[Key]
     memory: ConditionStateStore
     commanded: frozenset[int]
@@ -112,10 +114,20 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         audiences.of(event, tuple(event.values))
     chains = audiences.chains()
     sources = {(event.source_type, event.originator_uuid) for event in batch}
+    references = dict.fromkeys(reference for bound in chains.values() for reference in bound.compiled.references)
     # With the devices that the chains may set, which are asked for one by one later.
     commanded = {("device", command.device_uuid) for bound in chains.values() for command in bound.compiled.commands}
-    originators = catalogue.shared().originators(sources | commanded)
-    latest, unread = _read_latest(chains.values(), deadline=began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000)
+    named = {reference[:2] for reference in references}
+    originators = catalogue.shared().originators(sources | commanded | named)
+    limited = [
+        (*source, name)
+        for source in sources
+        if source in originators
+        for name, field in originators[source].fields.items()
+        if field.limits
+    ]
+    deadline = began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000
+    latest, unread = _read_latest([*dict.fromkeys([*references, *limited])], deadline=deadline)
     watches: dict[str, TemporalCondition] = {
         watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
     }
@@ -125,6 +137,7 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         batch=batch,
         originators=originators,
         latest=latest,
+        maximum_ages=_maximum_ages(references, originators),
         unread=unread,
         memory=memory,
         commanded=frozenset(state_id for bound in chains.values() for state_id in bound.commanded),
@@ -138,9 +151,18 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     return inputs
 
 
-def _read_latest(chains: Iterable[DeployedChain], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:
-    """The latest values of all that the chains read, and what was not read before the deadline."""
-    references = list(dict.fromkeys(reference for bound in chains for reference in bound.compiled.references))
+def _maximum_ages(references: Iterable[Reference], originators: Mapping[Source, Originator]) -> dict[Key, int]:
+    found: dict[Key, int] = {}
+    for reference in references:
+        originator = originators.get(reference[:2])
+        field = originator.fields.get(reference.key) if originator else None
+        if field and field.maximum_age_us:
+            found[reference] = field.maximum_age_us
+    return found
+
+
+def _read_latest(references: Sequence[Key], *, deadline: float) -> tuple[dict[Key, Latest], frozenset[Key]]:
+    """The latest values of these, and what was not read before the deadline."""
     latest: dict[Key, Latest] = {}
     for position, some in enumerate(batched(references, RECALL_AT_ONCE)):
         if time.monotonic() > deadline:

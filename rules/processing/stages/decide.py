@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import msgspec
 from django.conf import settings
 
-from aemos.lib import metrics
 from devices.latest import Key, Latest
 from rules import events
 from rules.effects import perform, states
@@ -28,6 +27,7 @@ from rules.models import RuleChain
 from rules.processing import statistics, timers
 from rules.processing.condition_memory import ConditionStateStore
 from rules.processing.failures import Failure
+from rules.processing.quality import QualityJudge, sample_of
 from rules.processing.stages.collect import Audiences, Inputs
 from rules.processing.stages.store import Stored
 from rules.processing.timers import Waiting
@@ -51,6 +51,7 @@ class Decided:
     latest: dict[Key, Latest]
     next_timers: dict[Waiting, int]
     chain_runs: statistics.Runs
+    late_events: Sequence[Event]
 
 
 def decide(
@@ -62,31 +63,34 @@ def decide(
     A duplicate runs no chain; if it was `redelivered`, only its conditions over time and timers are brought up to date. Of a late
     event only the second is done: it is history, and runs none but the chains that mean to hear of it.
     """
-    known = KnownValues(inputs)
+    known = KnownValues(inputs, stored.quality)
     pending = PendingEffects(known)
     progress = Progress(known=known, pending=pending)
     completed: list[Event] = []
+    late_events: list[Event] = []
+    has_suspects = stored.quality.has_suspects
     for event, names in stored.events:
         if on_event_start:
             on_event_start(event)
         late = known.update(event, names)
+        suspects = stored.quality.suspects(event) if has_suspects else ()
         if names is None:
             if redelivered:
-                progress.next_timers.update(_replay_condition_state(event, known))
+                progress.next_timers.update(_replay_condition_state(event, known, suspects))
             continue
         audience = inputs.audiences.of(event, names)
         pending.apply_if_read(audience.references)
-        _observe(event, audience.watches, inputs.memory)
+        _observe(event, audience.watches, inputs.memory, but=suspects)
         failed_before = len(progress.failures)
-        if late:
-            for part, chains in _parts(event, names, late, inputs.audiences):
+        if late or suspects:
+            for part, chains in _parts(event, names, late, suspects, inputs.audiences):
                 decide_event(part, chains, progress)
         else:
             decide_event(event, audience.chains, progress)
         if len(progress.failures) == failed_before:
             completed.append(event)
-        if late or event.claimed_us:
-            _count(event, late)
+        if late:
+            late_events.append(event)
     return Decided(
         completed=completed,
         failures=progress.failures,
@@ -95,6 +99,7 @@ def decide(
         latest=known.of_sensors,
         next_timers=progress.next_timers,
         chain_runs=progress.chain_runs,
+        late_events=late_events,
     )
 
 
@@ -104,15 +109,21 @@ class KnownValues:
     `of_sensors`: the part that is written to Redis after the commit.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, quality: QualityJudge) -> None:
         self.inputs = inputs
+        self.clock_us = inputs.now_us
+        """When ages are asked for."""
+        self._quality = quality
         self.of_sensors: dict[Key, Latest] = {}
         self._latest = dict(inputs.latest)
         self._refusals: dict[tuple[str, str, type, Value], str] = {}
 
     def look_up(self, reference: Reference) -> Sample | None:
         found = self._latest.get(reference)
-        return Sample(*found) if found else None
+        if found is None:
+            return None
+        maximum_age_us = self.inputs.maximum_ages.get(reference) if self.inputs.maximum_ages else None
+        return sample_of(found, clock_us=self.clock_us, maximum_age_us=maximum_age_us)
 
     def update(self, event: Event, names: Sequence[str] | None) -> Collection[str]:
         """Takes in what the event says, and gives the names of its values that are late.
@@ -136,6 +147,7 @@ class KnownValues:
         """Gives the names of values of which something newer is known: also something older says that its source lives."""
         older: tuple[str, ...] = ()
         at_us, received_us = event.timestamp_us, event.received_us
+        judged = self._quality.known_after(event)
         for name, value in event.values.items():
             key = (event.source_type, event.originator_uuid, name)
             before = self._latest.get(key)
@@ -143,7 +155,9 @@ class KnownValues:
                 latest = Latest(value, at_us, received_us)
             else:
                 older += (name,)
-                latest = before._replace(received_us=max(before.received_us or before.timestamp_us, received_us))
+                latest = before._replace(received_us=max(before.heard_us, received_us))
+            if name in judged:
+                latest = judged[name]
             self._latest[key] = self.of_sensors[key] = latest
         return older
 
@@ -210,22 +224,30 @@ class PendingEffects:
 
 
 def _parts(
-    event: Event, names: tuple[str, ...], late: Collection[str], audiences: Audiences
+    event: Event, names: tuple[str, ...], late: Collection[str], suspects: Collection[str], audiences: Audiences
 ) -> Iterator[tuple[Event, Sequence[DeployedChain]]]:
-    """What of the event is for which chains: without what is late, but for chains that mean to hear that."""
+    """What of the event is for which chains: without what is late, but for chains that mean to hear that; without what is
+    suspect, which runs those alone that ask whether it is.
+    """
+    believed = tuple(name for name in names if name not in suspects)
+    in_time = tuple(name for name in believed if name not in late)
+    questioned = {
+        Reference(event.source_type, event.originator_uuid, name)
+        for name in names
+        if name in suspects and name not in late
+    }
+    due = {bound.id for bound in audiences.of(event, in_time).chains if not bound.hears_late} if in_time else set()
     chains = audiences.of(event, names).chains
-    if in_time := tuple(name for name in names if name not in late):
-        part = msgspec.structs.replace(event, values={name: event.values[name] for name in in_time})
-        yield part, [bound for bound in audiences.of(part, in_time).chains if not bound.hears_late]
-    if hearing := [bound for bound in chains if bound.hears_late]:
-        yield event, hearing
+    if now := [bound for bound in chains if bound.id in due or not questioned.isdisjoint(bound.compiled.questioned)]:
+        yield _only(event, in_time), now
+    hearing = [bound for bound in audiences.of(event, believed).chains if bound.hears_late] if believed else []
+    ran = {bound.id for bound in now}
+    if hearing := [bound for bound in hearing if bound.id not in ran]:
+        yield _only(event, believed), hearing
 
 
-def _count(event: Event, late: Collection[str]) -> None:
-    if late:
-        metrics.EVENT_TIMES.labels("late").inc()
-    if event.claimed_us - event.timestamp_us > settings.CLOCK_TOLERANCE_SECONDS * 1_000_000:
-        metrics.EVENT_TIMES.labels("ahead").inc()
+def _only(event: Event, names: tuple[str, ...]) -> Event:
+    return msgspec.structs.replace(event, values={name: event.values[name] for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,13 +294,14 @@ def decide_event(event: Event, chains: Sequence[DeployedChain], progress: Progre
 
 def _trigger(event: Event, known: KnownValues) -> Trigger:
     """One for all chains of the event; the name of the originator and the deadline are still to be set for each."""
+    known.clock_us = _clock_us(event)
     return Trigger(
         event_id=event.id,
         source_type=event.source_type,
         uuid=event.originator_uuid,
         values=event.values,
         timestamp_us=event.timestamp_us,
-        clock_us=_clock_us(event),
+        clock_us=known.clock_us,
         lookup=known.look_up,
         memory=known.inputs.memory.values,
         refuses=known.refuses,
@@ -307,19 +330,25 @@ def _require_read(bound: DeployedChain, event: Event, inputs: Inputs) -> None:
         raise ChainFailed(bound.uuid, "", cause + named, code=ErrorCode.DATA_COLLECTION_TIMEOUT)
 
 
-def _observe(event: Event, watches: Iterable[TemporalCondition], memory: ConditionStateStore) -> None:
-    """Shows the event to conditions over time, to each once, whatever way the chains then take."""
+def _observe(
+    event: Event, watches: Iterable[TemporalCondition], memory: ConditionStateStore, *, but: Collection[str]
+) -> None:
+    """Shows the event's values to conditions over time, to each once, whatever way the chains then take."""
     for watch in watches:
+        if watch.reference.key in but:
+            continue
         memory.observe(watch, Sample(event.values[watch.reference.key], event.timestamp_us))
 
 
-def _replay_condition_state(event: Event, known: KnownValues) -> dict[Waiting, int]:
+def _replay_condition_state(event: Event, known: KnownValues, suspects: Collection[str]) -> dict[Waiting, int]:
     """Conditions and timers of an event whose worker died after the commit: all else of it is done.
 
     The chains run for what they say of time alone, and their effects are dropped: the first run has had them.
     """
     audience = known.inputs.audiences.of(event, tuple(event.values))
-    _observe(event, audience.watches, known.inputs.memory)
+    _observe(event, audience.watches, known.inputs.memory, but=suspects)
+    if suspects:
+        event = _only(event, tuple(name for name in event.values if name not in suspects))
     next_timers: dict[Waiting, int] = {}
     trigger = _trigger(event, known)
     for bound in audience.chains:

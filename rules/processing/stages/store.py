@@ -13,6 +13,7 @@ from rules.effects import states
 from rules.events import Event
 from rules.processing import readings, schedules
 from rules.processing.failures import Failure
+from rules.processing.quality import QualityJudge
 from rules.processing.readings import Row
 from rules.processing.stages.collect import Inputs
 
@@ -21,13 +22,15 @@ from rules.processing.stages.collect import Inputs
 class Stored:
     """`events`: each with the names of its values that are new, None for a duplicate. `changes`: what devices reported.
 
-    `failures`: events that could not be stored. `live_readings`: new readings of variables that people look at.
+    `failures`: events that could not be stored. `live_readings`: new readings of variables that people look at. `quality`: which
+    values are believed.
     """
 
     events: Sequence[tuple[Event, tuple[str, ...] | None]]
     failures: Sequence[Failure]
     changes: Sequence[states.Change]
     live_readings: Sequence[Reading]
+    quality: QualityJudge
 
     @property
     def duplicates(self) -> int:
@@ -41,8 +44,9 @@ def store(inputs: Inputs) -> Stored:
     batch = [event for event in inputs.batch if event.id not in failed] if failed else inputs.batch
     ran_before = schedules.already_ran(batch)
     rows: list[Row] = []
+    quality = QualityJudge(inputs.latest)
     for event in batch:
-        rows += _rows_of(event, inputs)
+        rows += _rows_of(event, inputs, quality)
     as_stored = readings.store(rows)
     live_readings = live_channel.select((row and row[:4] for row in as_stored), wanted=inputs.watched)
     left = iter(as_stored)
@@ -60,7 +64,7 @@ def store(inputs: Inputs) -> Stored:
             measured = _measured(event)
             names = tuple([name for name in measured if next(left) is not None]) or (None if measured else ())
         stored.append((event, names))
-    return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings)
+    return Stored(events=stored, failures=failures, changes=changes, live_readings=live_readings, quality=quality)
 
 
 def _without_originator(event: Event, inputs: Inputs) -> Failure | None:
@@ -78,18 +82,21 @@ def _without_originator(event: Event, inputs: Inputs) -> Failure | None:
     return Failure(event=event, error=f"{deleted} was deleted after the event was accepted", permanent=True)
 
 
-def _rows_of(event: Event, inputs: Inputs) -> list[Row]:
-    """The readings that an event of a sensor brings, in the order of its values."""
+def _rows_of(event: Event, inputs: Inputs, quality: QualityJudge) -> list[Row]:
+    """The readings that an event of a sensor brings, in the order of its values; of another attempt they are judged alone."""
     originator = inputs.originator(event)
-    if originator is None or event.source_type != "sensor" or event.chains is not None:
+    if originator is None or event.source_type != "sensor":
         return []
     fields, at_us = originator.fields, event.stored_us
     received_us = event.timestamp_us if event.claimed_us else None
-    return [
-        readings.row_of(fields[name].id, at_us, value, received_us)
-        for name, value in event.values.items()
-        if value is not None
-    ]
+    rows = []
+    for name, value in event.values.items():
+        if value is None:
+            continue
+        field = fields[name]
+        suspect = quality.judge(event, name, value, field.limits) or None if field.limits else None
+        rows.append(readings.row_of(field.id, at_us, value, received_us, suspect))
+    return rows if event.chains is None else []
 
 
 def _measured(event: Event) -> list[str]:
