@@ -114,6 +114,11 @@ def submit(
     return commit(decision, hold=hold, after=after)
 
 
+def now() -> datetime:
+    """Django's looks a setting up each time, which takes as long as to decode a reading."""
+    return datetime.now(UTC)
+
+
 def read(request: Request) -> tuple[list[Event], list[Problem]]:
     """The events of an authorized sender, and what could not be used beside them, which is noted with what was sent.
 
@@ -126,7 +131,7 @@ def read(request: Request) -> tuple[list[Event], list[Problem]]:
             request.payload,
             sender.originator,
             highest_priority=sender.highest_priority,
-            now=datetime.now(UTC),  # Django's looks a setting up each time, which takes longer
+            now=now(),
             protocol=request.protocol,
             maximum_age_us=settings.MAX_EVENT_AGE_DAYS * events.DAY_US,
             problems=problems,

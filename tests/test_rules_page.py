@@ -109,6 +109,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(timezone, "now", lambda: found.now)
+    monkeypatch.setattr(ingest, "now", lambda: found.now)
     return found
 
 

@@ -11,20 +11,21 @@ from uuid import uuid4
 
 import pytest
 import requests
+from django.test import Client
 from redis.exceptions import ConnectionError
 
 from aemos.lib import keys, per_process, redis
 from aemos.management.commands.runscheduler import PERIODIC_TASKS
 from deploy.local import local_system
 from devices import latest
-from devices.models import DeviceState, StateChange
+from devices.models import DeviceState, Sensor, StateChange
 from notifications.models import Unpublished
 from rules import events
 from rules.authoring import editing
 from rules.effects import states
 from rules.journal import ledger, slots, writing
 from rules.journal.ledger import Account
-from rules.models import RuleChain
+from rules.models import Alarm, RuleChain
 from rules.processing import index, schedules, timers
 from tests import builders
 from tests.worker import drain_all
@@ -113,6 +114,45 @@ class TestInProcess:
         DeviceState.objects.update(value="off")
         assert [tick() for _ in range(3)] == [0, 0, 0]
         assert farm.switched() == 1
+
+    def test_the_silence_of_a_second_sensor_is_one_alarm_that_the_next_reading_of_either_clears(
+        self, farm: Farm
+    ) -> None:
+        other = builders.sensor(farm.organization, "Spare")
+        high = builders.leaf(other, operator=">", value=6.5)
+        nodes = [
+            builders.node(
+                "when", {"type": "AND", "expressions": [high, farm.leaf("10m")]}, next="raise", on_false="clear"
+            ),
+            builders.node("raise", {"type": "raise_alarm", "alarm": "nobody measures", "severity": "critical"}),
+            builders.node("clear", {"type": "clear_alarm", "alarm": "nobody measures"}),
+        ]
+        builders.chain(farm.organization, nodes, "both")
+        farm.said(minutes_ago=11)
+        tick()
+        self.post(other, 7.0)
+        assert [alarm.originator_uuid for alarm in Alarm.objects.all()] == [other.uuid]
+        self.post(farm.sensor, 6.0)
+        assert Alarm.objects.get().state == Alarm.State.CLEARED
+        farm.said(minutes_ago=11)
+        let_time_pass(11)
+        tick()
+        self.post(other, 7.1)
+        assert {(alarm.originator_uuid, alarm.type) for alarm in Alarm.objects.all()} == {
+            (other.uuid, "nobody measures")
+        }
+        assert Alarm.objects.exclude(state=Alarm.State.CLEARED).count() == 1
+        self.post(farm.sensor, 6.1)
+        assert not Alarm.objects.exclude(state=Alarm.State.CLEARED).exists()
+
+    def post(self, sensor: Sensor, ph: float) -> None:
+        headers = {"authorization": f"Bearer {builders.token(sensor)}"}
+        body = json.dumps({"values": {"ph": ph}})
+        assert (
+            Client().post("/api/v1/telemetry", body, content_type="application/json", headers=headers).status_code
+            == 202
+        )
+        drain_all()
 
     def test_a_sensor_that_has_never_said_anything_is_silent(self, farm: Farm) -> None:
         assert tick() == 1

@@ -221,4 +221,29 @@ def test_warnings_cost_the_same_few_queries_however_much_a_chain_reads(
     config = {"type": "OR", "expressions": [builders.leaf(sensor) for sensor in sensors]}
     chain = farm.switching(config, "on", "Many")
     with django_assert_max_num_queries(6):
-        assert len(farm.of(chain)) == 50
+        warned = farm.of(chain)
+    assert len([text for _, text in warned if "no value yet" in text]) == 50
+
+
+OLD = "may be arbitrarily old"
+
+
+def test_a_chain_that_moves_an_actuator_on_a_value_of_any_age_is_told(farm: Farm) -> None:
+    scheduled = {"execution_type": RuleChain.ExecutionType.SCHEDULE_ONLY, "cron": "0 6 * * *"}
+    (told,) = farm.of(farm.switching(farm.leaf(">", 6.5), "on", "By the clock", **scheduled))
+    assert told[0] == "nodes[0].config.key"
+    assert OLD in told[1]
+    two = farm.all_of(farm.leaf(">", 6.5), farm.leaf("==", "day", "mode"))
+    assert [OLD in text for _, text in farm.of(farm.switching(two, "on", "Two"))] == [True, True]
+    fresh = {**farm.leaf("newerThan", None), "duration": "10m"}
+    fresh.pop("value")
+    asked = farm.all_of(farm.leaf(">", 6.5), fresh)
+    assert farm.of(farm.switching(asked, "on", "Asked", **scheduled)) == []
+    Variable.objects.update(maximum_age_seconds=600)
+    assert farm.of(farm.switching(two, "on", "Two again")) == []
+
+
+def test_a_chain_that_only_tells_people_may_look_at_what_is_old(farm: Farm) -> None:
+    two = farm.all_of(farm.leaf(">", 6.5), farm.leaf("==", "day", "mode"))
+    nodes = [builders.node("when", two, next="tell"), builders.node("tell", {"type": "raise_alarm", "alarm": "high"})]
+    assert farm.warned(*nodes) == []

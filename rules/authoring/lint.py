@@ -20,7 +20,7 @@ from devices.values import Datatype
 from rules.authoring import graph, satisfiability, validation
 from rules.authoring.satisfiability import Region
 from rules.engine import chains
-from rules.engine.chains import NodeSpec
+from rules.engine.chains import ChainSpec, NodeSpec
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.engine.fields import is_number
 from rules.engine.operators import OPERATORS
@@ -46,10 +46,13 @@ def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: OtherWriter
     except InvalidChain:
         return []
     flow = _Flow(spec.nodes)
+    leaves = _leaves_of(nodes)
+    known = _variables(chain, leaves) | _states(chain, leaves)
     return [
         *(found for place, node in enumerate(spec.nodes) if node.type == "filter" for found in _clashes(node, place)),
         *flow.never_reached(),
-        *_never_reported(chain, nodes),
+        *_never_reported(leaves, known),
+        *_arbitrarily_old(spec, leaves, known),
         *_undone_on_the_way(flow),
         *_conflicting_writers(chain, flow, rivals or partial(_rivals_of, chain)),
     ]
@@ -179,21 +182,24 @@ def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
                 break
 
 
-def _never_reported(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Problem]:
-    """Comparisons with what was never reported, and with what is of another kind."""
+def _leaves_of(nodes: Sequence[RuleNode]) -> _Leaves:
+    """Of what is measured or set, not of what a transform makes."""
     derived = {node.config.get("target") for node in nodes if node.type == RuleNode.Type.TRANSFORM}
-    leaves = [
+    return [
         (mention.path, mention.config, satisfiability.reference_of(mention.config))
         for place, node in enumerate(nodes)
         if node.type == RuleNode.Type.FILTER
         for mention in validation.mentions(node, f"nodes[{place}].config")
         if mention.config.get("key") not in derived
     ]
-    known = _variables(chain, leaves) | _states(chain, leaves)
+
+
+def _never_reported(leaves: _Leaves, known: Facts) -> Iterator[Problem]:
+    """Comparisons with what was never reported, and with what is of another kind."""
     for path, leaf, reference in leaves:
         if (fact := known.get(tuple(reference))) is None:
             continue
-        datatype, heard = fact
+        datatype, heard, _ = fact
         if not heard:
             kind, what = ("sensor", "variable") if reference.source_type == "sensor" else ("device", "state")
             yield Problem(
@@ -203,8 +209,36 @@ def _never_reported(chain: RuleChain, nodes: Sequence[RuleNode]) -> Iterator[Pro
             yield Problem(f"{path}.value", leaf.get("value"), complaint)
 
 
-Facts = dict[tuple[str, ...], tuple[str, bool]]
-"""(source type, uuid, name) -> its datatype, and whether it ever had a value."""
+_ASKS_AGE = {"newerThan", "inLast", "olderThan", "valueNewerThan", "valueInLast"}
+
+
+def _arbitrarily_old(spec: ChainSpec, leaves: _Leaves, known: Facts) -> Iterator[Problem]:
+    """Readings on which an actuator moves, however long ago they were taken.
+
+    A chain that only its one variable runs always sees a new value; the clock, or another variable, may run it at any time.
+    """
+    if not any(node.type == "action" and node.config.get("type") == "device_command" for node in spec.nodes):
+        return
+    references = {reference for _, _, reference in leaves}
+    if not spec.is_scheduled and len(references) == 1:
+        return
+    asked = {reference for _, leaf, reference in leaves if leaf.get("operator") in _ASKS_AGE or "within" in leaf}
+    for path, _, reference in leaves:
+        fact = known.get(tuple(reference))
+        if reference.source_type == "sensor" and reference not in asked and fact and not fact.has_maximum_age:
+            asked.add(reference)
+            text = "may be arbitrarily old when a device is switched because of it: set a maximum age on the variable, "
+            yield Problem(f"{path}.key", reference.key, text + "or also ask whether it is newerThan some time")
+
+
+class _Fact(NamedTuple):
+    datatype: str
+    is_heard: bool
+    has_maximum_age: bool = False
+
+
+Facts = dict[tuple[str, ...], _Fact]
+"""(source type, uuid, name) -> what is known of it."""
 _Leaves = Sequence[tuple[str, Mapping[str, object], Reference]]
 
 
@@ -213,10 +247,9 @@ def _variables(chain: RuleChain, leaves: _Leaves) -> Facts:
     heard = Exists(Reading.objects.filter(variable=OuterRef("pk")))
     for uuids in _batches(leaves, "sensor"):
         rows = Variable.objects.filter(sensor__organization_id=chain.organization_id, sensor__uuid__in=uuids)
-        for uuid, name, datatype, is_heard in rows.annotate(heard=heard).values_list(
-            "sensor__uuid", "name", "datatype", "heard"
-        ):
-            found["sensor", str(uuid), name] = (datatype, is_heard)
+        columns = ("sensor__uuid", "name", "datatype", "heard", "maximum_age_seconds")
+        for uuid, name, datatype, is_heard, maximum_age in rows.annotate(heard=heard).values_list(*columns):
+            found["sensor", str(uuid), name] = _Fact(datatype, is_heard, maximum_age is not None)
     return found
 
 
@@ -226,7 +259,7 @@ def _states(chain: RuleChain, leaves: _Leaves) -> Facts:
         rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
         columns = ("device__uuid", "name", "datatype", "changed_at", "reported_at")
         for uuid, name, datatype, changed_at, reported_at in rows.values_list(*columns):
-            found["device", str(uuid), name] = (datatype, (changed_at or reported_at) is not None)
+            found["device", str(uuid), name] = _Fact(datatype, (changed_at or reported_at) is not None)
     return found
 
 

@@ -170,11 +170,15 @@ def _clear(effect: ClearAlarm, bound: DeployedChain, event: Event) -> Clear:
 
 
 def _about(effect: RaiseAlarm | ClearAlarm, bound: DeployedChain, event: Event) -> dict[str, Any]:
+    """An alarm is where the chain's first condition looks, whichever of several sensors, or the clock, has made it run: one that
+    is raised by the silence of one sensor must be cleared by the next reading of another.
+    """
+    source_type, originator_uuid = bound.compiled.main_source or (event.source_type, event.originator_uuid)
     return {
         "effect_key": effect.effect_key,
         "organization_id": bound.organization_id,
-        "source_type": event.source_type,
-        "originator_uuid": event.originator_uuid,
+        "source_type": source_type,
+        "originator_uuid": originator_uuid,
         "type": effect.alarm,
         "timestamp_us": effect.timestamp_us,
         "actor": _actor(effect, bound),

@@ -109,7 +109,8 @@ class Chain:
     the result of a transform before it, also what that transform reads. `watches` are what its conditions over time
     remember, which the caller keeps; `timers` those that time alone can make true. `commands` are the devices and states
     that its actions address; whether they exist in the organization is the caller's to check. `questioned` are the references of
-    which its filters ask whether they are believed.
+    which its filters ask whether they are believed. `main_source` is what its first condition reads: there its alarms are,
+    whatever made it run.
     """
 
     spec: ChainSpec
@@ -118,6 +119,7 @@ class Chain:
     timers: tuple[Timer, ...]
     commands: tuple[Command, ...]
     questioned: frozenset[Reference]
+    main_source: Source | None
     _start: _Node = field(repr=False)
 
     @property
@@ -198,6 +200,7 @@ def compile(spec: ChainSpec) -> Chain:
         timers=tuple(dict.fromkeys(timer for part in parts for timer in part.timers)),
         commands=tuple(command for part in parts for command in part.commands),
         questioned=frozenset(reference for part in parts for reference in part.questioned),
+        main_source=next((first[:2] for position in order if (first := parts[position].first)), None),
         _start=_link(spec.nodes, edges, parts)[start],
     )
 
@@ -295,6 +298,7 @@ class _Part(NamedTuple):
     derives: tuple[str, str | None] | None = None
     commands: tuple[Command, ...] = ()
     questioned: frozenset[Reference] = frozenset()
+    first: Reference | None = None
 
 
 def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
@@ -305,6 +309,7 @@ def _filter(node: NodeSpec, *, chain_uuid: str, path: str) -> _Part:
         watches=condition.watches,
         timers=condition.timers,
         questioned=condition.questioned,
+        first=condition.first,
     )
 
 

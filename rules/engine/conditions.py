@@ -52,7 +52,7 @@ _ON_LEAVES = dict.fromkeys(("duration", *TIME_KEYS), "is not for groups: put it 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """A compiled filter; `watches` are what its conditions over time remember, `timers` those that time alone can change.
-    `questioned` are the references of which it asks whether they are believed.
+    `questioned` are the references of which it asks whether they are believed. `first` is what it reads first, as it is written.
 
     `evaluate(scope)` reads one reference at a time, left to right, only as far as AND and OR need it, and notes as
     missing every reference that has no value. It raises nothing of its own.
@@ -63,6 +63,7 @@ class Condition:
     watches: tuple[TemporalCondition, ...] = ()
     timers: tuple[Timer, ...] = ()
     questioned: frozenset[Reference] = frozenset()
+    first: Reference | None = None
 
 
 def compile_condition(config: object, *, path: str) -> Condition:
@@ -80,6 +81,7 @@ def compile_condition(config: object, *, path: str) -> Condition:
         watches=tuple(tree.watches.values()),
         timers=tuple(tree.timers),
         questioned=frozenset(tree.questioned),
+        first=next(iter(tree.references), None),
     )
 
 
@@ -117,7 +119,7 @@ class _Tree:
     """One filter while it is compiled: what it reads, remembers and waits for, how many leaves it has, what is wrong with it."""
 
     def __init__(self) -> None:
-        self.references: set[Reference] = set()
+        self.references: dict[Reference, None] = {}
         self.watches: dict[str, TemporalCondition] = {}
         self.timers: dict[Timer, None] = {}
         self.questioned: set[Reference] = set()
@@ -166,7 +168,7 @@ class _Tree:
         if len(self.problems) > before:
             return _never
         reference = Reference(source_type, uuid.lower(), key)
-        self.references.add(reference)
+        self.references[reference] = None
         if OPERATORS[symbol].asks_quality:
             self.questioned.add(reference)
         evaluate = OPERATORS[symbol].make(reference, operand, duration_us)

@@ -45,7 +45,7 @@ class Notify(Effect, frozen=True, kw_only=True):
 
 
 class RaiseAlarm(Effect, frozen=True, kw_only=True):
-    """The alarm of that type is to be active at the event's originator."""
+    """The alarm of that type is to be active where the chain's first condition looks."""
 
     alarm: str
     severity: str
@@ -53,6 +53,6 @@ class RaiseAlarm(Effect, frozen=True, kw_only=True):
 
 
 class ClearAlarm(Effect, frozen=True, kw_only=True):
-    """The alarm of that type is over at the event's originator."""
+    """The alarm of that type is over there."""
 
     alarm: str
