@@ -16,7 +16,7 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from devices.models import Device, DeviceState, Organization, Sensor, StateChange, Variable
-from rules import jobs
+from rules import ingest, jobs
 from rules.journal import slots
 from rules.processing import index, schedules
 from tests import builders
