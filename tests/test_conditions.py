@@ -175,7 +175,9 @@ def test_an_operand_left_out_is_a_problem_of_its_own() -> None:
 def test_an_unknown_key_is_answered_with_the_known_ones() -> None:
     message = problems_of(leaf(operater=">"))["config.operater"]
 
-    known = "sourceType, UUID, key, operator, value, duration, for, times, within, releaseAt, off, per"
+    known = (
+        "sourceType, UUID, key, operator, value, duration, for, times, within, releaseAt, off, per, increase, median"
+    )
     assert message == f"unknown key; known here: {known}"
 
 

@@ -76,6 +76,8 @@ TIMES = leaf(times=3, within="10m")
 BAND = leaf(releaseAt=6.2)
 BAND_FOR = leaf(releaseAt=6.2, **{"for": "5m"})
 RATE = leaf(value=0.5, per="1m")
+INCREASE = leaf(">=", 10, increase="1h")
+MEDIAN = leaf(median=3)
 ALL = [FOR, TIMES, BAND, BAND_FOR, RATE]
 NAMES = ["for", "times", "releaseAt", "releaseAt and for", "per"]
 
@@ -144,6 +146,17 @@ TABLES: dict[str, tuple[dict[str, object], Table]] = {
     "per: late ones are passed over": (RATE, [(0, 6, False), (60, 7, True), (30, 99, True), (120, 7.1, False)]),
     "per: a doubled one is one": (RATE, [(0, 6, False), (60, 7, True), (60, 7, True), (120, 7, False)]),
     "per: less than a second is too short": (RATE, [(0, 6, False), (0.999, 6.4, False), (1, 6.5, True), (1.5, 6.1, True)]),
+    "increase: since the first reading": (INCREASE, [(0, 100, False), (600, 105, False), (1200, 110, True)]),
+    "increase: over a restart": (INCREASE, [(0, 100, False), (600, 108, False), (1200, 2, True)]),
+    "increase: what is longer ago does not count": (INCREASE, [(0, 0, False), (60, 10, True), (3700, 10, False)]),
+    "increase: late ones are passed over": (INCREASE, [(0, 100, False), (600, 109, False), (300, 0, False), (900, 109, False)]),
+    "increase: evenly between two readings": (INCREASE, [(0, 0, False), (7200, 18, False), (7260, 19.5, True)]),
+    "increase: what is no number is passed over": (INCREASE, [(0, None, False), (1, "x", False), (2, 0, False), (3, 10, True)]),
+    "increase: below zero is no growth": (INCREASE, [(0, 100, False), (600, -5, False), (1200, 5, True)]),
+    "median: of as many as asked for": (MEDIAN, [(0, 7, False), (60, 7, False), (120, 7, True)]),
+    "median: an outlier changes nothing": (MEDIAN, [(0, 6, False), (60, 6, False), (120, 85, False), (180, 6, False)]),
+    "median: two of three do": (MEDIAN, [(0, 6, False), (60, 7, False), (120, 7, True), (180, -127, True), (240, 6, False)]),
+    "median: a doubled or late one is passed over": (MEDIAN, [(0, 7, False), (60, 7, False), (60, 7, False), (30, 7, False)]),
     "per: numbers at the end of the range": (RATE, [(0, -1.7e308, False), (60, 1.7e308, True), (120, 10**400, False)]),
 }  # fmt: skip
 
@@ -198,6 +211,18 @@ def test_no_more_is_remembered_than_the_hits_that_count() -> None:
 
     assert len(memory[1]) == MAX_TIMES
     assert len(json.dumps(memory)) < 2_000
+
+
+def test_what_an_increase_remembers_is_small_and_right_whatever_comes_in() -> None:
+    config = leaf(">=", 3599.5, increase="1h")
+    arrivals = [at(second, second % 1_000) for second in range(20_000)]
+    memory = remembered_after(config, arrivals)
+    assert len(memory[1]) < 110
+    assert not answer(config, memory, arrivals[-1])
+    # Each restart is a step of 0 instead of 1, and what began before the time is counted to a hundredth of it.
+    assert answer(leaf(">", 3_550, increase="1h"), memory, arrivals[-1])
+    assert not answer(leaf(">", 3_650, increase="1h"), memory, arrivals[-1])
+    assert answer(leaf("<", 100, increase="1h"), memory, arrivals[-1], now_us=at(23_500, 0).timestamp_us)
 
 
 # Times are few, so that readings meet the limits of conditions; a value of each kind on every side of every bound.
@@ -454,6 +479,11 @@ REFUSED: list[tuple[dict[str, object], dict[str, str]]] = [
     (leaf("<=", releaseAt=6), {"releaseAt": "must be above value, 6.5, for <="}),
     (leaf("==", releaseAt=6), {"releaseAt": "goes with >, >=, <, <= only, not with =="}),
     (leaf("between", [1, 2], releaseAt=1), {"releaseAt": "goes with >, >=, <, <= only, not with between"}),
+    (leaf(median=4), {"median": "must be an odd whole number from 3 to 101"}),
+    (leaf(median=True), {"median": "must be an odd whole number from 3 to 101"}),
+    (leaf("==", median=3), {"median": "goes with >, >=, <, <=, between only, not with =="}),
+    (leaf(increase="soon"), {"increase": NO_DURATION}),
+    (leaf(sourceType="device", increase="1h"), {"increase": NO_READINGS}),
     (leaf("!=", per="1m"), {"per": "goes with >, >=, <, <=, between only, not with !="}),
     (
         leaf(per="1m", **{"for": "5m"}),

@@ -140,7 +140,7 @@ def _leaf(leaf: Mapping[str, object], wanted: bool) -> Region:
 
 # A comparison over time is about more than the value now. With `for` it is true now as well; with a dead band only beyond the
 # value at which that ends. Of those, and of all others, nothing is known about when they are false.
-_OVER_TIME = {"times", "within", "per"}
+_OVER_TIME = {"times", "within", "per", "increase", "median"}
 
 
 def _span(leaf: Mapping[str, object], wanted: bool) -> Span | None:

@@ -90,6 +90,10 @@ class ChainDescriber:
         text = f"{self.source(leaf.get('sourceType'), leaf.get('UUID'))} {_value(leaf.get('key'))} "
         if "per" in leaf:
             text = f"the change of {text}in {_duration(leaf['per'])} "
+        elif "increase" in leaf:
+            text = f"the increase of {text}in {_duration(leaf['increase'])} "
+        elif "median" in leaf:
+            text = f"the median of the newest {_value(leaf['median'])} of {text}"
         known = OPERATORS.get(operator)
         text += known.predicate.format(**operand) if known else f"{operator} {value}"
         return text + "".join(phrase.format(_duration(leaf[key])) for key, phrase in _OVER_TIME.items() if key in leaf)

@@ -4,6 +4,8 @@
 "times": 3, "within": "10m"     true that often within that time
 "releaseAt": 6.2                a dead band: once true, it stays true until the value is beyond this
 "per": "1m"                     the change per minute is compared, not the value
+"increase": "1h"                how much a counter grew within an hour is compared, over its restarts
+"median": 5                     the median of the newest five readings is compared
 """
 
 from __future__ import annotations
@@ -26,20 +28,35 @@ from rules.engine.values import Reference, Sample, TemporalCondition, Timer
 RELEASE_KEYS = ("releaseAt", "off")
 """Of a dead band: the name, and the one that it had first, which stored chains may have."""
 
-TIME_KEYS = ("for", "times", "within", *RELEASE_KEYS, "per")
+TIME_KEYS = ("for", "times", "within", *RELEASE_KEYS, "per", "increase", "median")
 
 MAX_TIMES = 100
 """Hits that one condition remembers."""
+
+MAX_MEDIAN = 101
+"""Readings that a median is of."""
 
 DAY_US = microseconds_of("1d")
 REBUILD_READINGS = 10_000
 """Stored readings from which a condition is rebuilt at most."""
 
-_TOGETHER = ({"for"}, {"releaseAt"}, {"for", "releaseAt"}, {"off"}, {"for", "off"}, {"times", "within"}, {"per"})
+_TOGETHER = (
+    {"for"},
+    {"releaseAt"},
+    {"for", "releaseAt"},
+    {"off"},
+    {"for", "off"},
+    {"times", "within"},
+    {"per"},
+    {"increase"},
+    {"median"},
+)
 _BACK = {">": "<", ">=": "<", "<": ">", "<=": ">"}
 """Beyond `releaseAt` is on the other side of it."""
 
 _ON_RATES = (*_BACK, "between")
+_OF_NUMBERS = ("per", "increase", "median")
+"""Keys with which something else is compared than the value."""
 
 
 EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
@@ -72,6 +89,19 @@ EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
         "the one before it is skipped",
         {"operator": "<", "value": -0.5, "per": "1m"},
     ),
+    (
+        "`increase`",
+        "the comparison is true of how much a counter grew in this time, back from the newest reading or the run. A reading "
+        "below the one before it says that the counter began anew at 0; between two readings it is taken to have grown evenly. "
+        "With > >= < <= and between",
+        {"operator": ">=", "value": 100, "increase": "1h"},
+    ),
+    (
+        "`median`",
+        f"the comparison is true of the median of the newest readings, this many (an odd number from 3 to {MAX_MEDIAN}): an "
+        "outlier changes nothing. False until there are that many. With > >= < <= and between",
+        {"operator": ">", "value": 6.5, "median": 5},
+    ),
 ]
 """Which keys, what the leaf with them means and an example; shown to people."""
 
@@ -95,11 +125,20 @@ class Timing:
     within_us: int = 0
     release_at: float | None = None
     per_us: int = 0
+    increase_us: int = 0
+    median_of: int = 0
 
 
 def check_count(value: object) -> str | None:
     """Refuse what is not a whole number from 1 to MAX_TIMES."""
     return None if type(value) is int and 1 <= value <= MAX_TIMES else f"must be a whole number from 1 to {MAX_TIMES}"
+
+
+def check_odd(value: object) -> str | None:
+    """Refuse what is not an odd number of readings of which one is in the middle."""
+    if type(value) is int and 3 <= value <= MAX_MEDIAN and value % 2:
+        return None
+    return f"must be an odd whole number from 3 to {MAX_MEDIAN}"
 
 
 def read_timing(fields: Fields, *, source_type: str, symbol: str, operand: Any) -> Timing | None:
@@ -116,6 +155,8 @@ def read_timing(fields: Fields, *, source_type: str, symbol: str, operand: Any) 
         within_us=_duration(fields, "within", required=counted),
         release_at=fields.get(release_key, check_number) if release_key in fields else None,
         per_us=_duration(fields, "per"),
+        increase_us=_duration(fields, "increase"),
+        median_of=fields.get("median", check_odd) or 0 if "median" in fields else 0,
     )
     if timing.release_at is not None and symbol in _BACK and is_number(operand):
         _refuse_wrong_side(fields, release_key, timing.release_at, symbol=symbol, operand=operand)
@@ -132,7 +173,7 @@ def _duration(fields: Fields, key: str, *, required: bool = False) -> int:
 def _refuse_where_out_of_place(fields: Fields, given: list[str], *, source_type: str, symbol: str) -> None:
     """Each key with operators for which it means something, on sources that have readings, and beside keys it goes with."""
     for key in given:
-        allowed = _BACK if key in RELEASE_KEYS else _ON_RATES if key == "per" else None
+        allowed = _BACK if key in RELEASE_KEYS else _ON_RATES if key in _OF_NUMBERS else None
         if allowed and symbol not in allowed:
             fields.refuse(key, f"goes with {', '.join(allowed)} only, not with {symbol}")
         elif not OPERATORS[symbol].compares:
@@ -162,11 +203,16 @@ def compile_timed(leaf: Leaf, timing: Timing) -> tuple[Evaluate, TemporalConditi
     return temporal_state.deciding(key, leaf.reference, decide), watch
 
 
+_FIRST_KEYS = 5
+"""Fields of Timing that there were at first."""
+
+
 def fingerprint(leaf: Leaf, timing: Timing = Timing()) -> str:
     """The key of a condition: the same for the same condition, however its durations are written."""
-    text = json.dumps(
-        [*leaf.reference, leaf.symbol, leaf.operand, leaf.duration_us, *astuple(timing)], separators=(",", ":")
-    )
+    times = astuple(timing)
+    # Conditions of before there were the newest keys are the same still.
+    known = times if any(times[_FIRST_KEYS:]) else times[:_FIRST_KEYS]
+    text = json.dumps([*leaf.reference, leaf.symbol, leaf.operand, leaf.duration_us, *known], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -185,6 +231,15 @@ def _standing(leaf: Leaf, for_us: int) -> Evaluate:
 def _kind(leaf: Leaf, timing: Timing) -> tuple[Observe, Decide, int, int]:
     """How to observe, how to decide, and how many stored readings (microseconds back, at most) bring the memory back."""
     on = temporal_state.alone(leaf.evaluate)
+    if timing.median_of:
+        observe = temporal_state.observing_newest(timing.median_of)
+        return observe, temporal_state.in_the_middle(on, timing.median_of), DAY_US, timing.median_of
+    if timing.increase_us:
+        observe, decide = (
+            temporal_state.observing_growth(timing.increase_us),
+            temporal_state.growing(on, timing.increase_us),
+        )
+        return observe, decide, 2 * timing.increase_us, REBUILD_READINGS
     if timing.per_us:
         return temporal_state.observe_steps, temporal_state.changing(on, timing.per_us), DAY_US, 100
     if timing.times:

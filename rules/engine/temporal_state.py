@@ -6,7 +6,7 @@ that comes late can make a condition true later, never sooner. Times are microse
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from rules.engine.comparisons import Evaluate
@@ -139,6 +139,81 @@ def changing(on: Test, per_us: int) -> Decide:
             return False
         (before_us, before), (after_us, after) = remembered
         return on(Sample((after - before) * per_us / (after_us - before_us), after_us))
+
+    return decide
+
+
+GROWTH_STEPS = 100
+"""Into so many parts the time of an increase is divided at most: what is remembered is small, whatever comes in."""
+
+
+def observing_growth(within_us: int) -> Observe:
+    """Remember how a counter grew: `[newest number, [[time, grown since the first], ...]]`, a restart being no fall.
+
+    Late readings and what is no number are passed over.
+    """
+    shortest_us = within_us // GROWTH_STEPS
+
+    def observe(remembered: Any, sample: Sample) -> list[Any]:
+        value, at = sample.value, sample.timestamp_us
+        newest, points = remembered or [None, []]
+        if not _usable(value) or (points and at <= points[-1][0]):
+            return [newest, points]
+        if not points:
+            return [value, [[at, 0.0]]]
+        grown = points[-1][1] + (value - newest if value >= newest else max(value, 0))
+        points = [*points, [at, min(grown, LARGEST)]]
+        if len(points) > 2 and at - points[-3][0] < shortest_us:
+            del points[-2]
+        # One is kept from before that time: from it on the growth is counted.
+        while len(points) > 1 and points[1][0] <= at - within_us:
+            del points[0]
+        return [value, points]
+
+    return observe
+
+
+def growing(on: Test, within_us: int) -> Decide:
+    """True when the growth in that time, up to the newest reading or, if that is later, the run, passes the test."""
+
+    def decide(remembered: Any, now_us: int) -> bool:
+        points: list[list[Any]] = remembered[1]
+        if not points:
+            return False
+        begins = max(points[-1][0], now_us) - within_us
+        return on(Sample(points[-1][1] - _grown_until(begins, points), points[-1][0]))
+
+    return decide
+
+
+def _grown_until(at_us: int, points: Sequence[Sequence[Any]]) -> float:
+    """Between two readings a counter is taken to have grown evenly."""
+    after = next((place for place, (at, _) in enumerate(points) if at > at_us), len(points))
+    if after in (0, len(points)):
+        return float(points[0 if after == 0 else -1][1])
+    (earlier, before), (later, grown) = points[after - 1], points[after]
+    return float(before + (grown - before) * (at_us - earlier) / (later - earlier))
+
+
+def observing_newest(count: int) -> Observe:
+    """Remember the newest numbers: `[[time, number], ...]`. Late readings and what is no number are passed over."""
+
+    def observe(remembered: Any, sample: Sample) -> list[list[Any]]:
+        newest: list[list[Any]] = remembered or []
+        if not _usable(sample.value) or (newest and sample.timestamp_us <= newest[-1][0]):
+            return newest
+        return [*newest, [sample.timestamp_us, sample.value]][-count:]
+
+    return observe
+
+
+def in_the_middle(on: Test, count: int) -> Decide:
+    """True when the one in the middle of so many passes the test."""
+
+    def decide(remembered: Any, _now_us: int) -> bool:
+        if len(remembered) < count:
+            return False
+        return on(Sample(sorted(number for _, number in remembered)[count // 2], remembered[-1][0]))
 
     return decide
 
