@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from datetime import UTC, datetime, timedelta
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ class Farm:
 
     @property
     def switched(self) -> list[Any]:
-        return list(StateChange.objects.order_by("id").values_list("value", flat=True))
+        return list(StateChange.objects.filter(state__device=self.pump).order_by("id").values_list("value", flat=True))
 
 
 def said(ph: float, **ago: float) -> dict[str, Any]:
@@ -311,3 +312,55 @@ def test_names_that_are_used_here_exist(farm: Farm) -> None:
     assert {"ph", "ec"} <= set(Variable.objects.filter(sensor=farm.sensor).values_list("name", flat=True))
     assert Device.objects.count() == 1
     assert not Alarm.objects.exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_storm_of_wrong_clocks_copies_and_disorder_commands_what_right_clocks_in_order_do(seed: int) -> None:
+    """The same readings, a second apart, from sensors whose clocks are right, an hour fast, an hour slow, or none."""
+    chance = random.Random(seed)
+    values = [6.0]
+    while len(values) < 80:
+        values.append(round(min(max(values[-1] + chance.uniform(-0.5, 0.5), 5.0), 8.0), 2))
+    began = timezone.now() - timedelta(seconds=len(values))
+    readings = [(began + timedelta(seconds=number), value) for number, value in enumerate(values)]
+    cuts = sorted({0, len(readings), *(chance.randrange(len(readings)) for _ in range(20))})
+    batches = [readings[begin:end] for begin, end in pairwise(cuts)]
+    expected = commanded(batches, random.Random(seed), copies=0.0)
+    assert len(expected) > 2
+    sensors: list[dict[str, Any]] = [{"off_by": 3_600}, {"off_by": -3_600, "late_after_seconds": 7_200}, {"off_by": 0}]
+    for sensor in sensors:
+        assert commanded(batches, chance, copies=0.3, **sensor) == expected, sensor
+    assert commanded(batches, chance, copies=0.0, off_by=-86_400, clock=Sensor.Clock.NONE, shuffles=False) == expected
+
+
+def commanded(
+    batches: list[list[tuple[datetime, float]]],
+    chance: random.Random,
+    *,
+    copies: float,
+    off_by: int = 0,
+    shuffles: bool = True,
+    **of_sensor: Any,
+) -> list[Any]:
+    """What a pump is set to, with a dead band and a count within a time, by a sensor of its own."""
+    farm = Farm()
+    for name, setting in of_sensor.items():
+        setattr(farm.sensor, name, setting)
+    farm.sensor.save()
+    farm.chain(releaseAt=6.2)
+    sent: list[dict[str, Any]] = []
+    for batch in batches:
+        items = [
+            {"values": {"ph": value}, "timestamp": (at + timedelta(seconds=off_by)).isoformat()} for at, value in batch
+        ]
+        items += [item for item in items if chance.random() < copies]
+        if shuffles and copies:
+            chance.shuffle(items)
+        farm.post(*items)
+        sent += items
+        if chance.random() < copies:
+            farm.post(*chance.sample(sent, min(len(sent), 5)))
+    farm.post({"values": {"ec": 1.0}})
+    key = ("sensor", str(farm.sensor.uuid), "ph")
+    assert latest.recall([key])[key].value == batches[-1][-1][1], "what is known last is what was measured last"
+    return farm.switched

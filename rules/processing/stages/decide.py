@@ -63,7 +63,7 @@ def decide(
     A duplicate runs no chain; if it was `redelivered`, only its conditions over time and timers are brought up to date. Of a late
     event only the second is done: it is history, and runs none but the chains that mean to hear of it.
     """
-    known = KnownValues(inputs, stored.quality)
+    known = KnownValues(inputs, stored.quality, redelivered=redelivered)
     pending = PendingEffects(known)
     progress = Progress(known=known, pending=pending)
     completed: list[Event] = []
@@ -109,8 +109,9 @@ class KnownValues:
     `of_sensors`: the part that is written to Redis after the commit.
     """
 
-    def __init__(self, inputs: Inputs, quality: QualityJudge) -> None:
+    def __init__(self, inputs: Inputs, quality: QualityJudge, *, redelivered: bool) -> None:
         self.inputs = inputs
+        self._redelivered = redelivered
         self.clock_us = inputs.now_us
         """When ages are asked for."""
         self._quality = quality
@@ -131,7 +132,7 @@ class KnownValues:
         Of telemetry also when it is a duplicate: the run that stored it may have died before it wrote to Redis. What a device
         reports reaches Redis with the change that it is.
         """
-        older = self._hear(event) if event.source_type == "sensor" else self._report(event, names or ())
+        older = self._hear(event, names or ()) if event.source_type == "sensor" else self._report(event, names or ())
         late_us = event.received_us - event.timestamp_us
         # Of another attempt they were new when they came. What is replayed is late, and a person has decided what it may do.
         # What is not dated, or dated ahead, is of now.
@@ -143,21 +144,23 @@ class KnownValues:
             event.values if late_us > (self.inputs.late_after_us if late_after_us is None else late_after_us) else older
         )
 
-    def _hear(self, event: Event) -> Collection[str]:
+    def _hear(self, event: Event, new: Sequence[str]) -> Collection[str]:
         """Gives the names of values of which something newer is known: also something older says that its source lives."""
         older: tuple[str, ...] = ()
+        # Dated ahead it counts from when it was received; its sender's copy of it is received later, and is not newer for that.
+        may_be_copy = event.claimed_us and not self._redelivered
         at_us, received_us = event.timestamp_us, event.received_us
         judged = self._quality.known_after(event)
         for name, value in event.values.items():
             key = (event.source_type, event.originator_uuid, name)
             before = self._latest.get(key)
-            if before is None or before.timestamp_us <= at_us:
-                latest = Latest(value, at_us, received_us)
-            else:
+            if before is not None and (before.timestamp_us > at_us or (may_be_copy and name not in new)):
                 older += (name,)
                 latest = before._replace(received_us=max(before.heard_us, received_us))
-            if name in judged:
+            elif name in judged:
                 latest = judged[name]
+            else:
+                latest = Latest(value, at_us, received_us)
             self._latest[key] = self.of_sensors[key] = latest
         return older
 
