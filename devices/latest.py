@@ -92,7 +92,7 @@ def remember(values: Mapping[Key, Latest]) -> None:
         return
     with redis.client().pipeline(transaction=False) as pipeline:
         for (source_type, uuid), args in by_source.items():
-            pipeline.eval(_SET_IF_NEWER, 1, keys.latest(source_type, uuid), *args)
+            redis.script(_SET_IF_NEWER)(keys=[keys.latest(source_type, uuid)], args=args, client=pipeline)
             if source_type == "device":
                 pipeline.sadd(keys.TIMERS_DIRTY, f"{source_type}|{uuid}")
         pipeline.execute()

@@ -75,4 +75,5 @@ def _add(pipeline: Any, entry: Entry) -> None:
         return
     device, state = state_of(message)
     numbers = (entry.number, entry.unless_above, KEPT_SECONDS, length)
-    pipeline.eval(_APPEND, 2, keys.NOTIFICATIONS, keys.last_published(device), state, *numbers, encoded)
+    names = [keys.NOTIFICATIONS, keys.last_published(device)]
+    redis.script(_APPEND)(keys=names, args=[state, *numbers, encoded], client=pipeline)

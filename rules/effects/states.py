@@ -33,6 +33,8 @@ from rules import events
 from rules.effects.cooldowns import Cooldown, CooldownGate, no_cooldown
 
 log = logging.getLogger(__name__)
+# Lines about changes that are made at once; all of them are in the list of changes.
+LOGGED_TOGETHER = 20
 
 
 class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,8 +173,10 @@ def publish(changes: Sequence[Change]) -> None:
     """
     for source, number in Counter(change.row.source for change in changes).items():
         metrics.STATE_CHANGES.labels(source).inc(number)
-    for row in (change.row for change in changes):
+    for row in (change.row for change in changes[:LOGGED_TOGETHER]):
         log.info("state changed: %s: %s -> %s by %s %s", row.state, row.previous, row.value, row.source, row.actor)
+    if len(changes) > LOGGED_TOGETHER:
+        log.info("and %d more states changed in the same batch", len(changes) - LOGGED_TOGETHER)
     try:
         latest.remember(dict(latest_of(change.row.state) for change in changes))
     except RedisError as error:
