@@ -41,6 +41,9 @@ class Person:
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         return self._ask("POST", path, json=body)
 
+    def patch(self, path: str, **body: Any) -> dict[str, Any]:
+        return self._ask("PATCH", path, json=body)
+
     def switch(self, device: dict[str, str], state: str, value: str) -> dict[str, Any]:
         """The change that came of it."""
         return self.post("device-state-instances", deviceUuid=device["uuid"], stateName=state, value=value)

@@ -90,6 +90,37 @@ def test_a_bad_value_costs_its_siblings_nothing_on_three_protocols(system: Local
     until(lambda: system.manage("ledger", check=False).returncode == 0)
 
 
+def test_a_suspect_reading_is_kept_counted_and_not_believed_on_three_protocols(system: LocalSystem) -> None:
+    sensor, person = system.farm["sensors"][0], Person(system)
+    (ph,) = person.get("variables", sensor=sensor["uuid"], name="ph")["results"]
+    pump = system.farm["devices"][0]["uuid"]
+
+    def power() -> Any:
+        return person.get("device-states", device=pump, name="power")["results"][0]["value"]
+
+    assert http_post(system, sensor, reading(ph=6.0)).status_code == 202
+    until(lambda: power() == "off")
+    person.patch(f"variables/{ph['uuid']}", maximum=14, maximumStep=3)
+    time.sleep(2.5)  # until every process has noticed
+    for send in (over_http, mqtt_publish, over_coap):
+        send(system, sensor, reading(ph=85.0))
+
+    def problems() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = person.get("data-problems", originator=sensor["uuid"], kind="above-maximum")[
+            "results"
+        ]
+        return [row for row in rows if row["count"] == 3]
+
+    (problem,) = until(problems)
+    assert json.loads(problem["payload"]) == {"ph": 85.0}
+    newest = person.get("readings", variable=ph["uuid"])["results"][:4]
+    assert [(row["quality"], row["reason"]) for row in newest] == [("suspect", "above-maximum")] * 3 + [("good", None)]
+    assert power() == "off"
+    assert http_post(system, sensor, reading(ph=6.9)).status_code == 202
+    until(lambda: power() == "on")
+    person.patch(f"variables/{ph['uuid']}", maximum=None, maximumStep=None)
+
+
 def test_kill_9_of_the_worker_in_mid_batch_loses_nothing_and_acts_once(tmp_path: Path) -> None:
     """Five kills at different moments while 20,000 events are processed; each event that was accepted counts once."""
     with local_system(tmp_path, LOG_LEVEL="WARNING", **OLD_TIMES_COUNT) as system:

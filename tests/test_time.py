@@ -15,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aemos.lib import keys, redis
-from devices import latest
+from devices import catalogue, latest
 from devices.models import Device, DeviceState, Reading, Sensor, StateChange, Variable
+from rules import events
+from rules.engine.conditions import compile_condition
+from rules.engine.context import Scope
+from rules.engine.values import Sample
 from rules.models import Alarm, RuleChain
 from rules.processing import timers
 from tests import builders
@@ -312,6 +316,39 @@ def test_names_that_are_used_here_exist(farm: Farm) -> None:
     assert {"ph", "ec"} <= set(Variable.objects.filter(sensor=farm.sensor).values_list("name", flat=True))
     assert Device.objects.count() == 1
     assert not Alarm.objects.exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(claims=st.lists(st.floats(-86_000, 86_000) | st.sampled_from([0.0, -600.0, 600.0]), min_size=1, max_size=8))
+def test_whatever_is_claimed_nothing_is_true_longer_than_its_window_after_the_last_reading(
+    claims: list[float], farm: Farm
+) -> None:
+    """Received a second apart; asked a tolerance of five seconds after the window of ten minutes has gone."""
+    uuid = str(farm.sensor.uuid)
+    originator = catalogue.shared().originator("sensor", uuid)
+    assert originator is not None
+    began = timezone.now()
+    leaves: list[dict[str, Any]] = [
+        {"operator": "newerThan", "duration": "10m"}, {"operator": "inLast", "duration": "10m"},
+        {"operator": "valueNewerThan", "value": 7, "duration": "10m"},
+        {"operator": ">", "value": 6.5, "times": 1, "within": "10m"},
+    ]  # fmt: skip
+    conditions = [
+        compile_condition({"sourceType": "sensor", "UUID": uuid, "key": "ph", **leaf}, path="") for leaf in leaves
+    ]
+    newest, memory = Sample(None, 0), dict[str, Any]()
+    for second, claim in enumerate(claims):
+        received = began + timedelta(seconds=second)
+        item = {"values": {"ph": 7}, "timestamp": (received + timedelta(seconds=claim)).isoformat()}
+        body = json.dumps(item).encode()
+        (event,) = events.decode(body, originator, highest_priority=1, now=received, protocol="http")
+        sample = Sample(event.values["ph"], event.timestamp_us, event.received_us)
+        newest = max(newest, sample, key=lambda each: each.timestamp_us)
+        for watch in (watch for condition in conditions for watch in condition.watches):
+            memory[watch.key] = watch.observe(memory.get(watch.key), sample)
+    asked_us = events.microseconds(began + timedelta(seconds=len(claims) - 1 + 600 + 5))
+    for leaf, condition in zip(leaves, conditions, strict=True):
+        assert not condition.evaluate(Scope(lambda _: newest, asked_us, memory)), leaf
 
 
 @pytest.mark.parametrize("seed", range(4))
