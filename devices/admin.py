@@ -74,15 +74,15 @@ class VariableInline(TabularInline):
 @admin.register(Sensor)
 class SensorAdmin(ScopedAdmin):
     resource = "sensors"
-    list_display = ("name", "organization", "measured_clock", "data_problems", "uuid", "created_at")
-    readonly_fields = ("uuid", "measured_clock", "data_problems", "created_at")
+    list_display = ("name", "organization", "clock_is", "data_problems", "uuid", "created_at")
+    readonly_fields = ("uuid", "clock_is", "data_problems", "created_at")
     list_filter = (OrganizationListFilter,)
     list_select_related = ("organization", "measured_clock")
     autocomplete_fields = ("organization",)
     inlines = (VariableInline,)
 
-    @admin.display(description="clock", empty_value="not known yet")
-    def measured_clock(self, row: Sensor) -> str | None:
+    @admin.display(description="its clock is", empty_value="not known yet")
+    def clock_is(self, row: Sensor) -> str | None:
         clock = getattr(row, "measured_clock", None)
         return describe_clock(clock) if clock else None
 
@@ -103,7 +103,7 @@ def describe_clock(clock: SensorClock) -> str:
 
 def link_to_problems(row: Sensor | Device) -> str:
     url = reverse("admin:devices_dataproblem_changelist")
-    return format_html('<a href="{}?q={}">what it sent that is bad</a>', url, row.uuid)
+    return format_html('<a href="{}?q={}">show</a>', url, row.uuid)
 
 
 @admin.register(Variable)
@@ -273,7 +273,7 @@ class DataProblemAdmin(RecordAdmin):
 
     resource = "data-problems"
     uuid_paths = ("uuid", "originator_uuid")
-    list_display = ("last_seen_at", "originator", "name", "kind", "count", "detail")
+    list_display = ("last_seen_at", "originator", "name", "kind", "count")
     list_filter = ("kind", "source_type", OrganizationListFilter)
     list_select_related = ("organization",)
     fields = (
