@@ -29,7 +29,14 @@ from devices.models import (
     Variable,
 )
 from devices.permissions import access_of
-from devices.scoped_admin import FixedParentForm, OrganizationListFilter, RecordAdmin, ScopedAdmin, TabularInline
+from devices.scoped_admin import (
+    DisposableRecordAdmin,
+    FixedParentForm,
+    OrganizationListFilter,
+    RecordAdmin,
+    ScopedAdmin,
+    TabularInline,
+)
 
 
 @admin.register(Organization)
@@ -88,7 +95,8 @@ class SensorAdmin(ScopedAdmin):
 
     @admin.display(description="data problems")
     def data_problems(self, row: Sensor) -> str:
-        return link_to_problems(row)
+        url = reverse("admin:devices_dataproblem_changelist")
+        return format_html('<a href="{}?q={}">show</a>', url, row.uuid)
 
 
 def describe_clock(clock: SensorClock) -> str:
@@ -99,11 +107,6 @@ def describe_clock(clock: SensorClock) -> str:
     seconds = abs(clock.offset_ms) / 1_000
     how = "right" if seconds < 1 else f"{seconds:,.0f} s {'slow' if clock.offset_ms > 0 else 'fast'}"
     return ", ".join([how, *counts])
-
-
-def link_to_problems(row: Sensor | Device) -> str:
-    url = reverse("admin:devices_dataproblem_changelist")
-    return format_html('<a href="{}?q={}">show</a>', url, row.uuid)
 
 
 @admin.register(Variable)
@@ -268,7 +271,7 @@ class ReadingAdmin(RecordAdmin):
 
 
 @admin.register(DataProblem)
-class DataProblemAdmin(RecordAdmin):
+class DataProblemAdmin(DisposableRecordAdmin):
     """What cannot be used or is not believed, counted by kind. Whoever has mended the cause deletes the row."""
 
     resource = "data-problems"
@@ -283,9 +286,6 @@ class DataProblemAdmin(RecordAdmin):
     readonly_fields = ("originator",)
     search_fields = ("=name",)
     search_help_text = "The name of a variable, or the uuid of a sensor or device"
-
-    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return ScopedAdmin.has_delete_permission(self, request, obj)
 
     @admin.display(description="sensor or device")
     def originator(self, row: DataProblem) -> str:

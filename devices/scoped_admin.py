@@ -167,7 +167,7 @@ class RecordAdmin(ScopedAdmin):
 
 
 class DisposableRecordAdmin(RecordAdmin):
-    """Records that superusers may also throw away."""
+    """Records that may also be thrown away, by whoever may delete them."""
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return ScopedAdmin.has_delete_permission(self, request, obj)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ValidationError
+from django.db import OperationalError
 from django.test import Client
 from django.utils import timezone
 from rest_framework.test import APIClient
@@ -320,3 +321,22 @@ def test_limits_that_make_no_sense_are_refused_by_name(limits: dict[str, Any], f
     with pytest.raises(ValidationError) as refused:
         Variable(sensor=sensor, name="x", **{"datatype": "number", **limits}).full_clean()
     assert list(refused.value.message_dict) == [field]
+
+
+def test_what_is_noted_while_the_database_is_away_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    farm, problems = Farm(), data_problems.DataProblems()
+    key = data_problems.Key("sensor", str(farm.sensor.uuid), "ph", data_problems.Kind.VALUE)
+    problems.note(key, farm.organization.pk, detail="first", payload="1")
+
+    def away(_seen: Any) -> None:
+        """Another greenlet notes the same while this one waits for the database."""
+        problems.note(key, farm.organization.pk, detail="second", payload="2")
+        raise OperationalError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_problems, "_write", away)
+        problems.flush(force=True)
+    problems.flush(force=True)
+    row = DataProblem.objects.get()
+    assert (row.count, row.detail) == (2, "second")
+    assert row.first_seen_at < row.last_seen_at

@@ -16,6 +16,7 @@ from django.db import IntegrityError, connection, transaction
 from django.utils import timezone
 
 from aemos.lib.per_process import per_process
+from aemos.lib.text import storable
 from devices.models import DataProblem, Organization
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class DataProblems:
         self._waiting: dict[Key, _Seen] = {}
         self._is_due = False
 
-    def note(self, key: Key, organization_id: int, *, detail: str, payload: str, count: int = 1) -> None:
+    def note(self, key: Key, organization_id: int, *, detail: str, payload: str) -> None:
         now = timezone.now()
         seen = self._waiting.get(key)
         if seen is None:
@@ -63,8 +64,8 @@ class DataProblems:
                 log.warning("a problem of the data of %s %s is not recorded: too many at once", *key[:2])
                 return
             seen = self._waiting[key] = _Seen(organization_id, 0, "", "", now, now)
-        seen.count += count
-        seen.detail, seen.payload = _storable(detail, MAXIMUM_DETAIL), _storable(payload, MAXIMUM_PAYLOAD)
+        seen.count += 1
+        seen.detail, seen.payload = storable(detail, MAXIMUM_DETAIL), storable(payload, MAXIMUM_PAYLOAD)
         seen.last_seen_at = now
 
     def flush_soon(self) -> None:
@@ -93,7 +94,15 @@ class DataProblems:
         except DatabaseError as error:
             log.warning("%d problems of data wait for the database: %s", len(taken), error)
             connection.close()  # a broken connection must not be used again
-            self._waiting = taken | self._waiting
+            self._put_back(taken)
+
+    def _put_back(self, taken: dict[Key, _Seen]) -> None:
+        """With what was noted while they were being written: the counts add up, the newest stays the newest."""
+        for key, later in self._waiting.items():
+            if earlier := taken.get(key):
+                later.count += earlier.count
+                later.first_seen_at = earlier.first_seen_at
+        self._waiting = taken | self._waiting
 
 
 @per_process
@@ -135,8 +144,3 @@ def _row(key: Key, seen: _Seen) -> tuple[Any, ...]:
     about = (key.source_type, originator, key.name, key.kind, seen.organization_id)
     times = (adapt(seen.first_seen_at), adapt(seen.last_seen_at))
     return (*about, seen.count, seen.detail, seen.payload, *times, own)
-
-
-def _storable(text: str, maximum: int) -> str:
-    """PostgreSQL stores no NUL."""
-    return text[:maximum].replace("\x00", "\\x00")[:maximum]

@@ -42,9 +42,9 @@ class SensorClocks:
         self._offsets.setdefault(uuid, deque(maxlen=SAMPLES)).append(offset_us)
         self._measured.add(uuid)
 
-    def count(self, uuid: str, what: str, number: int = 1) -> None:
+    def count(self, uuid: str, what: str) -> None:
         """`what`: LATE or AHEAD."""
-        self._counts.setdefault(uuid, Counter())[what] += number
+        self._counts.setdefault(uuid, Counter())[what] += 1
 
     def flush(self, *, force: bool = False) -> None:
         """Writes what is new; at most every ten seconds unless `force`. While the database is away the counts wait."""
