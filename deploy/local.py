@@ -106,6 +106,11 @@ class LocalSystem:
     def log(self, name: str) -> str:
         return tail(self._log(name), lines=1_000)
 
+    def last_words(self) -> str:
+        """The newest lines of each log, for whoever looks for what went wrong."""
+        logs = sorted(self._installation.var.rglob("*.log"))
+        return "\n".join(f"--- {log.name}\n{tail(log, lines=25)}" for log in logs)
+
     @property
     def web(self) -> str:
         return f"http://127.0.0.1:{self._installation.ports['PORT']}"
@@ -144,5 +149,8 @@ def local_system(folder: Path, **extra: str) -> Iterator[LocalSystem]:
         try:
             system.prepare()
             yield system
+        except BaseException as error:
+            error.add_note(system.last_words())
+            raise
         finally:
             system.close()

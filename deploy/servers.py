@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -172,11 +173,18 @@ def initial_security(username: str, password: str) -> dict[str, Any]:
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
-    """A port of loopback that was free a moment ago."""
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of loopback that was free a moment ago. Not one that the system gives to outgoing connections (32768 and above on
+    Linux, IANA's dynamic ports elsewhere), which may take it before the server that it is for.
+    """
+    for _ in range(100):
+        port = random.randrange(10_000, 32_768)  # noqa: S311  guards nothing
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise ServerError("a hundred ports of 127.0.0.1 between 10000 and 32767 are in use")
 
 
 def tail(log: Path, *, lines: int = 15) -> str:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from deploy.local import LocalSystem
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test of a whole system that fails shows what the system's processes had to say."""
+    report: Any = yield
+    if report.failed:
+        systems = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, LocalSystem)]
+        report.sections += [("logs of the system", system.last_words()) for system in systems]
+    return report  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ def http_post(system: LocalSystem, sensor: dict[str, str], body: dict[str, Any])
 def mqtt_publish(system: LocalSystem, sensor: dict[str, str], body: dict[str, Any]) -> None:
     client = mqtt_client(system, sensor)
     topic = f"devices/{sensor['uuid']}/datastream"
-    client.publish(topic, json.dumps(body), qos=1).wait_for_publish(ANSWER_SECONDS)
+    publication = client.publish(topic, json.dumps(body), qos=1)
+    publication.wait_for_publish(ANSWER_SECONDS)
+    assert publication.is_published(), "the broker did not acknowledge the message"
     client.disconnect()
     client.loop_stop()
 
