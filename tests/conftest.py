@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -11,13 +11,13 @@ from deploy.local import LocalSystem
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A test of a whole system that fails shows what the system's processes had to say."""
-    report: Any = yield
+    report = yield
     if report.failed:
         systems = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, LocalSystem)]
         report.sections += [("logs of the system", system.last_words()) for system in systems]
-    return report  # type: ignore[return-value]
+    return report
 
 
 @pytest.fixture(scope="session")
