@@ -14,12 +14,22 @@ from typing import Any
 
 from django.db import Error as DatabaseError
 from django.db import transaction
-from django.db.models import F, Model
+from django.db.models import F, Model, Prefetch
 from django.db.models.signals import post_delete, post_save
 
 from aemos.lib.per_process import per_process
 from devices import tokens
-from devices.models import CatalogueVersion, Device, DeviceState, DeviceToken, Organization, Sensor, Variable
+from devices.models import (
+    CatalogueVersion,
+    Device,
+    DeviceState,
+    DeviceToken,
+    Interlock,
+    Organization,
+    Requirement,
+    Sensor,
+    Variable,
+)
 from devices.quality.limits import Limits
 from devices.values import value_problem
 
@@ -36,7 +46,8 @@ MAXIMUM_UNKNOWN = 10_000
 class Field:
     """A variable of a sensor or a state of a device. `id` is the row's.
 
-    `limits` say which values of a variable are suspect. After `maximum_age_us` rules see it as missing; 0 is never.
+    `limits` say which values of a variable are suspect. After `maximum_age_us` rules see it as missing; 0 is never. `requires`:
+    the variables, as devices.latest.Key, that the interlock of a state looks at.
     """
 
     id: int
@@ -44,6 +55,8 @@ class Field:
     allowed_values: tuple[Any, ...] = ()
     limits: Limits | None = None
     maximum_age_us: int = 0
+    requires: tuple[tuple[str, str, str], ...] = ()
+    is_momentary: bool = False
 
     def problem_with(self, value: object) -> str:
         """Why the field cannot take the value, as the end of a sentence; empty when it can."""
@@ -220,7 +233,9 @@ def shared() -> Catalogue:
 def _load_originators(source_type: str, **filters: Any) -> list[Originator]:
     model: type[Sensor] | type[Device] = Sensor if source_type == "sensor" else Device
     related = "variables" if source_type == "sensor" else "states"
-    rows = model.objects.filter(**filters).select_related("organization").prefetch_related(related)
+    states = DeviceState.objects.prefetch_related("interlock__requirements__variable__sensor")
+    fields: str | Prefetch[Any] = related if source_type == "sensor" else Prefetch("states", states)
+    rows = model.objects.filter(**filters).select_related("organization").prefetch_related(fields)
     return [
         Originator(
             source_type=source_type,
@@ -244,7 +259,9 @@ def _late_after_us(row: Sensor | Device) -> int | None:
 
 def _field(row: Variable | DeviceState) -> Field:
     if isinstance(row, DeviceState):
-        return Field(row.pk, row.datatype, tuple(row.allowed_values))
+        interlock = getattr(row, "interlock", None)
+        requires = tuple(each.key for each in interlock.requirements.all()) if interlock else ()
+        return Field(row.pk, row.datatype, tuple(row.allowed_values), requires=requires, is_momentary=row.is_momentary)
     maximum_age_us = (row.maximum_age_seconds or 0) * SECOND_US
     return Field(row.pk, row.datatype, limits=_limits(row), maximum_age_us=maximum_age_us)
 
@@ -283,7 +300,7 @@ def is_same_build(one: int | None, other: int | None) -> bool:
 
 
 def connect_signals() -> None:
-    for model in (Organization, Sensor, Variable, Device, DeviceState, DeviceToken):
+    for model in (Organization, Sensor, Variable, Device, DeviceState, DeviceToken, Interlock, Requirement):
         post_save.connect(_on_save, sender=model, dispatch_uid="catalogue")
         post_delete.connect(_on_delete, sender=model, dispatch_uid="catalogue")
 
@@ -296,6 +313,10 @@ def organization_of(row: Model) -> int | None:
         return row.sensor.organization_id
     if isinstance(row, DeviceState):
         return row.device.organization_id
+    if isinstance(row, Interlock):
+        return row.state.device.organization_id
+    if isinstance(row, Requirement):
+        return row.interlock.state.device.organization_id
     found: int = row.organization_id  # type: ignore[attr-defined]
     return found
 

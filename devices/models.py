@@ -6,7 +6,8 @@ import json
 import math
 import uuid
 from collections.abc import Collection
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -160,6 +161,11 @@ class Device(Identified):
         return self.name
 
 
+# Of a state with many values, a speed for example, so many are remembered with the time of their last command.
+COMMANDED_VALUES = 8
+CLOCK_TOLERANCE = timedelta(minutes=5)
+
+
 class DeviceStateQuerySet(models.QuerySet["DeviceState"]):
     def newest_values(self, ids: Collection[int]) -> dict[int, Any]:
         """By id, what `newest` says of each that exists; without the objects."""
@@ -184,12 +190,32 @@ class DeviceState(Identified):
     A report never changes the wish: a pump that says "off" although it should be on is seen as one that differs.
     """
 
+    class Kind(models.TextChoices):
+        LEVEL = "level", "level: it keeps its value, such as on, or 40 %"
+        MOMENTARY = "momentary", "momentary: a dose or a pulse, done once for each command"
+
     device = models.ForeignKey(Device, on_delete=models.CASCADE, related_name="states")
     name = models.CharField(max_length=100)
+    kind = models.CharField(
+        max_length=10,
+        choices=Kind.choices,
+        default=Kind.LEVEL,
+        help_text="What is momentary is sent once as a command, and never again to a device that comes back.",
+    )
     datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.STRING)
     allowed_values = models.JSONField(
         default=list, blank=True, help_text='For example ["on", "off"]; empty allows any value.'
     )
+    safe_value = models.JSONField(
+        null=True,
+        blank=True,
+        help_text='The value that is off, such as "off": where the state goes when an interlock or the end of a chain says so.',
+    )
+    locked_until = models.DateTimeField(null=True, blank=True, editable=False)
+    locked_by = models.CharField(max_length=150, blank=True, editable=False)
+    lock_reason = models.CharField(max_length=200, blank=True, editable=False)
+    # By value as JSON, when it was commanded last, in microseconds by the clock of the server: what cooldowns are counted from.
+    commanded = models.JSONField(default=dict, blank=True, editable=False)
     value = models.JSONField(null=True, blank=True, editable=False)
     changed_at = models.DateTimeField(null=True, blank=True, editable=False)
     # The StateChange that the value comes from: the id that the device knows the command by.
@@ -208,6 +234,7 @@ class DeviceState(Identified):
         "reported_value": "jsonb",
         "reported_at": "timestamptz",
         "differs_since": "timestamptz",
+        "commanded": "jsonb",
     }
 
     class Meta:
@@ -224,6 +251,23 @@ class DeviceState(Identified):
             problem = value_problem(value, self.datatype)
             if problem:
                 raise ValidationError({"allowed_values": f"item {index}: {problem}"})
+        if self.safe_value is not None and self.is_momentary:
+            raise ValidationError({"safe_value": "is for level states: a momentary one does nothing by itself"})
+        if self.safe_value is not None and (problem := self.problem_with(self.safe_value)):
+            raise ValidationError({"safe_value": problem})
+
+    @property
+    def is_momentary(self) -> bool:
+        return self.kind == self.Kind.MOMENTARY
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known when it is on, so that an interlock can limit it."""
+        return self.is_momentary or self.safe_value is not None
+
+    def is_on(self, value: Any) -> bool:
+        """Whether a level state with a safe value is on at that value; a state without any value is not."""
+        return None not in (self.safe_value, value) and bool(value != self.safe_value)
 
     @property
     def newest(self) -> tuple[Any, datetime | None]:
@@ -235,13 +279,32 @@ class DeviceState(Identified):
     @property
     def differs(self) -> bool | None:
         """Whether the device says something else than it should; None while one of the two is not known."""
-        if self.changed_at is None or self.reported_at is None:
+        if self.is_momentary or self.changed_at is None or self.reported_at is None:
             return None
         return bool(self.value != self.reported_value)
 
+    def rests_until(self, value: Any, *, cooldown_us: int, now: datetime) -> datetime | None:
+        """Until when the same must not be commanded again, so long after it was; of a momentary state anything is the same."""
+        last_us = self.commanded.get(self._command_key(value))
+        if last_us is None:
+            return None
+        since = now - datetime.fromtimestamp(last_us / 1_000_000, UTC)
+        # What was commanded later than a little after now was so by a clock that was wrong: it must not suppress until then.
+        is_resting = -CLOCK_TOLERANCE <= since < timedelta(microseconds=cooldown_us)
+        return now - since + timedelta(microseconds=cooldown_us) if is_resting else None
+
+    def note_command(self, value: Any, *, now: datetime) -> None:
+        """For `rests_until`, of the newest values. Saving is the caller's."""
+        newest = {**self.commanded, self._command_key(value): int(now.timestamp() * 1_000_000)}
+        self.commanded = dict(sorted(newest.items(), key=itemgetter(1))[-COMMANDED_VALUES:])
+
+    def _command_key(self, value: Any) -> str:
+        return "" if self.is_momentary else json.dumps(value)[:200]
+
     def set_desired(self, value: Any, *, at: datetime, command_uuid: uuid.UUID) -> None:
-        """Sets what the state should be. Saving is the caller's."""
-        self.value, self.changed_at, self.command_uuid = value, at, command_uuid
+        """Sets what the state should be; a momentary one has no value that it should keep. Saving is the caller's."""
+        self.value = None if self.is_momentary else value
+        self.changed_at, self.command_uuid = at, command_uuid
         self._compare()
 
     def report(self, value: Any, *, at: datetime) -> bool:
@@ -383,6 +446,7 @@ class StateChange(models.Model):
         RULE = "rule"
         PERSON = "person"
         DEVICE = "device"
+        INTERLOCK = "interlock", "interlock: the state went to its safe value by itself"
 
     class CommandState(models.TextChoices):
         QUEUED = "queued", "queued: no gateway has sent it yet"
@@ -494,3 +558,12 @@ class CatalogueVersion(models.Model):
 
     def __str__(self) -> str:
         return f"{self.organization_id}: {self.version}"
+
+
+# At the end: their keys lead to the tables above.
+from devices.interlocks.models import Interlock, Requirement, StateRun, Veto  # noqa: E402
+
+__all__ = [
+    "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken", "Interlock", "Membership", "Organization",
+    "Reading", "Requirement", "Role", "Sensor", "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
+]  # fmt: skip

@@ -113,7 +113,7 @@ def body(message: Message) -> dict[str, Any]:
 
 
 # Who asks a device to act. A change that the device itself reported must not come back to it as a command.
-COMMANDING_SOURCES = frozenset({"rule", "person"})
+COMMANDING_SOURCES = frozenset({"rule", "person", "interlock"})
 
 
 def is_desired_change(message: Message) -> bool:

@@ -561,6 +561,7 @@ def _ungrouped(group: _Group) -> list[Event]:
 
 
 CHAIN = "chain"
+DEVICE = "device"
 """The source type of an event that runs the chain that is its originator."""
 
 TIMER = "timer"

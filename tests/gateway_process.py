@@ -553,7 +553,7 @@ def switch(*, device: str, count: int) -> list[str]:
             timestamp_us=events.microseconds(timezone.now()),
         )
         with transaction.atomic():
-            changes = states.apply([request])
+            changes = states.apply([request]).changes
         states.publish(changes)
         ids += [str(change.row.uuid) for change in changes]
     return ids

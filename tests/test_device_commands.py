@@ -54,7 +54,7 @@ def _change(target: Device, value: Any, *, source: str, at: float) -> list[state
         newer_only=source == "device",
     )
     with transaction.atomic():
-        changes = states.apply([request])
+        changes = states.apply([request]).changes
     states.publish(changes)
     return changes
 

@@ -19,7 +19,7 @@ from devices.models import Device, DeviceState, Organization, Reading, Sensor, S
 from notifications.models import Notification
 from rules import events
 from rules.authoring import editing
-from rules.models import ActionCooldown, RuleChain
+from rules.models import RuleChain
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -170,10 +170,10 @@ def test_an_effect_that_would_change_nothing_says_why(farm: Farm) -> None:
     chain = builders.chain(farm.organization, nodes)
     assert farm.tried(chain, values={"ph": 5})["effects"][0]["held"] is None
     done_at = timezone.now() - timedelta(minutes=9)
-    ActionCooldown.objects.create(chain=chain, node="stop", originator_uuid=farm.sensor.uuid, done_at=done_at)
+    DeviceState.objects.update(commanded={'"off"': int(done_at.timestamp() * 1_000_000)})
     held = farm.tried(chain, values={"ph": 5})["effects"][0]["held"]
     assert held == f"it rests until {done_at + timedelta(minutes=10):%Y-%m-%d %H:%M:%S} UTC"
-    ActionCooldown.objects.update(done_at=timezone.now() - timedelta(minutes=11))
+    DeviceState.objects.update(commanded={'"off"': int((done_at - timedelta(minutes=2)).timestamp() * 1_000_000)})
     assert farm.tried(chain, values={"ph": 5})["effects"][0]["held"] is None
 
 

@@ -110,6 +110,7 @@ RULE_EXECUTIONS = Counter("rule_execution_total", "Runs of rule chains, by resul
 RULE_SECONDS = Histogram("rule_execution_duration_seconds", "How long one run of a rule chain took.")
 RULE_ACTIONS = Counter("rule_action_executions_total", "Actions that rule chains asked for.")
 ACTIONS_SUPPRESSED = Counter("rule_actions_suppressed_total", "Actions that had no effect because of their cooldown.")
+COMMANDS_VETOED = Counter("rule_commands_vetoed_total", "Commands of rule chains that an interlock did not let happen.")
 ALARM_CHANGES = Counter(
     "alarm_changes_total",
     "Changes of alarms that people were notified of: raised, severity-raised, flapping, acknowledged or cleared.",
@@ -177,6 +178,7 @@ FAMILIES: tuple[Counter | Histogram, ...] = (
     RULE_SECONDS,
     RULE_ACTIONS,
     ACTIONS_SUPPRESSED,
+    COMMANDS_VETOED,
     ALARM_CHANGES,
     RULE_FILTERS,
     RULE_TIMEOUTS,

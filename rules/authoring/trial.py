@@ -27,7 +27,7 @@ from devices.serializers import camel
 from rules import events
 from rules.authoring import describe, validation
 from rules.authoring.sentences import ChainDescriber, Names
-from rules.effects import perform
+from rules.effects import interlocks, perform
 from rules.engine import chains
 from rules.engine.chains import Chain, NodeSpec, Outcome
 from rules.engine.conditions import SOURCE_TYPES, compile_condition
@@ -209,18 +209,28 @@ class _NoOpReason:
     def __init__(self, chain: RuleChain, compiled: Chain, originator: str) -> None:
         uuids = {command.device_uuid for command in compiled.commands}
         rows = DeviceState.objects.filter(device__organization_id=chain.organization_id, device__uuid__in=uuids)
-        self._values = {(str(row.device.uuid), row.name): row.newest[0] for row in rows.select_related("device")}
+        self._states = {(str(row.device.uuid), row.name): row for row in rows.select_related("device")}
         rests = ActionCooldown.objects.filter(chain__uuid=chain.uuid, originator_uuid=originator)
         self._done_at = dict(rests.values_list("node", "done_at"))
 
     def reason(self, effect: Effect) -> str | None:
-        if isinstance(effect, DeviceCommand) and not effect.force:
-            key = (effect.device_uuid, effect.state_name)
-            if key in self._values and self._values[key] == effect.value:
-                return "it is so already"
+        if isinstance(effect, DeviceCommand):
+            state = self._states.get((effect.device_uuid, effect.state_name))
+            return _no_op_reason_of(state, effect) if state else None
         done_at = self._done_at.get(effect.node)
         until = done_at + timedelta(microseconds=effect.cooldown_us) if done_at else None
         return f"it rests until {until:%Y-%m-%d %H:%M:%S} UTC" if until and until > timezone.now() else None
+
+
+def _no_op_reason_of(state: DeviceState, command: DeviceCommand) -> str | None:
+    if state.newest[0] == command.value and not (command.force or state.is_momentary):
+        return "it is so already"
+    now = timezone.now()
+    until = state.rests_until(command.value, cooldown_us=command.cooldown_us, now=now) if command.cooldown_us else None
+    if until:
+        return f"it rests until {until:%Y-%m-%d %H:%M:%S} UTC"
+    vetoed = interlocks.veto_now(state, command.value)
+    return f"its interlock vetoes it: {vetoed.detail}" if vetoed else None
 
 
 class _Report:

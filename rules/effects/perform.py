@@ -13,11 +13,12 @@ from uuid import uuid4
 
 from aemos.lib import bulk, metrics
 from devices import catalogue
+from devices.interlocks.judge import NO_VALUES, Values
 from devices.models import Organization, StateChange
 from notifications import messages, outbox
 from notifications.messages import Message, Protocol
 from rules import events
-from rules.effects import alarms, states
+from rules.effects import alarms, device_alarms, states
 from rules.effects.alarm_lifecycle import Clear, Raise
 from rules.effects.cooldowns import Cooldown, Cooldowns
 from rules.engine.bound import DeployedChain
@@ -54,12 +55,14 @@ class Applied:
     notes: list[Message] = field(default_factory=list)
     alarms: list[Message] = field(default_factory=list)
     suppressed: int = 0
+    vetoed: int = 0
 
     def __iadd__(self, other: Applied) -> Applied:
         self.changes += other.changes
         self.notes += other.notes
         self.alarms += other.alarms
         self.suppressed += other.suppressed
+        self.vetoed += other.vetoed
         return self
 
 
@@ -78,24 +81,28 @@ def resolve(effect: Effect, bound: DeployedChain, event: Event) -> ResolvedEffec
     return RESOLVERS[type(effect)](effect, bound, event)
 
 
-def apply(effects: Sequence[ResolvedEffect]) -> Applied:
-    """Applies the effects in the current transaction, but for those applied before and actions that are cooling down."""
-    cooldowns = Cooldowns(each.cooldown for each in effects)
+def apply(effects: Sequence[ResolvedEffect], values: Values = NO_VALUES) -> Applied:
+    """Applies the effects in the current transaction, but for those applied before, actions that are cooling down, and commands
+    that an interlock vetoes. `values`: the newest of what interlocks require.
+    """
     commands = [each for each in effects if isinstance(each, states.StateChangeRequest)]
-    others = _not_applied_before([each for each in effects if not isinstance(each, states.StateChangeRequest)])
-    changes = states.apply(commands, cooldowns.permits)
+    fresh = _not_applied_before([each for each in effects if not isinstance(each, states.StateChangeRequest)])
+    cooldowns = Cooldowns(each.cooldown for each in fresh)
+    made = states.apply(commands, values)
     notes = [
         each
-        for each in others
+        for each in fresh
         if isinstance(each, NotificationDraft) and cooldowns.permits(each.cooldown, each.effect_key)
     ]
+    of_alarms = [each for each in fresh if not isinstance(each, NotificationDraft)]
     applied = Applied(
-        changes=changes,
+        changes=made.changes,
         notes=_write(notes),
-        alarms=alarms.apply([each for each in others if not isinstance(each, NotificationDraft)], cooldowns.permits),
+        alarms=alarms.apply([*of_alarms, *device_alarms.of_vetoes(made.vetoed)], cooldowns.permits),
     )
     cooldowns.save()
-    applied.suppressed = cooldowns.suppressed
+    applied.suppressed = cooldowns.suppressed + len(made.suppressed)
+    applied.vetoed = len(made.vetoed)
     return applied
 
 
@@ -106,6 +113,8 @@ def publish(applied: Applied) -> None:
     alarms.publish(applied.alarms)
     if applied.suppressed:
         metrics.ACTIONS_SUPPRESSED.inc(applied.suppressed)
+    if applied.vetoed:
+        metrics.COMMANDS_VETOED.inc(applied.vetoed)
 
 
 def _command(effect: DeviceCommand, bound: DeployedChain, event: Event) -> states.StateChangeRequest:
@@ -122,7 +131,7 @@ def _command(effect: DeviceCommand, bound: DeployedChain, event: Event) -> state
         timestamp_us=effect.timestamp_us,
         priority=event.priority,
         always=effect.force,
-        cooldown=_cooldown(effect, bound, event),
+        cooldown_us=effect.cooldown_us,
     )
 
 

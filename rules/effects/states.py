@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from aemos.lib import bulk, metrics, redis
 from devices import commands, latest
 from devices.catalogue import Field
+from devices.interlocks.judge import NO_VALUES, Values, Vetoed
 from devices.latest import Latest
 from devices.models import DeviceState, StateChange
 from notifications import messages, outbox
@@ -30,7 +31,8 @@ from notifications.messages import Message
 from notifications.models import Notification
 from notifications.state_messages import message_of
 from rules import events
-from rules.effects.cooldowns import Cooldown, CooldownGate, no_cooldown
+from rules.effects import interlocks
+from rules.effects.interlocks import Interlocks
 
 log = logging.getLogger(__name__)
 # Lines about changes that are made at once; all of them are in the list of changes.
@@ -40,7 +42,8 @@ LOGGED_TOGETHER = 20
 class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
 
-    `cooldown`: how long the same action is suppressed after this one.
+    `cooldown_us`: not when somebody has commanded the same so short a while ago. `override`: the reason for which a person does
+    it against a veto.
     """
 
     effect_key: str
@@ -52,7 +55,8 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 5
     always: bool = False
     newer_only: bool = False
-    cooldown: Cooldown | None = None
+    cooldown_us: int = 0
+    override: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +67,48 @@ class Change:
     message: Message
 
 
-def apply(
-    requests: Sequence[StateChangeRequest], permits: CooldownGate = no_cooldown, *, also_lock: Collection[int] = ()
-) -> list[Change]:
-    """Makes the changes in the current transaction, in order; gives those that changed something. See `publish`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VetoedRequest:
+    """A request that an interlock did not let happen. `alarm`: people are to be alarmed."""
 
-    `also_lock`: ids of states that the same transaction may change later. They are locked at once, in the one order.
+    request: StateChangeRequest
+    state: DeviceState
+    veto: Vetoed
+    alarm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of requests. `changes`: those that changed something. `suppressed`: how many came within their cooldown.
+    `reporting`: states whose device reported, by id. `fulfilled`: commands that devices have carried out by now.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    vetoed: list[VetoedRequest] = field(default_factory=list)
+    reporting: dict[int, DeviceState] = field(default_factory=dict)
+    fulfilled: list[UUID] = field(default_factory=list)
+    suppressed: list[StateChangeRequest] = field(default_factory=list)
+
+
+def apply(
+    requests: Sequence[StateChangeRequest], values: Values = NO_VALUES, *, also_lock: Collection[int] = ()
+) -> Made:
+    """Makes the changes in the current transaction, in order, but for those that an interlock vetoes. See `publish`.
+
+    `values`: the newest of what interlocks require (`interlocks.required_by`); what is not among them is not known, and then
+    the state must not go on. `also_lock`: ids of states that the same transaction may change later. They are locked at once,
+    in the one order.
     """
     if not requests:
-        return []
-    states = _locked({request.state_id for request in requests}.union(also_lock))
-    decided = _decide(requests, states, permits, done=_effect_keys_done(requests))
-    _write(decided)
-    return decided.changes
+        return Made()
+    wanted = {request.state_id for request in requests}.union(also_lock)
+    rivals = interlocks.rivals_of(wanted)
+    states = _locked(wanted.union(*rivals.values()))
+    gate = Interlocks(states, rivals, values)
+    made = _decide(requests, states, gate, done=_effect_keys_done(requests))
+    _write(made)
+    gate.save()
+    return made
 
 
 class SettledStates:
@@ -113,42 +146,59 @@ _NOTHING = object()
 """Equals no value: not that of a state that was deleted."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """`reporting`: states whose device reported, by id. `fulfilled`: commands that devices have carried out by now."""
-
-    changes: list[Change] = field(default_factory=list)
-    reporting: dict[int, DeviceState] = field(default_factory=dict)
-    fulfilled: list[UUID] = field(default_factory=list)
-
-
 def _decide(
-    requests: Sequence[StateChangeRequest], states: Mapping[int, DeviceState], permits: CooldownGate, *, done: set[str]
-) -> _Decided:
+    requests: Sequence[StateChangeRequest], states: Mapping[int, DeviceState], gate: Interlocks, *, done: set[str]
+) -> Made:
     """Sets the values of the rows without writing them; of requests with one effect key the first counts, of `done` ones none."""
-    decided = _Decided()
+    made = Made()
     for request in requests:
         state = states.get(request.state_id)
         if state is None or request.effect_key in done:
             continue
         previous, is_wanted = state.newest, _is_wanted(request, state)
         if request.source == StateChange.Source.DEVICE:
-            decided.reporting[state.pk] = state
-            decided.fulfilled.extend(_apply_report(request, state))
-        if is_wanted and permits(request.cooldown, request.effect_key):
+            made.reporting[state.pk] = state
+            made.fulfilled.extend(_apply_report(request, state))
+            if not state.is_momentary:
+                gate.note_change(state, state.newest[0])
+        elif is_wanted and not _may(request, state, gate, made):
+            continue
+        if is_wanted:
             done.add(request.effect_key)
-            decided.changes.append(_change(request, state, previous))
-    return decided
+            made.changes.append(_change(request, state, previous, now=gate.now))
+            if request.source != StateChange.Source.DEVICE:
+                gate.note_change(state, request.value)
+    return made
 
 
-def _write(decided: _Decided) -> None:
-    changes = decided.changes
+def _may(request: StateChangeRequest, state: DeviceState, gate: Interlocks, made: Made) -> bool:
+    """Whether a command that would change something is neither within its cooldown nor vetoed. What keeps a state safe always
+    may."""
+    if request.source == StateChange.Source.INTERLOCK:
+        return True
+    if request.cooldown_us and state.rests_until(request.value, cooldown_us=request.cooldown_us, now=gate.now):
+        made.suppressed.append(request)
+        return False
+    vetoed = gate.veto(state, request.value)
+    if vetoed is None:
+        return True
+    gate.note_veto(
+        state, vetoed, request.value, source=request.source, actor=request.actor, overridden=request.override
+    )
+    if request.override:
+        return True
+    made.vetoed.append(VetoedRequest(request=request, state=state, veto=vetoed, alarm=gate.alarms_for(state)))
+    return False
+
+
+def _write(made: Made) -> None:
+    changes = made.changes
     rows = [[getattr(change.row, name) for name in _COLUMNS] for change in changes]
     bulk.insert("devices_statechange", _COLUMNS, rows)
-    changed = decided.reporting | {change.row.state.pk: change.row.state for change in changes}
+    changed = made.reporting | {change.row.state.pk: change.row.state for change in changes}
     columns = {"id": "bigint"} | DeviceState.VALUE_FIELDS
     bulk.update("devices_devicestate", columns, [[getattr(row, name) for name in columns] for row in changed.values()])
-    commands.note_applied(decided.fulfilled)
+    commands.note_applied(made.fulfilled)
     outbox.write([(c.message, c.row.state.device.organization_id, c.row.state.device_id) for c in changes])
 
 
@@ -208,10 +258,20 @@ def recent(field: Field, *, since_us: int, maximum: int) -> list[tuple[int, Any]
     return [(events.microseconds(at), value) for at, value in reversed(newest)]
 
 
-def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) -> StateChange:
+class ChangeVetoed(Exception):
+    """An interlock does not let a person do this; `veto` says why."""
+
+    def __init__(self, state: DeviceState, veto: Vetoed) -> None:
+        super().__init__(f"{state.name} must not be changed now: {veto.detail}")
+        self.veto = veto
+
+
+def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser, override: str = "") -> StateChange:
     """A person sets a state. It is sent even when the value is the same: somebody who presses a switch again wants that.
 
-    Raises ValidationError when the state does not allow the value.
+    `override` is the reason for which it is done against a veto; whether the person may is the caller's question. Raises
+    ValidationError when the state does not allow the value, ChangeVetoed, and RedisError when what an interlock requires cannot
+    be read.
     """
     problem = state.problem_with(value)
     if problem:
@@ -225,13 +285,18 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser) 
         timestamp_us=events.microseconds(timezone.now()),
         priority=1,
         always=True,
+        override=override,
     )
+    # Before the transaction: a lock must not wait for Redis.
+    values = latest.recall(interlocks.required_by([state.pk]))
     with transaction.atomic():
-        changes = apply([request])
-    if not changes:
+        made = apply([request], values)
+    if made.vetoed:
+        raise ChangeVetoed(state, made.vetoed[0].veto)
+    if not made.changes:
         raise ValidationError({"stateName": f"{state.name} was deleted"})
-    publish(changes)
-    return StateChange.objects.select_related("state__device__organization").get(uuid=changes[0].row.uuid)
+    publish(made.changes)
+    return StateChange.objects.select_related("state__device__organization").get(uuid=made.changes[0].row.uuid)
 
 
 def _locked(ids: set[int]) -> dict[int, DeviceState]:
@@ -248,7 +313,7 @@ def _is_wanted(request: StateChangeRequest, state: DeviceState) -> bool:
     value, said_at = state.newest
     if request.newer_only and said_at and events.microseconds(said_at) > request.timestamp_us:
         return False
-    return request.always or value != request.value
+    return request.always or state.is_momentary or value != request.value
 
 
 def _apply_report(request: StateChangeRequest, state: DeviceState) -> list[UUID]:
@@ -269,7 +334,9 @@ def _not_before(previous_at: datetime | None, at: datetime) -> datetime:
     return max(previous_at, at) if previous_at else at
 
 
-def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any, datetime | None]) -> Change:
+def _change(
+    request: StateChangeRequest, state: DeviceState, previous: tuple[Any, datetime | None], *, now: datetime
+) -> Change:
     previous_value, previous_at = previous
     row = commands.NewChange(
         uuid=uuid4(),
@@ -283,6 +350,7 @@ def _change(request: StateChangeRequest, state: DeviceState, previous: tuple[Any
     )
     if request.source != StateChange.Source.DEVICE:
         state.set_desired(request.value, at=_not_before(previous_at, _not_ahead(request)), command_uuid=row.uuid)
+        state.note_command(request.value, now=now)
         row.command_state, row.deadline = commands.State.QUEUED, commands.deadline()
     return Change(row=row, message=message_of(row, priority=request.priority))
 

@@ -80,7 +80,7 @@ def process(
 
 def apply(decided: Decided) -> Applied:
     """Applies the effects in the current transaction, and notes which scheduled runs are done."""
-    applied = perform.apply(decided.effects)
+    applied = perform.apply(decided.effects, decided.values)
     schedules.note_runs(decided.completed)
     return applied
 

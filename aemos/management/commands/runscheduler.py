@@ -19,13 +19,14 @@ from devices import commands
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
-from rules.effects import alarms, states
+from rules.effects import alarms, fail_safe, states
 from rules.journal import recovery
 from rules.processing import schedules, timers
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
+    fail_safe.switch_off_overdue,
     schedules.fire_due,
     timers.fire_due,
     recovery.reissue_lost_tickets,

@@ -80,7 +80,8 @@ def _audience(event: Event, names: tuple[str, ...]) -> Audience:
 class Inputs:
     """A batch with what is known before it.
 
-    `latest`: values of what its chains read, and of its variables that have limits. `maximum_ages`: after how many microseconds
+    `latest`: values of what its chains read, of its variables that have limits, and of what the interlocks of the states require
+    that they may set. `maximum_ages`: after how many microseconds
     a value that its chains read is missing, of those that have such an age. `unread`: references that
     DATA_COLLECTION_TIMEOUT_MS left no time to read; a chain that needs one fails with that code. `commanded`: ids of the states
     that its chains may set. `watched`: ids of the variables that people look at right now. `now_us`: when the batch began, in
@@ -126,8 +127,17 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
         for name, field in originators[source].fields.items()
         if field.limits
     ]
+    # Of what the chains may set, what interlocks look at before it is.
+    required = [
+        key
+        for bound in chains.values()
+        for command in bound.compiled.commands
+        if (device := originators.get(("device", command.device_uuid)))
+        and (state := device.fields.get(command.state_name))
+        for key in state.requires
+    ]
     deadline = began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000
-    latest, unread = _read_latest([*dict.fromkeys([*references, *limited])], deadline=deadline)
+    latest, unread = _read_latest([*dict.fromkeys([*references, *limited, *required])], deadline=deadline)
     watches: dict[str, TemporalCondition] = {
         watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
     }

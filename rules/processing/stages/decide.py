@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -39,11 +39,12 @@ OnEventStart = Callable[[Event | None], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """`completed`: events of which no chain failed. `effects`: what is still to be applied. `applied`: what was applied
-    already, because a chain of a later event reads it. `latest`: the newest values of sensors, for Redis. `next_timers`:
-    when time alone may change an outcome, in microseconds since 1970.
+    """`values`: the newest of all that was looked at. `completed`: events of which no chain failed. `effects`: what is still to
+    be applied. `applied`: what was applied already, because a chain of a later event reads it. `latest`: the newest values of
+    sensors, for Redis. `next_timers`: when time alone may change an outcome, in microseconds since 1970.
     """
 
+    values: Mapping[Key, Latest]
     completed: Sequence[Event]
     failures: Sequence[Failure]
     effects: Sequence[perform.ResolvedEffect]
@@ -92,6 +93,7 @@ def decide(
         if late:
             late_events.append(event)
     return Decided(
+        values=known.values,
         completed=completed,
         failures=progress.failures,
         effects=pending.effects,
@@ -187,6 +189,10 @@ class KnownValues:
             found = self._refusals[key] = perform.refuses(device_uuid, state_name, value)
         return found
 
+    @property
+    def values(self) -> Mapping[Key, Latest]:
+        return self._latest
+
     def update_states(self, changes: Iterable[states.Change]) -> None:
         self._latest.update(states.latest_of(change.row.state) for change in changes)
 
@@ -219,7 +225,7 @@ class PendingEffects:
         """`references`: what the chains of the next event read."""
         if self._sets.isdisjoint(references):
             return
-        applied = perform.apply(self.effects)
+        applied = perform.apply(self.effects, self._known.values)
         self._known.update_states(applied.changes)
         self.applied += applied
         self.effects, self._sets = [], set()

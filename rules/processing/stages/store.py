@@ -117,7 +117,7 @@ def _apply_reports(batch: Sequence[Event], inputs: Inputs) -> tuple[list[states.
             requests.append(request)
             reports[request.effect_key] = (event.id, name)
     # States that chains of the batch may set later are locked at once with these, in the one order.
-    changes = states.apply(requests, also_lock=inputs.commanded)
+    changes = states.apply(requests, also_lock=inputs.commanded).changes
     changed: dict[str, list[str]] = {}
     for change in changes:
         event_id, name = reports[change.row.effect_key]

@@ -1,0 +1,93 @@
+"""Switch to its safe value what has been on long enough, or must not be on any more: by the database alone, so that neither a
+crash nor an emptied Redis forgets it."""
+
+from __future__ import annotations
+
+import logging
+
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+from redis.exceptions import RedisError
+
+from aemos.lib import redis
+from devices import latest
+from devices.interlocks import judge
+from devices.interlocks.judge import NO_VALUES, Situation, Values
+from devices.models import DeviceState, StateChange, StateRun
+from rules import events
+from rules.effects import alarms, device_alarms, interlocks, states
+
+log = logging.getLogger(__name__)
+SYSTEM = "interlock"
+
+
+def switch_off_overdue() -> int:
+    """A periodic task of the scheduler, called every second; gives how many states it switched. Raises django.db.Error."""
+    limited = Q(off_wanted=True) | Q(state__interlock__isnull=False)
+    ids = set(StateRun.objects.filter(limited, ended_at=None).values_list("state_id", flat=True))
+    if not ids:
+        return 0
+    values = _values(ids)
+    found = interlocks.situations(_read(ids), {}, values, now=timezone.now())
+    overdue = [pk for pk, situation in found.items() if judge.overdue(situation)]
+    return _switch_off(overdue, values) if overdue else 0
+
+
+def _values(ids: set[int]) -> Values:
+    """What the interlocks require; without Redis nothing is known, and then nothing that requires something may be on."""
+    try:
+        return latest.recall(interlocks.required_by(ids))
+    except RedisError as error:
+        log.warning("What interlocks require cannot be read: %s", redis.explain(error))
+        return NO_VALUES
+
+
+def _read(ids: set[int]) -> list[DeviceState]:
+    return list(DeviceState.objects.filter(pk__in=ids).select_related("device__organization"))
+
+
+def _switch_off(ids: list[int], values: Values) -> int:
+    """Judged once more with the states locked: what was switched off meanwhile is left alone."""
+    with transaction.atomic():
+        locked = DeviceState.objects.select_for_update(of=("self",)).filter(pk__in=ids).order_by("pk")
+        rows = list(locked.select_related("device__organization"))
+        now = timezone.now()
+        found = interlocks.situations(rows, {}, values, now=now)
+        reasons = {pk: reason for pk, situation in found.items() if (reason := judge.overdue(situation))}
+        made = states.apply([_request(found[pk], reason) for pk, reason in reasons.items()], values)
+        outgoing = alarms.apply(
+            [
+                device_alarms.raised(
+                    found[pk].state, f"{found[pk].state.name} switched off", f"{found[pk].state}: {why}"
+                )
+                for pk, why in reasons.items()
+                if _is_alarming(found[pk])
+            ]
+        )
+    states.publish(made.changes)
+    alarms.publish(outgoing)
+    for change in made.changes:
+        log.warning("%s went to its safe value: %s", change.row.state, change.row.actor)
+    return len(made.changes)
+
+
+def _request(situation: Situation, reason: str) -> states.StateChangeRequest:
+    run = situation.running
+    assert run is not None  # noqa: S101  only what is on is overdue
+    return states.StateChangeRequest(
+        effect_key=f"interlock:{run.pk}",
+        state_id=situation.state.pk,
+        value=situation.state.safe_value,
+        source=StateChange.Source.INTERLOCK,
+        actor=f"{SYSTEM}: {reason}",
+        timestamp_us=events.microseconds(situation.now),
+        priority=1,
+        always=True,
+    )
+
+
+def _is_alarming(situation: Situation) -> bool:
+    """Not when somebody had asked for it, and only the minimum time had to pass."""
+    run, interlock = situation.running, situation.interlock
+    return interlock is not None and interlock.alarm_on_veto and not (run and run.off_wanted)
