@@ -15,6 +15,7 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from devices import catalogue
+from devices.interlocks.admin import describe, lock_for, unlock
 from devices.models import (
     DataProblem,
     Device,
@@ -154,8 +155,9 @@ STATE_VALUES: tuple[Any, ...] = ("value", "changed_at", "reported_value", "repor
 class DeviceStateInline(TabularInline):
     model = DeviceState
     extra = 1
-    fields = ("name", "datatype", "allowed_values", *STATE_VALUES, "uuid")
+    fields = ("name", "kind", "datatype", "allowed_values", "safe_value", *STATE_VALUES, "uuid")
     readonly_fields = (*STATE_VALUES, "uuid")
+    show_change_link = True
     formfield_overrides = {
         DeviceState._meta.get_field("allowed_values").__class__: {"widget": forms.Textarea(attrs={"rows": 2})}
     }
@@ -178,12 +180,33 @@ class DeviceStateAdmin(ScopedAdmin):
     organization_path = "device__organization"
     uuid_paths = ("uuid", "device__uuid")
     fixed = ("device",)
-    readonly_fields = ("uuid", "created_at", *STATE_VALUES)
-    list_display = ("name", "device", "datatype", "allowed_values", *STATE_VALUES, "uuid")
-    list_filter = ("datatype", ("differs_since", admin.EmptyFieldListFilter), OrganizationListFilter)
-    list_select_related = ("device__organization",)
+    readonly_fields = ("uuid", "created_at", *STATE_VALUES, "locked", "interlocked")
+    list_display = ("name", "device", "kind", *STATE_VALUES, "locked", "interlocked", "uuid")
+    list_filter = ("kind", "datatype", ("differs_since", admin.EmptyFieldListFilter), OrganizationListFilter)
+    list_select_related = ("device__organization", "interlock")
     search_fields = ("name", "device__name")
     autocomplete_fields = ("device",)
+    actions = ("lock_for_an_hour", "lock_for_a_day", "unlock")
+    lock_for_an_hour = admin.action(description="Lock selected for an hour", permissions=["change"])(lock_for(hours=1))
+    lock_for_a_day = admin.action(description="Lock selected for a day", permissions=["change"])(lock_for(days=1))
+    unlock = admin.action(description="Unlock selected", permissions=["change"])(unlock)
+
+    @admin.display(description="locked", empty_value="-")
+    def locked(self, row: DeviceState) -> str | None:
+        if row.locked_until is None or row.locked_until <= timezone.now():
+            return None
+        return f"by {row.locked_by} until {row.locked_until:%Y-%m-%d %H:%M} UTC"
+
+    @admin.display(description="interlock")
+    def interlocked(self, row: DeviceState) -> str:
+        interlock = getattr(row, "interlock", None)
+        if interlock is None:
+            return format_html('<a href="{}?state={}">add</a>', reverse("admin:devices_interlock_add"), row.pk)
+        return format_html(
+            '<a href="{}">{}</a>',
+            reverse("admin:devices_interlock_change", args=[interlock.pk]),
+            describe(interlock) or "show",
+        )
 
 
 class DeviceTokenForm(FixedParentForm):

@@ -255,6 +255,26 @@ class DeviceState(Identified):
             raise ValidationError({"safe_value": "is for level states: a momentary one does nothing by itself"})
         if self.safe_value is not None and (problem := self.problem_with(self.safe_value)):
             raise ValidationError({"safe_value": problem})
+        interlock = Interlock.objects.filter(state=self.pk).first() if self.pk else None
+        if interlock is not None:
+            interlock.state = self
+            try:
+                interlock.clean()
+            except ValidationError as error:
+                raise ValidationError(f"Its interlock does not fit any more: {'; '.join(error.messages)}") from error
+
+    def save(self, *args: Any, **fields: Any) -> None:
+        super().save(*args, **fields)
+        reconcile_run(self)
+
+    def lock(self, until: datetime, *, by: str, reason: str = "") -> None:
+        """Until then only an interlock that must switch it off changes it."""
+        self.locked_until, self.locked_by, self.lock_reason = until, by, reason
+        self.save(update_fields=["locked_until", "locked_by", "lock_reason"])
+
+    def unlock(self) -> None:
+        self.locked_until, self.locked_by, self.lock_reason = None, "", ""
+        self.save(update_fields=["locked_until", "locked_by", "lock_reason"])
 
     @property
     def is_momentary(self) -> bool:
@@ -561,7 +581,7 @@ class CatalogueVersion(models.Model):
 
 
 # At the end: their keys lead to the tables above.
-from devices.interlocks.models import Interlock, Requirement, StateRun, Veto  # noqa: E402
+from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
 
 __all__ = [
     "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken", "Interlock", "Membership", "Organization",

@@ -47,6 +47,9 @@ RIGHTS: Mapping[str, Rights] = {
     "variables": _OF_ADMINS,
     "devices": _OF_ADMINS,
     "device-states": _OF_OPERATORS,
+    # Who may change an interlock may also override it.
+    "interlocks": _OF_ADMINS,
+    "vetoes": Rights(),
     "device-tokens": _OF_ADMINS,
     "readings": Rights(),
     "data-problems": Rights(delete=Role.OPERATOR),

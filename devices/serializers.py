@@ -273,6 +273,7 @@ class DeviceStateSerializer(CamelCaseSerializer[DeviceState]):
 
     device = ScopedField[Device](queryset=Device.objects.select_related("organization"))
     allowed_values = ValueListField(required=False)
+    safe_value = ValueField(required=False, allow_null=True)
     value = ValueField(read_only=True)
     reported_value = ValueField(read_only=True)
     differs = serializers.BooleanField(read_only=True, allow_null=True)
@@ -283,8 +284,13 @@ class DeviceStateSerializer(CamelCaseSerializer[DeviceState]):
             "uuid",
             "device",
             "name",
+            "kind",
             "datatype",
             "allowed_values",
+            "safe_value",
+            "locked_until",
+            "locked_by",
+            "lock_reason",
             "value",
             "changed_at",
             "reported_value",
@@ -293,7 +299,7 @@ class DeviceStateSerializer(CamelCaseSerializer[DeviceState]):
             "differs_since",
             "created_at",
         ]
-        read_only_fields = ["reported_at", "differs_since"]
+        read_only_fields = ["reported_at", "differs_since", "locked_until", "locked_by", "lock_reason"]
         immutable = ["device"]
 
 

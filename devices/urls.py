@@ -8,6 +8,7 @@ from django.urls import path
 from rest_framework.routers import SimpleRouter
 
 from devices import views
+from devices.interlocks import api as interlocks
 
 router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("organizations", views.OrganizationViewSet)
@@ -15,6 +16,9 @@ router.register("sensors", views.SensorViewSet)
 router.register("variables", views.VariableViewSet)
 router.register("devices", views.DeviceViewSet)
 router.register("device-states", views.DeviceStateViewSet)
+router.register("interlocks", interlocks.InterlockViewSet)
+router.register("interlock-requirements", interlocks.RequirementViewSet)
+router.register("vetoes", interlocks.VetoViewSet)
 router.register("device-tokens", views.DeviceTokenViewSet)
 router.register("readings", views.ReadingViewSet)
 router.register("data-problems", views.DataProblemViewSet)

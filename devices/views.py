@@ -20,6 +20,7 @@ from rest_framework.views import APIView
 from rest_framework_simplejwt.views import TokenObtainPairView, TokenRefreshView
 
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
+from devices.interlocks.api import LockSerializer
 from devices.models import (
     DataProblem,
     Device,
@@ -186,11 +187,30 @@ class DeviceStateViewSet(EditViewSet[DeviceState]):
     """What can be switched on a device. Its value is set through /device-state-instances."""
 
     resource = "device-states"
+    verbs: ClassVar = {"lock": "change", "unlock": "change"}
     organization_path = "device__organization"
     parent = "device"
     queryset = DeviceState.objects.select_related("device__organization")
     serializer_class = DeviceStateSerializer
     filterset_class = DeviceStateFilter
+
+    @extend_schema(request=LockSerializer, responses=DeviceStateSerializer)
+    @action(detail=True, methods=["post"])
+    def lock(self, request: Request, uuid: str) -> Response:
+        """Holds the state as it is: until then no rule, schedule or person changes it. An interlock that must switch it off
+        does so all the same."""
+        state, wish = self.get_object(), LockSerializer(data=request.data)
+        wish.is_valid(raise_exception=True)
+        state.lock(wish.validated_data["until"], by=request.user.get_username(), reason=wish.validated_data["reason"])
+        return Response(self.get_serializer(state).data)
+
+    @extend_schema(request=None, responses=DeviceStateSerializer)
+    @action(detail=True, methods=["post"])
+    def unlock(self, request: Request, uuid: str) -> Response:
+        """Ends a lock before its time."""
+        state = self.get_object()
+        state.unlock()
+        return Response(self.get_serializer(state).data)
 
 
 class DeviceTokenFilter(FilterSet):

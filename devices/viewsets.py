@@ -77,11 +77,12 @@ class EditViewSet(mixins.CreateModelMixin, mixins.UpdateModelMixin, mixins.Destr
     """Also creates, changes and deletes rows, each in one transaction."""
 
     parent: ClassVar[str] = "organization"
+    parent_path: ClassVar[str] = "organization"
 
     def perform_create(self, serializer: BaseSerializer[Any]) -> None:
-        """A new row's organization is that of the parent it names."""
+        """A new row's organization is that of the parent it names, to which `parent_path` leads from the parent."""
         parent = serializer.validated_data[self.parent]
-        organization_id = parent.pk if isinstance(parent, Organization) else parent.organization_id
+        organization_id = parent.pk if isinstance(parent, Organization) else organization_of(parent, self.parent_path)
         self.access.demand("add", self.resource, organization_id)
         with transaction.atomic():
             serializer.save()

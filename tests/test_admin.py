@@ -50,6 +50,7 @@ RECORDS = {
     "alarm",
     "actioncooldown",
     "dataproblem",
+    "veto",
 }
 
 
@@ -79,7 +80,7 @@ def test_every_table_that_people_use_has_a_page() -> None:
     assert named == {
         "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
         "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification", "Alarm",
-        "ActionCooldown", "DataProblem",
+        "ActionCooldown", "DataProblem", "Interlock", "Veto",
     }  # fmt: skip
 
 

@@ -20,11 +20,14 @@ from devices.models import (
     Device,
     DeviceState,
     DeviceToken,
+    Interlock,
     Organization,
     Reading,
+    Requirement,
     Sensor,
     StateChange,
     Variable,
+    Veto,
 )
 from devices.viewsets import ScopedViewSet
 from notifications.models import Delivery, Notification
@@ -96,12 +99,19 @@ def names_of(farm: Farm) -> dict[str, Any]:
         last_raised_at=WHEN,
     )  # fmt: skip
     ActionCooldown.objects.create(chain=farm.chain, node="switch", originator_uuid=farm.sensor.uuid, done_at=WHEN)
+    dosing = builders.device(organization, states={})
+    doser = DeviceState.objects.create(device=dosing, name="dose", kind=DeviceState.Kind.MOMENTARY, datatype="number")
+    pulse = DeviceState.objects.create(device=dosing, name="pulse", kind=DeviceState.Kind.MOMENTARY)
+    interlock = Interlock.objects.create(state=doser, maximum_runs_per_hour=4)
+    requirement = Requirement.objects.create(interlock=interlock, variable=variable, minimum=5)
+    veto = Veto.objects.create(state=doser, kind=Veto.Kind.RUNS, source="rule", actor="x", detail="no")
     newcomer = builders.user()
     token, _ = DeviceToken.objects.issue(farm.sensor)
     rows: dict[str, Any] = {
         "organization": organization, "sensor": farm.sensor, "variable": variable, "problem": problem, "device": farm.device,
         "state": state, "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
-        "replay": replay, "alarm": alarm,
+        "replay": replay, "alarm": alarm, "interlock": interlock, "doser": doser, "pulse": pulse,
+        "requirement": requirement, "veto": veto,
     }  # fmt: skip
     return {name: str(row.uuid) for name, row in rows.items()} | {
         "dead": str(dead.uuid),
@@ -126,6 +136,7 @@ NODE = {"name": "f", "type": "filter", "config": FILTER}
 CHAIN = {"organization": "{organization}", "name": "c", "nodes": [NODE]}
 DOCUMENT = {"format": "aemos-rule-chain", "version": 1, "chain": {"name": "d", "nodes": [NODE]}}
 COMMAND = {"deviceUuid": "{device}", "stateName": "power", "value": "on"}
+REQUIREMENT = {"interlock": "{interlock}", "variable": "{variable}", "minimum": 5}
 
 # Method, path, body, least role that may, status when it may.
 MATRIX: list[tuple[str, str, Any, str, int]] = [
@@ -165,6 +176,22 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("PUT", "device-states/{state}", {"device": "{device}", "name": "mode"}, "operator", 200),
     ("PATCH", "device-states/{state}", {"name": "mode"}, "operator", 200),
     ("DELETE", "device-states/{state}", None, "operator", 204),
+    ("POST", "device-states/{state}/lock", {"until": "2100-01-01T00:00:00Z"}, "operator", 200),
+    ("POST", "device-states/{state}/unlock", None, "operator", 200),
+    ("GET", "interlocks", None, "viewer", 200),
+    ("POST", "interlocks", {"state": "{pulse}", "maximumRunsPerDay": 2}, "admin", 201),
+    ("GET", "interlocks/{interlock}", None, "viewer", 200),
+    ("PUT", "interlocks/{interlock}", {"state": "{doser}", "maximumRunsPerDay": 2}, "admin", 200),
+    ("PATCH", "interlocks/{interlock}", {"minimumOffSeconds": 60}, "admin", 200),
+    ("DELETE", "interlocks/{interlock}", None, "admin", 204),
+    ("GET", "interlock-requirements", None, "viewer", 200),
+    ("POST", "interlock-requirements", REQUIREMENT, "admin", 201),
+    ("GET", "interlock-requirements/{requirement}", None, "viewer", 200),
+    ("PUT", "interlock-requirements/{requirement}", REQUIREMENT, "admin", 200),
+    ("PATCH", "interlock-requirements/{requirement}", {"maximum": 7}, "admin", 200),
+    ("DELETE", "interlock-requirements/{requirement}", None, "admin", 204),
+    ("GET", "vetoes", None, "viewer", 200),
+    ("GET", "vetoes/{veto}", None, "viewer", 200),
     ("GET", "device-tokens", None, "viewer", 200),
     ("POST", "device-tokens", {"device": "{device}"}, "admin", 201),
     ("GET", "device-tokens/{token}", None, "viewer", 200),

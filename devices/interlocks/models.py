@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import uuid
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from zoneinfo import available_timezones
 
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator
 from django.db import models
 from django.utils import timezone
+
+if TYPE_CHECKING:
+    from devices.models import DeviceState
 
 DAY_SECONDS = 86_400
 
@@ -249,3 +252,14 @@ class Veto(models.Model):
 
     def __str__(self) -> str:
         return f"{self.state}: {self.detail}"
+
+
+def reconcile_run(state: DeviceState) -> None:
+    """After a state was edited: a run goes on exactly when it is on, as its safe value is now."""
+    value, since = state.newest
+    is_on, now = not state.is_momentary and state.is_on(value), timezone.now()
+    going_on = StateRun.objects.filter(state=state, ended_at=None)
+    if not is_on:
+        going_on.update(ended_at=now)
+    elif not going_on.exists():
+        StateRun.objects.create(state=state, began_at=min(since or now, now))

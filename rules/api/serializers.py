@@ -290,6 +290,13 @@ class StateCommandSerializer(StrictMixin):
     deviceUuid = serializers.UUIDField()  # noqa: N815  the API speaks camelCase
     stateName = serializers.CharField(max_length=100)  # noqa: N815
     value = ValueField()
+    override = serializers.CharField(
+        max_length=500,
+        required=False,
+        allow_blank=True,
+        default="",
+        help_text="The reason for which it is to be done although an interlock vetoes it; takes the role admin.",
+    )
 
 
 class StateInstanceSerializer(StateChangeSerializer):

@@ -21,6 +21,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import Serializer
 
+from aemos.lib import redis
 from devices.exceptions import Overloaded
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, by_uuid
 from devices.models import Device, DeviceState, Organization
@@ -57,6 +58,8 @@ from rules.models import RuleChain, RuleNode
 from rules.processing import schedules
 
 REFUSED = OpenApiResponse(ValidationErrorsSerializer, description="Nothing was changed; every problem is listed.")
+
+VETOED = OpenApiResponse(description="An interlock does not let this happen now; `detail` says why.")
 
 
 class RuleChainFilter(FilterSet):
@@ -349,7 +352,16 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
         return node
 
 
-@extend_schema_view(create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer}))
+class Vetoed(APIException):
+    """An interlock does not let this happen now."""
+
+    status_code = status.HTTP_409_CONFLICT
+    default_code = "vetoed"
+
+
+@extend_schema_view(
+    create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer, 409: VETOED})
+)
 class StateInstanceViewSet(ScopedViewSet[DeviceState]):
     """A person switches a device; the change goes out on all protocols."""
 
@@ -362,12 +374,19 @@ class StateInstanceViewSet(ScopedViewSet[DeviceState]):
         wish = self.get_serializer(data=request.data)
         wish.is_valid(raise_exception=True)
         state = self._state(wish.validated_data["deviceUuid"], wish.validated_data["stateName"])
+        value, override = wish.validated_data["value"], wish.validated_data["override"]
+        if override:
+            self.access.demand("change", "interlocks", state.device.organization_id)
         try:
             change = states.change_by_person(
-                state, wish.validated_data["value"], user=cast("AbstractBaseUser", request.user)
+                state, value, user=cast("AbstractBaseUser", request.user), override=override
             )
         except DjangoValidationError as error:
             raise ValidationError(in_camel_case(error)) from error
+        except states.ChangeVetoed as error:
+            raise Vetoed(str(error)) from error
+        except RedisError as error:
+            raise Unavailable(f"What its interlock requires cannot be read: {redis.explain(error)}") from error
         return Response(StateInstanceSerializer(change).data, status=status.HTTP_201_CREATED)
 
     def _state(self, device_uuid: UUID, name: str) -> DeviceState:

@@ -1,0 +1,163 @@
+"""The admin's pages of interlocks, what they require, and what they vetoed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.db.models import ManyToManyField, QuerySet
+from django.http import HttpRequest
+from django.utils import timezone
+
+from devices.interlocks.api import exclusion_problem
+from devices.models import DeviceState, Interlock, Requirement, Veto
+from devices.permissions import access_of
+from devices.scoped_admin import (
+    DisposableRecordAdmin,
+    FixedParentForm,
+    OrganizationListFilter,
+    ScopedAdmin,
+    StackedInline,
+)
+
+
+class InterlockForm(FixedParentForm):
+    class Meta:
+        model = Interlock
+        exclude = ()
+
+    def clean_excludes(self) -> Any:
+        others = self.cleaned_data["excludes"]
+        state = self.instance.state if self.instance.pk else self.cleaned_data.get("state")
+        problems = [problem for other in others if (problem := exclusion_problem(state, other))]
+        if problems:
+            raise forms.ValidationError([f"{problem[0].upper()}{problem[1:]}." for problem in problems])
+        return others
+
+
+class RequirementInline(StackedInline):
+    model = Requirement
+    extra = 0
+    autocomplete_fields = ("variable",)
+    fields = ("variable", ("minimum", "maximum", "equals"), ("fresh_seconds", "holds_while_on"))
+
+
+@admin.register(Interlock)
+class InterlockAdmin(ScopedAdmin):
+    """What a state must never do, whoever asks. The last gate, after all rules and people."""
+
+    resource = "interlocks"
+    organization_path = "state__device__organization"
+    uuid_paths = ("uuid", "state__uuid", "state__device__uuid")
+    fixed = ("state",)
+    form = InterlockForm
+    readonly_fields = ("uuid",)
+    list_display = ("state", "limits", "alarm_on_veto", "vetoes")
+    list_filter = (OrganizationListFilter,)
+    list_select_related = ("state__device",)
+    search_fields = ("state__name", "state__device__name")
+    search_help_text = "A part of the name of the state or device, or a whole uuid"
+    autocomplete_fields = ("state", "excludes")
+    inlines = (RequirementInline,)
+    fieldsets = (
+        (None, {"fields": ("state", "alarm_on_veto", "uuid")}),
+        (
+            "How long at a time",
+            {
+                "description": "A state is on while its value is another than its safe value.",
+                "fields": (("minimum_on_seconds", "maximum_on_seconds"), "minimum_off_seconds"),
+            },
+        ),
+        (
+            "How often and how much",
+            {
+                "description": "In any 60 minutes and any 24 hours, not by the clock.",
+                "fields": (
+                    ("maximum_runs_per_hour", "maximum_runs_per_day"),
+                    ("maximum_on_seconds_per_hour", "maximum_on_seconds_per_day"),
+                    ("maximum_amount_per_hour", "maximum_amount_per_day"),
+                ),
+            },
+        ),
+        ("When", {"fields": (("allowed_from", "allowed_until"), "timezone")}),
+        ("Not together with", {"fields": ("excludes",)}),
+    )
+
+    def formfield_for_manytomany(self, db_field: ManyToManyField[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
+        kwargs["queryset"] = access_of(request).limit(
+            DeviceState.objects.select_related("device"), "device__organization", resource=self.resource, verb="change"
+        )
+        return super().formfield_for_manytomany(db_field, request, **kwargs)
+
+    @admin.display(description="limits")
+    def limits(self, row: Interlock) -> str:
+        return describe(row) or "none"
+
+    @admin.display(description="vetoes")
+    def vetoes(self, row: Interlock) -> int:
+        return sum(row.state.vetoes.filter(overridden_reason="").values_list("count", flat=True))
+
+
+def describe(row: Interlock) -> str:
+    """In words: "at least 60 s off, at most 4 runs per hour"."""
+    parts = [
+        ("at least {:g} s on", row.minimum_on_seconds),
+        ("at most {:g} s on", row.maximum_on_seconds),
+        ("at least {:g} s off", row.minimum_off_seconds),
+        ("at most {:g} runs per hour", row.maximum_runs_per_hour),
+        ("at most {:g} runs per day", row.maximum_runs_per_day),
+        ("at most {:g} s on per hour", row.maximum_on_seconds_per_hour),
+        ("at most {:g} s on per day", row.maximum_on_seconds_per_day),
+        ("at most {:g} per hour", row.maximum_amount_per_hour),
+        ("at most {:g} per day", row.maximum_amount_per_day),
+    ]
+    said = [text.format(limit) for text, limit in parts if limit is not None]
+    if row.allowed_from and row.allowed_until:
+        said.append(f"from {row.allowed_from:%H:%M} to {row.allowed_until:%H:%M}")
+    said += [f"not with {other.device}: {other.name}" for other in row.excludes.all()]
+    said += [f"requires {requirement}" for requirement in row.requirements.all()]
+    return ", ".join(said)
+
+
+@admin.register(Veto)
+class VetoAdmin(DisposableRecordAdmin):
+    """What interlocks did not let happen, counted by kind and who asked, and what people overrode with a reason."""
+
+    resource = "vetoes"
+    organization_path = "state__device__organization"
+    uuid_paths = ("uuid", "state__uuid", "state__device__uuid")
+    list_display = ("last_at", "state", "kind", "actor", "value", "detail", "count", "overridden_reason")
+    list_filter = ("kind", "source", ("overridden_reason", admin.EmptyFieldListFilter), OrganizationListFilter)
+    list_select_related = ("state__device",)
+    search_fields = ("state__name", "state__device__name", "actor")
+    search_help_text = "A part of the name of the state, device or who asked, or a whole uuid"
+    fields = (
+        "state", "kind", "source", "actor", "value", "detail", "count", "overridden_reason", "first_at", "last_at", "uuid",
+    )  # fmt: skip
+
+
+def lock_for(**time: float) -> Any:
+    """An admin action that holds states as they are for so long."""
+
+    def lock(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> None:
+        until = timezone.now() + timedelta(**time)
+        rows = _changeable(self, request, queryset)
+        for state in rows:
+            state.lock(until, by=request.user.get_username(), reason="locked in the admin")
+        messages.success(request, f"{len(rows)} locked until {until:%Y-%m-%d %H:%M} UTC.")
+
+    return lock
+
+
+def unlock(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> None:
+    rows = _changeable(self, request, queryset)
+    for state in rows:
+        state.unlock()
+    messages.success(request, f"{len(rows)} unlocked.")
+
+
+def _changeable(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> list[DeviceState]:
+    allowed = access_of(request).limit(queryset, self.organization_path, resource=self.resource, verb="change")
+    return list(DeviceState.objects.filter(pk__in=allowed.order_by().values("pk")).select_related("device"))
