@@ -139,7 +139,8 @@ def may_publish(system: LocalSystem, uuid: str, token: str) -> bool:
 def publish_command(system: LocalSystem, uuid: str, token: str, *what: str) -> tuple[list[str], dict[str, str]]:
     """The command, and its environment."""
     program, broker = get("mosquitto_pub"), ["-h", system.broker.host, "-p", str(system.broker.port)]
-    account = ["-u", token.split("_")[1], "-P", token, "-V", "mqttv5"]
+    username = token.split("_")[1]
+    account = ["-i", username, "-u", username, "-P", token, "-V", "mqttv5"]
     command = [str(program.path), *broker, *account, "-q", "1", "-t", f"devices/{uuid}/datastream", *what]
     return command, {**os.environ, **program.environment}
 

@@ -122,7 +122,7 @@ def listen_mqtt(connection: Connection, received: type[Received], port: int, use
     from paho.mqtt.enums import CallbackAPIVersion
 
     found, ready = received(), threading.Event()
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username)
     client.username_pw_set(username, password)
     client.on_connect = lambda client, *_: client.subscribe(TOPICS)
     client.on_subscribe = lambda *_: ready.set()

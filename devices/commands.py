@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -82,12 +82,6 @@ def note_sent(uuids: Sequence[UUID], *, at: datetime | None = None) -> None:
         )
 
 
-def note_expired(uuids: Sequence[UUID]) -> None:
-    """They were not sent: it was too late."""
-    for rows in _commands(uuids):
-        rows.filter(command_state=State.QUEUED).update(command_state=State.EXPIRED, settled_at=timezone.now())
-
-
 def note_applied(uuids: Sequence[UUID]) -> None:
     """The device reports the value that these commands wished for."""
     for rows in _commands(uuids):
@@ -96,20 +90,34 @@ def note_applied(uuids: Sequence[UUID]) -> None:
         )
 
 
-def expire_overdue(now: datetime | None = None) -> int:
-    """Called by the scheduler: commands that nobody has sent, or no device acknowledged, by their deadline; their number."""
+def expire_overdue(now: datetime | None = None) -> list[StateChange]:
+    """Commands that nobody has sent, or no device acknowledged, by their deadline: those that expire by this, some at a time, in
+    the current transaction."""
     now = now or timezone.now()
     overdue = StateChange.objects.filter(command_state__in=[State.QUEUED, State.SENT], deadline__lt=now)
-    expired = overdue.update(command_state=State.EXPIRED, settled_at=now)
-    if expired:
-        log.warning("%d commands to devices were not acknowledged by their deadline, and have expired", expired)
-    return expired
+    rows = list(overdue.select_related("state__device").order_by("id")[:STATEMENT_ROWS])
+    ids = [row.pk for row in rows]
+    expired = StateChange.objects.filter(pk__in=ids, command_state__in=[State.QUEUED, State.SENT])
+    if ids and expired.update(command_state=State.EXPIRED, settled_at=now):
+        log.warning("%d commands to devices were not acknowledged by their deadline, and have expired", len(rows))
+    return rows
 
 
 def under_way(now: datetime | None = None) -> QuerySet[StateChange]:
     """Commands that were sent, are not acknowledged and may still be sent, oldest first."""
     rows = StateChange.objects.filter(command_state=State.SENT, deadline__gt=now or timezone.now())
     return rows.select_related("state__device__organization").order_by("id")
+
+
+def pulses_under_way(devices: Collection[UUID]) -> QuerySet[StateChange]:
+    """Momentary commands of these devices that may still be obeyed and are not acknowledged, oldest first."""
+    rows = StateChange.objects.filter(
+        state__device__uuid__in=devices,
+        state__kind=DeviceState.Kind.MOMENTARY,
+        command_state__in=[State.QUEUED, State.SENT],
+        deadline__gt=timezone.now(),
+    )
+    return rows.select_related("state__device").order_by("id")
 
 
 def acknowledge(said: Sequence[Acknowledgement]) -> list[Acknowledgement]:

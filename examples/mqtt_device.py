@@ -25,9 +25,10 @@ class Device:
         self._topic = f"devices/{uuid}"
         self._name = name
         self._known: deque[str] = deque(maxlen=REMEMBERED_COMMANDS)
-        # A client id of its own and a session that lasts: the broker keeps commands for it while it is away.
-        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"device-{uuid}", protocol=mqtt.MQTTv5)
-        self.client.username_pw_set(token.split("_")[1], token)
+        # The client id is the user name; with a session that lasts the broker keeps commands for it while it is away.
+        username = token.split("_")[1]
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username, protocol=mqtt.MQTTv5)
+        self.client.username_pw_set(username, token)
         self.client.will_set(f"{self._topic}/status", "offline", qos=1, retain=True)
         self.client.on_connect = self._on_connect
         self.client.on_message = self._on_message

@@ -38,8 +38,9 @@ def _publish(host: str, port: int, *, token: str, topic: str, body: dict[str, An
         refused.extend([reason] if reason.is_failure else [])
         connected.set()
 
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.username_pw_set(token.split("_")[1], token)
+    username = token.split("_")[1]
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username)
+    client.username_pw_set(username, token)
     client.on_connect = on_connect
     try:
         client.connect(host, port)

@@ -29,9 +29,10 @@ def main() -> None:
 
 
 def _connect(device: dict[str, str], host: str, port: int) -> mqtt.Client:
-    """The user name is the middle part of a token, the password the whole of it."""
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"example-{device['uuid']}", userdata=device)
-    client.username_pw_set(device["token"].split("_")[1], device["token"])
+    """The user name is the middle part of a token and the client id, too; the password is the whole token."""
+    username = device["listenerToken"].split("_")[1]
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username, userdata=device)
+    client.username_pw_set(username, device["listenerToken"])
     client.on_connect = _subscribe
     client.on_message = _show
     client.connect_async(host, port)

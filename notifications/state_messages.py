@@ -33,5 +33,6 @@ def _payload(row: StateChange | NewChange) -> dict[str, Any]:
         "previous": row.previous,
         "source": row.source,
         "actor": row.actor,
+        "kind": row.state.kind,
     }
     return payload | ({"deadline": row.deadline.isoformat()} if row.deadline else {})

@@ -101,7 +101,10 @@ class MosquittoSub:
     def __init__(self, system: LocalSystem, device: Device, stack: ExitStack) -> None:
         program = get("mosquitto_sub")
         topics = [argument for topic in _topics(system, device) for argument in ("-t", topic)]
-        login = ["-u", device["token"].split("_")[1], "-P", device["token"]]
+        # A token is one connection, and the device itself has the first.
+        token = device["listenerToken"]
+        username = token.split("_")[1]
+        login = ["-i", username, "-u", username, "-P", token]
         address = ["-p", str(system.broker.port), "-q", "2", "-F", "%t %p", "-d"]
         command = ["stdbuf", "-oL", str(program.path), *address, *login, *topics]
         self._output = stack.enter_context(Lines(command, dict(program.environment)))

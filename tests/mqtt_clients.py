@@ -48,13 +48,15 @@ class Client:
         will: tuple[str, str] | None = None,
         session: str = "",
     ) -> None:
-        """`session` is the client id of a session that lasts while the client is away."""
+        """`session` is the client id of a session that lasts while the client is away. A device's is its user name."""
         self.received: list[tuple[str, bytes]] = []
         self.connected = threading.Event()
         self.connections = 0
         self.refusals: list[str] = []
         self._subscribed: dict[int, list[Any]] = {}
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=session, protocol=mqtt.MQTTv5)
+        self._client = mqtt.Client(
+            CallbackAPIVersion.VERSION2, client_id=session or self._own_id(broker, username), protocol=mqtt.MQTTv5
+        )
         if username:
             self._client.username_pw_set(username, password)
         if will:
@@ -72,6 +74,10 @@ class Client:
             "127.0.0.1", broker.port, keepalive=10, clean_start=not session, properties=properties
         )
         self._client.loop_start()
+
+    @staticmethod
+    def _own_id(broker: Server, username: str | None) -> str:
+        return username if username and username != broker.username else ""
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:

@@ -110,8 +110,9 @@ async def _coap(system: LocalSystem, path: str, token: str, **fields: Any) -> tu
 def mqtt_client(system: LocalSystem, speaker: dict[str, str]) -> mqtt.Client:
     """A connected client with the credentials that a device token gives."""
     connected = threading.Event()
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.username_pw_set(speaker["token"].split("_")[1], speaker["token"])
+    username = speaker["token"].split("_")[1]
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username)
+    client.username_pw_set(username, speaker["token"])
     client.on_connect = lambda client, data, flags, reason, properties: None if reason.is_failure else connected.set()
     client.connect("127.0.0.1", system.broker.port)
     client.loop_start()

@@ -168,7 +168,8 @@ def test_clients_of_another_make_connect_with_a_token(broker: Server, pump: Devi
     topic = topics.state(str(pump.uuid))
     with operator(broker) as speaker:
         speaker.publish(topic, "on", retain=True)
-        heard = mosquitto_sub(broker, "-u", tokens.prefix_of(token), "-P", token, "-t", topic, "-C", "1")
+        login = ["-i", tokens.prefix_of(token), "-u", tokens.prefix_of(token), "-P", token]
+        heard = mosquitto_sub(broker, *login, "-t", topic, "-C", "1")
         speaker.publish(topic, "", retain=True)
     assert heard.stdout == "on\n"
 

@@ -214,7 +214,7 @@ def test_a_database_that_is_away_is_said_to_all_who_wait_and_tried_again(monkeyp
     def read(uuids: list[str]) -> dict[str, Any]:
         if away:
             raise OperationalError("gone")
-        return {uuid: {} for uuid in uuids}
+        return {uuid: {"states": {}} for uuid in uuids}
 
     monkeypatch.setattr(states, "_read", read)
     shared = States()

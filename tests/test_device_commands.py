@@ -89,7 +89,6 @@ def test_command_goes_from_queued_to_applied_and_never_back(pump: Device) -> Non
         (lambda: commands.note_sent([row.uuid]), State.SENT),
         (lambda: commands.acknowledge([said(row, State.ACKNOWLEDGED)]), State.ACKNOWLEDGED),
         (lambda: commands.note_sent([row.uuid]), State.ACKNOWLEDGED),
-        (lambda: commands.note_expired([row.uuid]), State.ACKNOWLEDGED),
         (lambda: commands.acknowledge([said(row, State.APPLIED)]), State.APPLIED),
         (lambda: commands.acknowledge([said(row, State.FAILED, error="late")]), State.APPLIED),
         (lambda: commands.acknowledge([said(row, State.ACKNOWLEDGED)]), State.APPLIED),
@@ -116,8 +115,9 @@ def test_overdue_command_expires_and_a_late_answer_is_still_believed(pump: Devic
     sent, queued, acknowledged = wished(pump), wished(pump, "off"), wished(pump)
     commands.note_sent([sent.uuid])
     commands.acknowledge([said(acknowledged, State.ACKNOWLEDGED)])
-    assert commands.expire_overdue(timezone.now() + timedelta(seconds=299)) == 0
-    assert commands.expire_overdue(timezone.now() + timedelta(seconds=301)) == 2
+    assert commands.expire_overdue(timezone.now() + timedelta(seconds=299)) == []
+    expired = commands.expire_overdue(timezone.now() + timedelta(seconds=301))
+    assert [row.pk for row in expired] == [sent.pk, queued.pk]
     assert [state_of(each) for each in (sent, queued, acknowledged)] == ["expired", "expired", "acknowledged"]
     commands.acknowledge([said(sent, State.APPLIED)])
     assert state_of(sent) == State.APPLIED

@@ -15,16 +15,18 @@ from django.utils import timezone
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from devices import commands
 from devices.interlocks.judge import NO_VALUES
 from devices.latest import Key, Latest
 from devices.models import Device, DeviceState, Interlock, Requirement, StateChange, StateRun, Veto
 from rules import events
-from rules.effects import fail_safe, states
+from rules.authoring import editing
+from rules.effects import chain_ends, device_alarms, fail_safe, states, suspension
 from rules.effects.states import StateChangeRequest
-from rules.models import Alarm
+from rules.models import Alarm, RuleChain
 from tests import builders
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
 
@@ -81,15 +83,9 @@ class Farm:
 
     def ask(self, state: DeviceState, value: Any, *, source: str = "rule", **fields: Any) -> str:
         """What an interlock has against it; empty when it was done, or changed nothing."""
-        request = StateChangeRequest(
-            effect_key=f"{uuid4()}",
-            state_id=state.pk,
-            value=value,
-            source=source,
-            actor="chain / node",
-            timestamp_us=events.microseconds(self.clock.now),
-            **fields,
-        )
+        known = {"effect_key": f"{uuid4()}", "actor": "chain / node", **fields}
+        at_us = events.microseconds(self.clock.now)
+        request = StateChangeRequest(state_id=state.pk, value=value, source=source, timestamp_us=at_us, **known)
         with transaction.atomic():
             made = states.apply([request], self.values)
         return made.vetoed[0].veto.detail if made.vetoed else ""
@@ -343,6 +339,100 @@ def test_a_level_needs_a_safe_value_to_be_limited(farm: Farm) -> None:
     DeviceState.objects.filter(pk=farm.pump.pk).update(safe_value=None)
     with pytest.raises(ValidationError, match="needs a safe value first"):
         farm.limit(DeviceState.objects.get(pk=farm.pump.pk), maximum_on_seconds=5)
+
+
+def chain_that_pumps(farm: Farm, **fields: Any) -> RuleChain:
+    nodes = [
+        builders.node("low", builders.leaf(farm.sensor, "level"), next="on"),
+        builders.node("on", builders.command(farm.device, "on", state="pump")),
+    ]
+    return builders.chain(farm.organization, nodes, **fields)
+
+
+def end(chain: RuleChain, how: str) -> None:
+    if how == "disabled":
+        editing.switch(chain, enabled=False, by="Ada")
+    elif how == "deleted":
+        editing.delete(chain)
+    elif how == "suspended":
+        suspension.suspend(chain.pk, "it failed")
+    else:
+        nodes = list(chain.nodes.all())
+        nodes[1].config["value"], nodes[1].config["stateName"] = "on", "drain"
+        editing.save(chain, nodes)
+
+
+@pytest.mark.parametrize("how", ["disabled", "deleted", "suspended", "edited"])
+def test_what_a_chain_has_switched_on_goes_off_when_the_chain_ends(farm: Farm, how: str) -> None:
+    chain = chain_that_pumps(farm)
+    farm.ask(farm.pump, "on", effect_key=f"{uuid4()}:{chain.uuid}:on")
+    assert fail_safe.switch_off_overdue() == 0
+    assert [str(each) for each in chain_ends.left_on(chain)] == [f"{farm.device}: pump is 'on' and goes to 'off'"]
+    end(chain, how)
+    assert (fail_safe.switch_off_overdue(), farm.value(farm.pump)) == (1, "off")
+    assert fail_safe.switch_off_overdue() == 0
+
+
+def test_what_a_person_has_switched_since_stays_when_the_chain_ends(farm: Farm, clock: Clock) -> None:
+    chain = chain_that_pumps(farm)
+    farm.ask(farm.pump, "on", effect_key=f"{uuid4()}:{chain.uuid}:on")
+    clock.pass_(seconds=1)
+    farm.ask(farm.pump, "on", source="person", always=True)
+    end(chain, "disabled")
+    assert (fail_safe.switch_off_overdue(), farm.value(farm.pump)) == (0, "on")
+
+
+def test_what_has_no_safe_value_is_named_when_the_chain_ends(farm: Farm) -> None:
+    farm.device.states.update(safe_value=None)
+    chain = chain_that_pumps(farm)
+    farm.ask(farm.pump, "on", effect_key=f"{uuid4()}:{chain.uuid}:on")
+    suspension.suspend(chain.pk, "it failed")
+    assert (fail_safe.switch_off_overdue(), farm.value(farm.pump)) == (0, "on")
+    assert "pump is 'on' and stays so: it has no safe value" in Alarm.objects.get().message
+
+
+def test_a_command_that_expires_alarms_once_until_the_device_answers(farm: Farm, clock: Clock) -> None:
+    for value in ("on", "off"):
+        farm.ask(farm.pump, value)
+    clock.pass_(minutes=10)
+    assert device_alarms.expire_commands() == 2
+    alarm = Alarm.objects.get()
+    assert (alarm.type, alarm.state, alarm.originator_uuid) == (
+        device_alarms.UNACKNOWLEDGED,
+        "active",
+        farm.device.uuid,
+    )
+    farm.ask(farm.pump, "on")
+    clock.pass_(seconds=5)
+    change = StateChange.objects.first()
+    assert change is not None
+    said = commands.Acknowledgement(
+        device_uuid=farm.device.uuid, command_uuid=change.uuid, state=StateChange.CommandState.ACKNOWLEDGED
+    )
+    assert commands.acknowledge([said]) == []
+    assert device_alarms.expire_commands() == 0
+    alarm.refresh_from_db()
+    assert alarm.state == "cleared"
+
+
+def test_a_dose_is_sent_each_time_and_is_no_value_that_lasts(farm: Farm, clock: Clock) -> None:
+    for _ in range(2):
+        assert farm.ask(farm.dose, 5) == ""
+        clock.pass_(seconds=1)
+    farm.dose.refresh_from_db()
+    assert (farm.dose.value, StateChange.objects.filter(state=farm.dose).count()) == (None, 2)
+
+
+@pytest.mark.parametrize(("state", "second", "done"), [("dose", 7, 1), ("pump", "off", 2), ("pump", "on", 1)])
+def test_cooldowns_are_of_the_state_whoever_asks(farm: Farm, clock: Clock, state: str, second: Any, done: int) -> None:
+    row = farm.dose if state == "dose" else farm.pump
+    farm.ask(row, 5 if state == "dose" else "on", source="person", always=True)
+    clock.pass_(minutes=1)
+    farm.ask(row, second, cooldown_us=900_000_000, always=True)
+    assert StateChange.objects.count() == done
+    clock.pass_(minutes=15)
+    farm.ask(row, second, cooldown_us=900_000_000, always=True)
+    assert StateChange.objects.count() == done + 1
 
 
 LIMITS: dict[str, dict[str, Any]] = {

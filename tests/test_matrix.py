@@ -35,8 +35,8 @@ class Farm:
     def device(self, name: str, organization: str) -> Device:
         uuid = self.person.post("devices", organization=organization, name=name)["uuid"]
         self.person.post("device-states", device=uuid, name="scene", datatype="string")
-        token = self.person.post("device-tokens", device=uuid)["token"]
-        return {"uuid": uuid, "token": token, "name": name}
+        tokens = {key: self.person.post("device-tokens", device=uuid)["token"] for key in ("token", "listenerToken")}
+        return {"uuid": uuid, "name": name, **tokens}
 
     def change(self, cause: str) -> dict[str, Any]:
         """The change of state that the cause made; all listeners have had time to hear of it before the next."""
@@ -216,13 +216,14 @@ def test_an_alarm_that_a_rule_raises_is_broadcast_to_the_whole_organization(farm
 def test_nobody_joins_subscribes_or_observes_what_is_of_another_organization(farm: Farm) -> None:
     neighbour: str = farm.person.post("organizations", name="Neighbour")["uuid"]
     theirs = farm.device("Their lamp", neighbour)
+    third = {**farm.lamp, "token": farm.person.post("device-tokens", device=farm.lamp["uuid"])["token"]}
     with socketio_clients.connected(farm.system.socketio, farm.person.token) as client:
         for room in (f"organization-{neighbour}", f"device-uuid-{theirs['uuid']}"):
             assert client.ask("subscribe", {"room": room})["ok"] is False
         assert client.ask("subscribe", {"room": f"device-uuid-{farm.lamp['uuid']}"}) == {"ok": True}
     for topic in (f"organizations/{neighbour}/broadcast", f"devices/{theirs['uuid']}/state"):
-        assert mqtt_grants(farm.system, farm.lamp, topic) is False
-    assert mqtt_grants(farm.system, farm.lamp, f"devices/{farm.lamp['uuid']}/state") is True
+        assert mqtt_grants(farm.system, third, topic) is False
+    assert mqtt_grants(farm.system, third, f"devices/{farm.lamp['uuid']}/state") is True
     path = f"/devices/{theirs['uuid']}/state"
     assert coap_get(farm.system, path, token=farm.lamp["token"]) == "4.03"
     assert coap_get(farm.system, path, token=theirs["token"]) == "2.05"

@@ -71,7 +71,9 @@ def message(event: str = ALERT, *, device_uuid: str | None = None, **payload: An
 
 
 def state_change(source: str = "rule", **payload: Any) -> Message:
-    return message(DEVICE_STATE_CHANGE, device_uuid=DEVICE, source=source, **payload)
+    return message(
+        DEVICE_STATE_CHANGE, device_uuid=DEVICE, source=source, **{"stateName": "power", "value": "on", **payload}
+    )
 
 
 class Ingested:
@@ -209,10 +211,12 @@ def sender(broker: Server) -> Iterator[Client]:
 
 
 def test_state_change_by_rule_or_person_is_state_and_command_a_report_is_neither() -> None:
-    state = topics.Address(f"devices/{DEVICE}/state", 1, retain=True)
+    state = topics.Address(f"devices/{DEVICE}/state/pump 1%2F2", 1, retain=True)
+    snapshot = topics.Address(f"devices/{DEVICE}/state", 1, retain=True, has_snapshot=True)
     command = topics.Address(f"devices/{DEVICE}/commands", 2, is_command=True)
-    assert topics.addresses(state_change("rule")) == [state, command]
-    assert topics.addresses(state_change("person")) == [state, command]
+    for source in ("rule", "person", "interlock"):
+        assert topics.addresses(state_change(source, stateName="pump 1/2")) == [state, snapshot, command]
+        assert topics.addresses(state_change(source, stateName="dose", kind="momentary")) == [command]
     assert topics.addresses(state_change("device")) == [topics.Address(f"devices/{DEVICE}/reported", 1)]
 
 
@@ -238,11 +242,13 @@ def test_originator_is_granted_its_own_literal_topics_only() -> None:
         *(
             (right, name)
             for right in ("subscribeLiteral", "publishClientReceive")
-            for name in ("state", "commands", "broadcast", "status")
+            for name in ("commands", "broadcast", "status")
         ),
+        ("subscribePattern", "#"),
+        ("publishClientReceive", "#"),
     }
     wild = [grant.topic for grant in topics.grants(DEVICE, ORGANIZATION) if set("+#%$") & set(grant.topic)]
-    assert set(wild) == {topics.GATEWAY_STATUSES}, "nobody else's devices"
+    assert set(wild) == {topics.GATEWAY_STATUSES, f"devices/{DEVICE}/state/#"}, "nobody else's devices"
 
 
 # Messages out
@@ -257,8 +263,10 @@ def test_command_reaches_the_device_once_with_its_quality_of_service(broker: Ser
         transport.deliver(sent, reports.append)
         until(lambda: len(listener.received) == 2)
         assert until(lambda: reports) == [DeliveryReport(sent)]
-        listener.publish(topics.state(DEVICE), "", retain=True)
+        forget_retained(listener)
     bodies = {topic: json.loads(payload) for topic, payload in listener.received if payload}
+    snapshot = bodies[topics.state(DEVICE)].pop("states")
+    assert snapshot == {"power": {"value": "on", "changedAt": sent.timestamp}}
     assert bodies[topics.commands(DEVICE)] == bodies[topics.state(DEVICE)]
     assert bodies[topics.commands(DEVICE)]["id"] == str(sent.id)
     assert bodies[topics.commands(DEVICE)]["data"]["value"] == "on"
@@ -273,10 +281,38 @@ def test_device_that_connects_later_learns_its_state_but_is_not_commanded(
     until(lambda: reports)
     with operator(broker) as late:
         assert late.subscribe(topics.commands(DEVICE))
-        assert late.subscribe(topics.state(DEVICE))
-        until(lambda: late.received)
-        assert [topic for topic, _ in late.received] == [topics.state(DEVICE)]
-        late.publish(topics.state(DEVICE), "", retain=True)
+        assert late.subscribe(f"{topics.state(DEVICE)}/#")
+        until(lambda: len(late.received) == 2)
+        assert {topic for topic, _ in late.received} == {topics.state(DEVICE), topics.state_of(DEVICE, "power")}
+        forget_retained(late)
+
+
+@needs_broker
+def test_a_device_with_two_relays_that_was_away_learns_both(broker: Server, transport: MqttTransport) -> None:
+    reports: list[DeliveryReport] = []
+    board = str(uuid4())
+    for name, value in (("pump1", "on"), ("pump2", "off"), ("pump1", "off"), ("pump2", "on")):
+        change = message(DEVICE_STATE_CHANGE, device_uuid=board, source="rule", stateName=name, value=value)
+        transport.deliver(change, reports.append)
+    dose = message(DEVICE_STATE_CHANGE, device_uuid=board, source="rule", stateName="dose", kind="momentary", value=5)
+    transport.deliver(dose, reports.append)
+    until(lambda: len(reports) == 5)
+    with operator(broker) as late:
+        assert late.subscribe(f"devices/{board}/#")
+        until(lambda: len(late.received) == 3)
+        found = {topic.removeprefix(topics.state(board)): json.loads(payload) for topic, payload in late.received}
+    assert {topic: body["data"]["value"] for topic, body in found.items()} == {
+        "/pump1": "off",
+        "/pump2": "on",
+        "": "on",
+    }
+    assert {name: state["value"] for name, state in found[""]["states"].items()} == {"pump1": "off", "pump2": "on"}
+
+
+def forget_retained(listener: Client) -> None:
+    """So that the next test finds nothing retained."""
+    for topic in (topics.state(DEVICE), topics.state_of(DEVICE, "power")):
+        listener.publish(topic, "", retain=True)
 
 
 @needs_broker

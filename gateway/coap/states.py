@@ -9,6 +9,7 @@ from django.db import Error as DatabaseError
 from django.db import close_old_connections
 from gevent.event import AsyncResult, Event
 
+from devices import commands
 from devices.models import DeviceState
 
 MAXIMUM_DEVICES = 500  # in one query; SQLite takes no more than some hundred parameters everywhere
@@ -30,7 +31,10 @@ class States:
         self._busy = False
 
     def of(self, uuid: str) -> Document:
-        """`{"device": uuid, "states": {name: {"value": ..., "changedAt": ...}}}`; raises django.db.Error."""
+        """`{"device": uuid, "states": {name: {"value": ..., "changedAt": ...}}}`, and while there are momentary commands that the
+        device has neither acknowledged nor missed, `"commands": [{"id": ..., "stateName": ..., "value": ..., "deadline": ...}]`.
+        Raises django.db.Error.
+        """
         result = self._waiting.setdefault(uuid, AsyncResult())
         self._more.set()
         if not self._busy:
@@ -64,12 +68,19 @@ class States:
                 close_old_connections()  # the next query finds out whether the database is back
             return
         for uuid, result in asked.items():
-            result.set({"device": uuid, "states": found[uuid]})
+            result.set({"device": uuid, **found[uuid]})
 
 
 def _read(uuids: list[str]) -> dict[str, Document]:
-    found: dict[str, Document] = {uuid: {} for uuid in uuids}
+    found: dict[str, Document] = {uuid: {"states": {}} for uuid in uuids}
     rows = DeviceState.objects.filter(device__uuid__in=uuids).order_by("name")
-    for uuid, name, value, changed_at in rows.values_list("device__uuid", "name", "value", "changed_at"):
-        found[str(uuid)][name] = {"value": value, "changedAt": changed_at}
+    pulsed = set()
+    for uuid, name, kind, value, changed_at in rows.values_list("device__uuid", "name", "kind", "value", "changed_at"):
+        if kind == DeviceState.Kind.MOMENTARY:
+            pulsed.add(uuid)
+        else:
+            found[str(uuid)]["states"][name] = {"value": value, "changedAt": changed_at}
+    for row in commands.pulses_under_way(pulsed) if pulsed else ():
+        said = {"id": row.uuid, "stateName": row.state.name, "value": row.value, "deadline": row.deadline}
+        found[str(row.state.device.uuid)].setdefault("commands", []).append(said)
     return found

@@ -1,9 +1,10 @@
 """The CoAP transport: receive telemetry, and send observers the states of devices.
 
     POST /devices/{uuid}/datastream?token=...   telemetry of the sensor or device whose token it is
-    GET  /devices/{uuid}/state?token=...        what the device's states are; may be observed
+    GET  /devices/{uuid}/state?token=...        what the device's states should be; may be observed
+    POST /devices/{uuid}/commands/ack?token=... what became of a command, from the device itself
 
-Both speak JSON and CBOR. An observer is notified of every change and, changed or not, once before COAP_MAX_AGE_SECONDS is over.
+They speak JSON and CBOR. An observer is notified of every change and, changed or not, once before COAP_MAX_AGE_SECONDS is over.
 The state is shown to the device itself (its own token) and to people of its organization (an access token). The right is
 checked for every notification, and every few seconds in between, so that an observation ends with its right.
 """
@@ -24,7 +25,7 @@ from django.db import Error as DatabaseError
 from django.db import close_old_connections
 
 from aemos.lib import cbor, metrics
-from devices import catalogue, tokens
+from devices import catalogue, commands, tokens
 from devices.exceptions import (
     BadPayload,
     Forbidden,
@@ -35,6 +36,7 @@ from devices.exceptions import (
     Unauthorized,
     UnknownCoding,
 )
+from gateway import acknowledgements
 from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
 from gateway.coap.states import States
 from gateway.people import Person, organizations_of, person
@@ -47,7 +49,8 @@ JSON, CBOR = 50, 60  # RFC 7252 12.3, RFC 8949 9.3
 FORMATS = (None, JSON, CBOR)
 LINKS = (
     '</devices/{uuid}/datastream>;title="POST telemetry";ct="50 60",'
-    '</devices/{uuid}/state>;title="Device state";ct="50 60";obs'
+    '</devices/{uuid}/state>;title="Device state";ct="50 60";obs,'
+    '</devices/{uuid}/commands/ack>;title="POST acknowledgements";ct="50 60"'
 )
 RIGHTS_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 5
@@ -135,6 +138,8 @@ class CoapTransport(Transport):
                 return self._post(request, uuid) if method == "POST" else _text(Code.METHOD_NOT_ALLOWED, "Use POST.")
             case method, ("devices", uuid, "state") if _is_uuid(uuid):
                 return self._get(request, uuid) if method == "GET" else _text(Code.METHOD_NOT_ALLOWED, "Use GET.")
+            case method, ("devices", uuid, "commands", "ack") if _is_uuid(uuid):
+                return _acknowledge(request, uuid) if method == "POST" else _text(Code.METHOD_NOT_ALLOWED, "Use POST.")
         return _text(Code.NOT_FOUND, "There is no such resource, see /.well-known/core.")
 
     def _post(self, request: CoapRequest, uuid: str) -> CoapResponse:
@@ -188,6 +193,28 @@ class CoapTransport(Transport):
         for watch in _ended(list(self._watches.values())):
             self._watches.pop((watch.uuid, watch.token), None)
             self.endpoint.notify(_state_path(watch.uuid))
+
+
+def _acknowledge(request: CoapRequest, uuid: str) -> CoapResponse:
+    """2.04 once the database has it."""
+    if request.content_format not in FORMATS:
+        return _text(Code.UNSUPPORTED_FORMAT, "Send JSON (50) or CBOR (60).")
+    credential = catalogue.shared().credential(request.query.get("token", ""))
+    if credential is None:
+        raise Unauthorized("Send a live token: ?token=...")
+    if (credential.originator.source_type, credential.originator.uuid) != ("device", uuid):
+        raise Forbidden("The token belongs to another sensor or device.")
+    payload = msgspec.json.encode(_from_cbor(request.payload)) if request.content_format == CBOR else request.payload
+    if commands.acknowledge([acknowledgements.read(payload, UUID(uuid))]):
+        raise acknowledgements.foreign()
+    return CoapResponse(code=Code.CHANGED)
+
+
+def _from_cbor(payload: bytes) -> Any:
+    try:
+        return cbor.loads(payload)
+    except ValueError as error:
+        raise BadPayload(f"the payload is not valid CBOR: {error}") from None
 
 
 def _watch(uuid: str, token: str) -> Watch:

@@ -73,7 +73,13 @@ def delete_role(rolename: str) -> Command:
 
 
 def _client_fields(username: str, password: str, rolename: str) -> Command:
-    return {"username": username, "password": password, "roles": [{"rolename": rolename}]}
+    """The client id is the user name and no other: nobody can take the connection of another account."""
+    return {
+        "username": username,
+        "clientid": username,
+        "password": password,
+        "roles": [{"rolename": rolename}],
+    }
 
 
 def _acls(grants: Iterable[Grant]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -69,11 +70,12 @@ class _Delivery:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Publication:
-    """One message on one topic."""
+    """One message, or the bytes of what is none, on one topic. The bytes of a message are made when it is sent, because a
+    snapshot says what was sent before it."""
 
     delivery: _Delivery
     address: Address
-    body: bytes
+    content: Message | bytes
 
     def seconds_left(self) -> float | None:
         """Until its deadline; None without one."""
@@ -131,6 +133,7 @@ class Outbound:
         self._finished = threading.Event()
         self._thread: threading.Thread | None = None
         self._log = RateLimitedLog(log)
+        self._snapshots = republish.Snapshots()
         # Not a lasting session: with one, paho would finish a QoS 2 hand-over that the broker may have forgotten, and the
         # command would be lost. This way it is sent again.
         self._connection = Connection(
@@ -250,7 +253,7 @@ class Outbound:
         """
         try:
             self._reports.flush()
-            states = republish.newest_states()
+            states, to_clear = republish.newest_states(), republish.topics_to_clear()
             commands = republish.commands_under_way() if self._connections > 1 else []
         except DatabaseError as error:
             self._log.log("repeat", logging.WARNING, "States wait to be published again: %s", error)
@@ -259,19 +262,19 @@ class Outbound:
         finally:
             database.close()  # outside a request nobody else would give it back
         self._connections, self._repeat_at = 1, float("inf")
-        first = [each for message in commands for each in _again(message, topics.addresses(message)[1:])]
+        first = [each for message in commands for each in _again(message, _commands_of(message))]
         others = [each for each in self._waiting if each.delivery.finish is not _repeated]
-        last = [each for message in states for each in _again(message, topics.addresses(message)[:1])]
-        self._waiting = deque([*first, *others, *last])
+        cleared = [
+            _Publication(_Delivery(uuid4(), 1, _repeated), Address(topic, 1, retain=True), b"") for topic in to_clear
+        ]
+        self._waiting = deque([*first, *others, *cleared, *_states_again(states)])
 
     def _publish(self, publication: _Publication) -> bool:
         """False when paho cannot take it now."""
         address, seconds = publication.address, publication.seconds_left()
         if seconds is not None and seconds <= 0:
             self.counts["expired"] += 1
-            if address.is_command:
-                self._reports.expired(publication.delivery.message_id)
-            else:
+            if not address.is_command:  # that a command expires is noted by the scheduler
                 publication.delivery.status = Status.EXPIRED
             self._done_with(publication)
             return True
@@ -280,12 +283,24 @@ class Outbound:
             return True
         properties = _expiry(math.ceil(seconds)) if seconds is not None else None
         sent = self._client.publish(
-            address.topic, publication.body, qos=address.qos, retain=address.retain, properties=properties
+            address.topic, self._body(publication), qos=address.qos, retain=address.retain, properties=properties
         )
         if sent.rc == mqtt.MQTT_ERR_QUEUE_SIZE:  # after 65,535 packets: the number is that of one still in flight
             return False
         self._in_flight[sent.mid] = publication
         return True
+
+    def _body(self, publication: _Publication) -> bytes:
+        content = publication.content
+        if isinstance(content, bytes):
+            return content
+        if publication.address.retain:
+            self._snapshots.note(content)
+        return (
+            _encode(self._snapshots.body(content))
+            if publication.address.has_snapshot
+            else _encode(messages.body(content))
+        )
 
     def _acknowledged(self, acknowledgement: _Acknowledgement) -> None:
         publication = self._in_flight.pop(acknowledgement.mid, None)
@@ -339,8 +354,22 @@ def _expiry(seconds: int) -> Properties:
 def _publications(
     message: Message, addresses: Sequence[Address], finish: Callable[[_Delivery], None]
 ) -> list[_Publication]:
-    delivery, body = _Delivery(message.id, len(addresses), finish), _encode(messages.body(message))
-    return [_Publication(delivery, address, body) for address in addresses]
+    delivery = _Delivery(message.id, len(addresses), finish)
+    return [_Publication(delivery, address, message) for address in addresses]
+
+
+def _commands_of(message: Message) -> list[Address]:
+    return [address for address in topics.addresses(message) if address.is_command]
+
+
+def _states_again(states: Sequence[Message]) -> list[_Publication]:
+    """Each on its own topic, and the newest of a device on that with the snapshot, which needs those before it."""
+    found = []
+    for message, following in zip_longest(states, states[1:]):
+        is_newest = following is None or following.device_uuid != message.device_uuid
+        retained = [address for address in topics.addresses(message) if address.retain]
+        found += _again(message, [address for address in retained if is_newest or not address.has_snapshot])
+    return found
 
 
 def _again(message: Message, addresses: Sequence[Address]) -> list[_Publication]:

@@ -20,10 +20,10 @@ from django.utils import timezone
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from aemos.lib import keys
-from aemos.lib.text import storable
 from devices import commands, presence
 from devices.commands import Acknowledgement
 from devices.exceptions import BadPayload
+from gateway import acknowledgements
 from gateway.mqtt import device_status, topics
 from gateway.mqtt.inbound import Channel
 from gateway.mqtt.sender_queues import Arrival
@@ -35,7 +35,6 @@ MAXIMUM_SEEN = 100_000
 SEEN_EVERY_SECONDS = 10.0
 # Commands of which it is not written yet that they were sent, or that they were not: a minute of a database that is away.
 MAXIMUM_NOTES = 50_000
-MAXIMUM_ERROR_LENGTH = 500
 
 # A status is retained by many devices: after the broker has lost its sessions, what they said last is said again.
 REPORTS = Channel(
@@ -54,14 +53,7 @@ class _Status(msgspec.Struct):
     status: Literal["online", "offline"]
 
 
-class _Said(msgspec.Struct, forbid_unknown_fields=True):
-    id: UUID
-    status: Literal["acknowledged", "applied", "failed"]
-    error: str = ""
-
-
 _status_decoder = msgspec.json.Decoder(_Status)
-_said_decoder = msgspec.json.Decoder(_Said)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +83,7 @@ class Report:
 class Reports:
     """Takes what devices say, and notes what the gateway did with their commands.
 
-    `take` belongs to the thread of the channel; the others may be called from any, and `saw`, `sent` and `expired` never wait.
+    `take` belongs to the thread of the channel; the others may be called from any, and `saw` and `sent` never wait.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -101,7 +93,6 @@ class Reports:
         self._waiting: list[Report] = []
         self._seen: set[str] = set()
         self._sent: deque[UUID] = deque()
-        self._expired: deque[UUID] = deque()
         self._unreported = 0
         self._flushing = threading.Lock()
 
@@ -118,9 +109,6 @@ class Reports:
     def sent(self, command: UUID) -> None:
         self._note(self._sent, command)
 
-    def expired(self, command: UUID) -> None:
-        self._note(self._expired, command)
-
     def _note(self, notes: deque[UUID], command: UUID) -> None:
         if len(notes) < MAXIMUM_NOTES:
             notes.append(command)
@@ -132,7 +120,6 @@ class Reports:
         """Writes the notes; when the database is away, they wait."""
         with self._flushing:
             self._write_all(self._sent, commands.note_sent)
-            self._write_all(self._expired, commands.note_expired)
         if self._clock() >= self._next_seen:
             self._next_seen = self._clock() + SEEN_EVERY_SECONDS
             self._write_seen()
@@ -162,7 +149,7 @@ class Reports:
         if topics.is_status(arrival.topic):
             online = _online(arrival.payload)
             return Report(self._write, UUID(uuid), is_alive=online and not arrival.retained, online=online)
-        said = _acknowledgement(arrival.payload, UUID(uuid))
+        said = acknowledgements.read(arrival.payload, UUID(uuid))
         return Report(self._write, UUID(uuid), is_alive=True, acknowledgement=said)
 
     def _write(self) -> None:
@@ -185,7 +172,7 @@ def _statuses(reports: Sequence[Report]) -> dict[UUID, bool]:
 def _refuse(reports: Sequence[Report], foreign: Sequence[Acknowledgement]) -> None:
     for report in reports:
         if report.acknowledgement in foreign:
-            report.error = BadPayload("id: there is no such command of this device", field="id")
+            report.error = acknowledgements.foreign()
 
 
 def _online(payload: bytes) -> bool:
@@ -197,16 +184,3 @@ def _online(payload: bytes) -> bool:
         return _status_decoder.decode(payload).status == "online"
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadPayload(f'status must be online or offline, bare or in {{"status": ...}}: {error}') from None
-
-
-def _acknowledgement(payload: bytes, device_uuid: UUID) -> Acknowledgement:
-    try:
-        said = _said_decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadPayload(f"an acknowledgement has id, status and perhaps error: {error}") from None
-    return Acknowledgement(
-        device_uuid=device_uuid,
-        command_uuid=said.id,
-        state=commands.State(said.status),
-        error=storable(said.error, MAXIMUM_ERROR_LENGTH),
-    )

@@ -3,7 +3,8 @@
     devices/{uuid}/datastream          device -> AEMOS   telemetry
     devices/{uuid}/status              device -> AEMOS   online or offline, also as its last will
     devices/{uuid}/commands/ack        device -> AEMOS   what became of a command
-    devices/{uuid}/state               AEMOS -> device   QoS 1, retained: what the state should be
+    devices/{uuid}/state/{name}        AEMOS -> device   QoS 1, retained: what a level state should be
+    devices/{uuid}/state               AEMOS -> device   QoS 1, retained: the newest change, with all level states beside it
     devices/{uuid}/commands            AEMOS -> device   QoS 2: somebody wants the device to act now
     devices/{uuid}/reported            AEMOS -> others   QoS 1: what the device said of its state; not for the device
     organizations/{uuid}/broadcast     AEMOS -> all      QoS 1: alerts and notifications
@@ -25,13 +26,15 @@ DATASTREAMS = "devices/+/datastream"
 STATUSES = "devices/+/status"
 ACKNOWLEDGEMENTS = "devices/+/commands/ack"
 GATEWAY_STATUSES = "gateways/+/status"
+MOMENTARY = "momentary"
 _ROLE_PREFIX = "device-"
+_ENCODED = {ord(character): f"%{ord(character):02X}" for character in "%/+#"}
 
 
 class Address(NamedTuple):
     """Where one message goes: the topic, its quality of service, and whether the broker keeps the last one.
 
-    After its `deadline` it is not sent any more.
+    After its `deadline` it is not sent any more. `has_snapshot`: all level states of the device are sent with it.
     """
 
     topic: str
@@ -39,6 +42,7 @@ class Address(NamedTuple):
     retain: bool = False
     deadline: datetime | None = None
     is_command: bool = False
+    has_snapshot: bool = False
 
 
 class Grant(NamedTuple):
@@ -51,22 +55,26 @@ class Grant(NamedTuple):
 def addresses(message: Message) -> list[Address]:
     """Where a message goes, in this order; never empty.
 
-    A change of a device's state that a rule or a person made goes to its state topic and to its commands. What the device
-    itself reported goes to neither: it would receive its own report as a desired value, and find it as its desired state when
-    it starts again. All else is for the organization, also an alert about one device: the body names the device.
+    A change of a device's state that a rule or a person made goes to its state topics and to its commands. What the device
+    itself reported goes to none of them: it would receive its own report as a desired value, and find it as its desired state
+    when it starts again. All else is for the organization, also an alert about one device: the body names the device.
 
-    The state is retained, so that a device that was away or starts without memory learns its desired state as it subscribes.
-    One topic keeps one message: a device with several states finds the newest change there, and every change it missed only
-    if it keeps a session with the broker. Commands are not retained: a pump must not start again because it reconnects.
+    A level state is retained on a topic of its own, so that a device that was away or starts without memory learns each of its
+    desired states as it subscribes. What is momentary is a command and nothing else, and commands are not retained: a doser
+    must not dose again because it reconnects.
     """
     device = message.changed_device
     if device is None:
         return [Address(broadcast(message.organization_uuid), 1, deadline=_expiry(message))]
     if not is_desired_change(message):
         return [Address(reported(device), 1)]
+    command = Address(commands(device), 2, deadline=_deadline(message), is_command=True)
+    if message.payload.get("kind") == MOMENTARY:
+        return [command]
     return [
-        Address(state(device), 1, retain=True),
-        Address(commands(device), 2, deadline=_deadline(message), is_command=True),
+        Address(state_of(device, message.payload["stateName"]), 1, retain=True),
+        Address(state(device), 1, retain=True, has_snapshot=True),
+        command,
     ]
 
 
@@ -89,6 +97,11 @@ def status(originator_uuid: str) -> str:
 
 def state(device_uuid: str) -> str:
     return f"devices/{device_uuid}/state"
+
+
+def state_of(device_uuid: str, name: str) -> str:
+    """Of one state; what a topic cannot hold or has a meaning in it is percent-encoded."""
+    return f"{state(device_uuid)}/{name.translate(_ENCODED)}"
 
 
 def commands(device_uuid: str) -> str:
@@ -141,11 +154,15 @@ def grants(originator_uuid: str, organization_uuid: str) -> list[Grant]:
     Whether a gateway is online concerns them all: without one, a device is on its own.
     """
     speaks = [datastream(originator_uuid), status(originator_uuid), acknowledgements(originator_uuid)]
-    hears = [state(originator_uuid), commands(originator_uuid), broadcast(organization_uuid), GATEWAY_STATUSES]
+    hears = [commands(originator_uuid), broadcast(organization_uuid), GATEWAY_STATUSES]
+    states = f"{state(originator_uuid)}/#"
     return [
         *(Grant("publishClientSend", topic) for topic in speaks),
         *(Grant(right, topic) for topic in hears for right in ("subscribeLiteral", "publishClientReceive")),
+        # All states together, or one of them; also the topic above them.
+        *(Grant(right, states) for right in ("subscribePattern", "publishClientReceive")),
     ]
 
 
-_RIGHTS = hashlib.blake2b(repr(grants("", "")).encode(), digest_size=4).hexdigest()
+# Since a client id is bound to its account: "bound".
+_RIGHTS = hashlib.blake2b(f"bound {grants('', '')!r}".encode(), digest_size=4).hexdigest()

@@ -17,6 +17,7 @@ from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
 from django.utils import timezone
+from django.utils.html import format_html_join
 from django.utils.safestring import mark_safe
 from django.views.decorators.http import require_POST
 from redis.exceptions import RedisError
@@ -24,9 +25,10 @@ from redis.exceptions import RedisError
 from aemos.lib import redis
 from devices.exceptions import Overloaded
 from devices.permissions import access_of
-from devices.scoped_admin import OrganizationListFilter, ScopedAdmin, StackedInline
+from devices.scoped_admin import FixedParentForm, OrganizationListFilter, ScopedAdmin, StackedInline
 from rules.admin.trial import TrialForm
 from rules.authoring import describe, editing, import_export, lint, validation
+from rules.effects import chain_ends
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.models import ChainStatistics, RuleChain, RuleNode
 from rules.processing import schedules
@@ -106,14 +108,36 @@ class NodeInline(StackedInline):
     fields = (("name", "type"), ("next", "on_false", "on_failure"), "config")
 
 
+class ChainForm(FixedParentForm):
+    """Asks before a chain is switched off that has left something on."""
+
+    end_confirmed = forms.BooleanField(
+        required=False,
+        label="end it all the same",
+        help_text="To be ticked to switch off a chain that has left something on.",
+    )
+
+    def clean(self) -> dict[str, Any] | None:
+        cleaned = super().clean()
+        was_on = (
+            self.instance.pk is not None and "enabled" in self.changed_data and not self.cleaned_data.get("enabled")
+        )
+        left = chain_ends.left_on(self.instance) if was_on else []
+        if left and not self.cleaned_data.get("end_confirmed"):
+            said = "; ".join(map(str, left))
+            self.add_error("enabled", f"{said}. Tick “end it all the same” to switch the chain off.")
+        return cleaned
+
+
 @admin.register(RuleChain)
 class RuleChainAdmin(ScopedAdmin):
     """Saved through rules.authoring.editing, like every change of a chain: nodes and chain together, one version further."""
 
     resource = "rule-chains"
+    form = ChainForm
     change_form_template = "admin/rules/chain_form.html"
     readonly_fields = (
-        *("sentence", "graph", "next_run_at", "last_run_at", "suspended_at"),
+        *("sentence", "graph", "left_on", "next_run_at", "last_run_at", "suspended_at"),
         *("executions", "failures", "average", "last_executed", "last_error"),
         *("uuid", "version", "created_at", "updated_at"),
     )
@@ -125,7 +149,7 @@ class RuleChainAdmin(ScopedAdmin):
     list_select_related = ("organization", "statistics")
     autocomplete_fields = ("organization",)
     fieldsets = (
-        (None, {"fields": ("name", "organization", "enabled", "sentence", "graph")}),
+        (None, {"fields": ("name", "organization", "enabled", "end_confirmed", "left_on", "sentence", "graph")}),
         (
             "When",
             {
@@ -158,9 +182,9 @@ class RuleChainAdmin(ScopedAdmin):
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
         """What a chain that does not exist yet cannot have is left out."""
         found = super().get_fieldsets(request, obj)
-        if obj is not None:
+        if obj is not None and chain_ends.left_on(obj):
             return found
-        unknown = {*self.readonly_fields}
+        unknown = {"end_confirmed", "left_on"} if obj is not None else {"end_confirmed", *self.readonly_fields}
         asked = [(title, {**options, "fields": _without(options["fields"], unknown)}) for title, options in found]
         return [(title, options) for title, options in asked if options["fields"]]
 
@@ -181,6 +205,23 @@ class RuleChainAdmin(ScopedAdmin):
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         for chain in queryset:
             editing.delete(chain)
+
+    @admin.display(description="has left on")
+    def left_on(self, chain: RuleChain) -> str:
+        return format_html_join("", "{}<br>", ((str(each),) for each in chain_ends.left_on(chain)))
+
+    def get_deleted_objects(
+        self, objs: Any, request: HttpRequest
+    ) -> tuple[list[Any], dict[str, int], set[Any], list[Any]]:
+        """Says what the chains have left on, too."""
+        chains = list(objs)
+        names, counts, denied, protected = super().get_deleted_objects(chains, request)
+        return (
+            [*names, *(str(left) for chain in chains for left in chain_ends.left_on(chain))],
+            counts,
+            denied,
+            protected,
+        )
 
     @admin.display(description="runs", ordering="enabled")
     def runs(self, chain: RuleChain) -> str:
@@ -244,6 +285,8 @@ class RuleChainAdmin(ScopedAdmin):
                 messages.error(request, f"{chain} stays off: {error}")
             else:
                 messages.success(request, f"{chain} is {'on' if enabled else 'off'}.")
+                for left in [] if enabled else chain_ends.left_on(chain):
+                    messages.warning(request, f"{left}.")
 
     def _duplicate(self, request: HttpRequest, chain: RuleChain) -> RuleChain | None:
         try:

@@ -20,6 +20,7 @@ from devices.serializers import (
     organization_field,
 )
 from rules.authoring import describe, editing, lint, validation
+from rules.effects import chain_ends
 from rules.engine.exceptions import InvalidChain, Problem
 from rules.models import ChainStatistics, RuleChain, RuleNode
 
@@ -223,16 +224,33 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
         return self.instance
 
 
+class LeftOnSerializer(serializers.Serializer[Any]):
+    """A state that a chain has set last. With `goesOff` it goes to its safe value when the chain ends."""
+
+    device = serializers.UUIDField(source="state.device.uuid")
+    deviceName = serializers.CharField(source="state.device.name")  # noqa: N815  the API speaks camelCase
+    stateName = serializers.CharField(source="state.name")  # noqa: N815
+    value = ValueField(source="state.value")
+    goesOff = serializers.BooleanField(source="goes_off")  # noqa: N815
+
+
 class RuleChainDetailSerializer(RuleChainSerializer):
     """A chain with what can be said of it: in words, and what looks wrong although it may be saved."""
 
     sentence = serializers.SerializerMethodField(help_text="The chain in words, with names instead of uuids.")
     validation_warnings = serializers.SerializerMethodField(method_name="get_validation_warnings")
+    left_on = serializers.SerializerMethodField(
+        method_name="get_left_on", help_text="What the chain has switched on and nobody has switched since."
+    )
 
     class Meta(RuleChainSerializer.Meta):
-        fields = [*RuleChainSerializer.Meta.fields, "sentence", "validation_warnings"]
+        fields = [*RuleChainSerializer.Meta.fields, "sentence", "validation_warnings", "left_on"]
 
-    volatile: ClassVar = RuleChainSerializer.volatile | {"sentence", "validationWarnings"}
+    volatile: ClassVar = RuleChainSerializer.volatile | {"sentence", "validationWarnings", "leftOn"}
+
+    @extend_schema_field(LeftOnSerializer(many=True))
+    def get_left_on(self, chain: RuleChain) -> Any:
+        return LeftOnSerializer(chain_ends.left_on(chain), many=True).data
 
     def get_sentence(self, chain: RuleChain) -> str:
         return describe.sentence_of(chain, chain.nodes.all())

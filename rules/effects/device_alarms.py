@@ -5,15 +5,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import uuid4
 
+from django.db import transaction
+from django.db.models import Max
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
-from devices.models import DeviceState
+from devices import commands
+from devices.models import DeviceState, StateChange
 from rules import events
+from rules.effects import alarms
 from rules.effects.alarm_lifecycle import Raise
 from rules.effects.states import VetoedRequest
-from rules.models import Severity
+from rules.models import Alarm, Severity
 
-INTERLOCK = "aemos"
+SYSTEM = "aemos"
+UNACKNOWLEDGED = "commands not acknowledged"
+
+
+def expire_commands() -> int:
+    """A periodic task: commands that no device acknowledged in time expire, with one alarm for each device, which ends when the
+    device acknowledges a command again. Gives how many expired. Raises django.db.Error."""
+    _clear_answered()
+    with transaction.atomic():
+        expired = commands.expire_overdue()
+        newest = {row.state.device_id: row for row in expired}
+        outgoing = alarms.apply(
+            [
+                raised(row.state, UNACKNOWLEDGED, f"{row.state} = {row.value!r} was not acknowledged in time")
+                for row in newest.values()
+            ]
+        )
+    alarms.publish(outgoing)
+    return len(expired)
+
+
+def _clear_answered() -> None:
+    open_ = Alarm.objects.filter(type=UNACKNOWLEDGED, source_type=events.DEVICE).exclude(state=Alarm.State.CLEARED)
+    since = dict(open_.values_list("originator_uuid", "last_raised_at"))
+    if not since:
+        return
+    heard = StateChange.objects.filter(state__device__uuid__in=since).exclude(command_state=commands.State.EXPIRED)
+    at = Coalesce("acknowledged_at", "settled_at")
+    newest = (
+        heard.annotate(at=at).filter(at__gt=min(since.values())).values_list("state__device__uuid").annotate(Max("at"))
+    )
+    answered = [uuid for uuid, at in newest if at > since[uuid]]
+    if answered:
+        alarms.clear(open_.filter(originator_uuid__in=answered), by=SYSTEM)
 
 
 def of_vetoes(vetoed: Sequence[VetoedRequest]) -> list[Raise]:
@@ -34,7 +72,7 @@ def raised(state: DeviceState, kind: str, message: str, *, severity: Severity = 
         originator_uuid=str(state.device.uuid),
         type=kind[:100],
         timestamp_us=events.microseconds(timezone.now()),
-        actor=INTERLOCK,
+        actor=SYSTEM,
         severity=severity,
         message=message[:500],
     )

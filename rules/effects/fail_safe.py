@@ -1,12 +1,14 @@
-"""Switch to its safe value what has been on long enough, or must not be on any more: by the database alone, so that neither a
-crash nor an emptied Redis forgets it."""
+"""Switch to its safe value what has been on long enough, must not be on any more, or was left on by a chain that has ended.
+
+By the database alone, so that neither a crash nor an emptied Redis forgets it.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from django.db import transaction
-from django.db.models import Q
 from django.utils import timezone
 from redis.exceptions import RedisError
 
@@ -16,7 +18,7 @@ from devices.interlocks import judge
 from devices.interlocks.judge import NO_VALUES, Situation, Values
 from devices.models import DeviceState, StateChange, StateRun
 from rules import events
-from rules.effects import alarms, device_alarms, interlocks, states
+from rules.effects import alarms, chain_ends, device_alarms, interlocks, states
 
 log = logging.getLogger(__name__)
 SYSTEM = "interlock"
@@ -24,14 +26,19 @@ SYSTEM = "interlock"
 
 def switch_off_overdue() -> int:
     """A periodic task of the scheduler, called every second; gives how many states it switched. Raises django.db.Error."""
-    limited = Q(off_wanted=True) | Q(state__interlock__isnull=False)
-    ids = set(StateRun.objects.filter(limited, ended_at=None).values_list("state_id", flat=True))
+    ids = set(StateRun.objects.filter(ended_at=None).values_list("state_id", flat=True))
     if not ids:
         return 0
     values = _values(ids)
-    found = interlocks.situations(_read(ids), {}, values, now=timezone.now())
-    overdue = [pk for pk, situation in found.items() if judge.overdue(situation)]
-    return _switch_off(overdue, values) if overdue else 0
+    due = _reasons(interlocks.situations(_read(ids), {}, values, now=timezone.now()))
+    return _switch_off([*due], values) if due else 0
+
+
+def _reasons(situations: Mapping[int, Situation]) -> dict[int, str]:
+    """By id of the state, why it has to go off now."""
+    on = {pk: situation for pk, situation in situations.items() if situation.running is not None}
+    reasons = chain_ends.reasons_of(on)
+    return reasons | {pk: reason for pk, situation in on.items() if (reason := judge.overdue(situation))}
 
 
 def _values(ids: set[int]) -> Values:
@@ -54,7 +61,7 @@ def _switch_off(ids: list[int], values: Values) -> int:
         rows = list(locked.select_related("device__organization"))
         now = timezone.now()
         found = interlocks.situations(rows, {}, values, now=now)
-        reasons = {pk: reason for pk, situation in found.items() if (reason := judge.overdue(situation))}
+        reasons = _reasons(found)
         made = states.apply([_request(found[pk], reason) for pk, reason in reasons.items()], values)
         outgoing = alarms.apply(
             [

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from aemos.lib import metrics
 from devices import catalogue
-from rules.effects import alarms
+from rules.effects import alarms, chain_ends
 from rules.models import ChainStatistics, RuleChain
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ def suspend(chain_id: int, reason: str) -> bool:
             return False
         chain = RuleChain.objects.get(pk=chain_id)
         catalogue.mark_changed(chain.organization_id)
-        alarms.raise_for_chain(chain, f"{chain.name} is suspended: {reason}")
+        left = "".join(f"; {each}" for each in chain_ends.left_on(chain))
+        alarms.raise_for_chain(chain, f"{chain.name} is suspended: {reason}{left}")
     metrics.CHAINS_SUSPENDED.inc()
     log.error("rule chain %s (%s) is suspended: %s", chain, chain.uuid, reason)
     return True

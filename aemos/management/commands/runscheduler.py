@@ -15,11 +15,10 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
-from devices import commands
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
-from rules.effects import alarms, fail_safe, states
+from rules.effects import alarms, device_alarms, fail_safe, states
 from rules.journal import recovery
 from rules.processing import schedules, timers
 
@@ -31,7 +30,7 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     timers.fire_due,
     recovery.reissue_lost_tickets,
     states.sweep,
-    commands.expire_overdue,
+    device_alarms.expire_commands,
     upkeep.expire_and_republish,
     control.advance_circuit,
     replay.queue_steps,

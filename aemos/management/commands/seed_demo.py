@@ -78,10 +78,16 @@ def _device(organization: Organization, name: str, state: str, values: list[str]
 
 
 def _speaker(owner: Sensor | Device) -> dict[str, str]:
-    """Name, uuid and the demo token, which the server can show again because it derives it from the prefix."""
-    row = owner.tokens.live().filter(name="demo").first()
-    token = tokens.token_for(row.prefix) if row else DeviceToken.objects.issue(owner, name="demo")[1]
-    return {"name": owner.name, "uuid": str(owner.uuid), "token": token}
+    """Name, uuid and tokens: the second is for whoever listens beside the device, because a token is one connection to the
+    broker."""
+    demo, listener = (_token(owner, name) for name in ("demo", "demo listener"))
+    return {"name": owner.name, "uuid": str(owner.uuid), "token": demo, "listenerToken": listener}
+
+
+def _token(owner: Sensor | Device, name: str) -> str:
+    """The server can show it again because it derives it from the prefix."""
+    row = owner.tokens.live().filter(name=name).first()
+    return tokens.token_for(row.prefix) if row else DeviceToken.objects.issue(owner, name=name)[1]
 
 
 def _chains(organization: Organization, reservoirs: list[Sensor], pump: Device, fan: Device) -> None:
