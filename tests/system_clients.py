@@ -107,14 +107,34 @@ async def _coap(system: LocalSystem, path: str, token: str, **fields: Any) -> tu
     return str(answer.code).split()[0], answer.payload.decode()
 
 
-def mqtt_client(system: LocalSystem, speaker: dict[str, str]) -> mqtt.Client:
-    """A connected client with the credentials that a device token gives."""
+def coap_ask(
+    system: LocalSystem, method: str, path: str, speaker: dict[str, str], body: Any = None
+) -> tuple[str, dict[str, Any]]:
+    """Code, and the document that came."""
+    content = {"payload": json.dumps(body).encode()} if body is not None else {}
+    code, text = asyncio.run(_coap(system, path, speaker["token"], code=getattr(aiocoap, method), **content))
+    return code, json.loads(text) if text.startswith("{") else {}
+
+
+def mqtt_client(
+    system: LocalSystem,
+    speaker: dict[str, str],
+    *,
+    will: tuple[str, str] | None = None,
+    patience: float = ANSWER_SECONDS,
+    comes_back: bool = True,
+) -> mqtt.Client:
+    """A connected client with the credentials that a device token gives. A `client_id` of the speaker is a wrong one."""
     connected = threading.Event()
     username = speaker["token"].split("_")[1]
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username)
+    client = mqtt.Client(
+        CallbackAPIVersion.VERSION2, client_id=speaker.get("client_id", username), reconnect_on_failure=comes_back
+    )
+    if will:
+        client.will_set(*will, qos=1, retain=True)
     client.username_pw_set(username, speaker["token"])
     client.on_connect = lambda client, data, flags, reason, properties: None if reason.is_failure else connected.set()
     client.connect("127.0.0.1", system.broker.port)
     client.loop_start()
-    assert connected.wait(ANSWER_SECONDS), "the broker does not know the device"
+    assert connected.wait(patience), "the broker does not know the device"
     return client

@@ -204,7 +204,6 @@ def test_doses_are_limited_by_amount(farm: Farm, clock: Clock) -> None:
 def test_two_pumps_that_exclude_one_another(farm: Farm, clock: Clock) -> None:
     interlock = farm.limit(farm.pump)
     interlock.excludes.add(farm.drain)
-    farm.limit(farm.drain)
     assert farm.ask(farm.drain, "on") == ""
     assert farm.ask(farm.pump, "on") == f"{farm.device}: drain is on"
     farm.ask(farm.drain, "off")

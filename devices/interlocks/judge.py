@@ -52,16 +52,20 @@ def veto(situation: Situation, value: Any) -> Vetoed | None:
     """Why the state must not be set to the value; None when it may. The state allows the value as such."""
     if locked := _lock(situation):
         return locked
-    if situation.interlock is None:
-        return None
-    if not situation.state.is_momentary and not situation.state.is_on(value):
-        return _minimum_on(situation, situation.interlock)
-    return next(_vetoes(situation, situation.interlock, value), None)
+    if situation.state.is_momentary or situation.state.is_on(value):
+        return next(_vetoes(situation, value), None)
+    return _minimum_on(situation, situation.interlock) if situation.interlock else None
 
 
-def _vetoes(situation: Situation, interlock: Interlock, value: Any) -> Iterator[Vetoed]:
-    """Of a command that makes the state go on, keeps it on, or doses."""
-    yield from must_be_off(situation, interlock, starting=True)
+def _vetoes(situation: Situation, value: Any) -> Iterator[Vetoed]:
+    """Of a command that makes the state go on, keeps it on, or doses. Another state's interlock may exclude it, too."""
+    for rival in situation.rivals:
+        if is_perhaps_on(rival):
+            yield Vetoed(kind=Veto.Kind.EXCLUDES, detail=f"{rival} is on")
+    interlock = situation.interlock
+    if interlock is None:
+        return
+    yield from _must_be_off(situation, interlock, starting=True)
     if situation.running is None:
         yield from _rest(situation, interlock)
         yield from _runs(situation, interlock)
@@ -70,13 +74,10 @@ def _vetoes(situation: Situation, interlock: Interlock, value: Any) -> Iterator[
         yield from _amount(situation, interlock, value)
 
 
-def must_be_off(situation: Situation, interlock: Interlock, *, starting: bool) -> Iterator[Vetoed]:
-    """Why the state must not be on at this moment, however it came to be. Of what is only needed to go on, `starting`."""
+def _must_be_off(situation: Situation, interlock: Interlock, *, starting: bool) -> Iterator[Vetoed]:
+    """Why the state must not be on at this moment, however it came to be; with what is needed only to go on, if `starting`."""
     if not _is_allowed_at(situation.now, interlock):
         yield Vetoed(kind=Veto.Kind.HOURS, detail=f"only from {_hours(interlock)}")
-    for rival in situation.rivals:
-        if starting and is_perhaps_on(rival):
-            yield Vetoed(kind=Veto.Kind.EXCLUDES, detail=f"{rival} is on")
     for requirement in situation.requirements:
         problem = _problem_with(requirement, situation) if starting or requirement.holds_while_on else ""
         if problem:
@@ -95,7 +96,7 @@ def overdue(situation: Situation) -> str:
         return spent.detail
     if run.off_wanted and lasted >= timedelta(seconds=interlock.minimum_on_seconds or 0):
         return "asked to go off, and its minimum time on is over"
-    for why in must_be_off(situation, interlock, starting=False):
+    for why in _must_be_off(situation, interlock, starting=False):
         return why.detail
     return ""
 
