@@ -22,6 +22,7 @@ from gateway.mqtt.accounts import sync_once
 from gateway.mqtt.transport import MqttTransport
 from notifications.messages import Message
 from notifications.state_messages import message_of
+from rules.effects import device_alarms
 from tests import builders
 from tests.mqtt_clients import Client, device, operator
 from tests.test_device_commands import said, state_of, wished
@@ -103,7 +104,8 @@ def test_command_that_is_too_old_is_not_sent_and_its_state_is(broker: Server, fa
         until(lambda: listener.received)
         assert [topic for topic, _ in listener.received] == [topics.state(str(pump.uuid))]
         assert transport.counts["expired"] == 1
-        until(lambda: state_of(row) == State.EXPIRED)
+    assert device_alarms.expire_commands() == 1, "the scheduler notes it"
+    assert state_of(row) == State.EXPIRED
 
 
 @needs_broker
@@ -120,7 +122,8 @@ def test_command_that_waited_for_the_broker_until_it_was_too_old_is_not_sent(
         until(lambda: timezone.now() > row.deadline)  # type: ignore[operator]
         broker.start()
         until(lambda: transport.counts["expired"], seconds=15)
-        until(lambda: state_of(row) == State.EXPIRED)
+    assert device_alarms.expire_commands() == 1, "the scheduler notes it"
+    assert state_of(row) == State.EXPIRED
 
 
 @needs_broker
