@@ -47,7 +47,7 @@ class Field:
     """A variable of a sensor or a state of a device. `id` is the row's.
 
     `limits` say which values of a variable are suspect. After `maximum_age_us` rules see it as missing; 0 is never. `requires`:
-    the variables, as devices.latest.Key, that the interlock of a state looks at.
+    the variables, as devices.latest.Key, that the interlock of a state looks at. `is_guarded`: a command to it may be vetoed.
     """
 
     id: int
@@ -57,6 +57,7 @@ class Field:
     maximum_age_us: int = 0
     requires: tuple[tuple[str, str, str], ...] = ()
     is_momentary: bool = False
+    is_guarded: bool = False
 
     def problem_with(self, value: object) -> str:
         """Why the field cannot take the value, as the end of a sentence; empty when it can."""
@@ -233,7 +234,7 @@ def shared() -> Catalogue:
 def _load_originators(source_type: str, **filters: Any) -> list[Originator]:
     model: type[Sensor] | type[Device] = Sensor if source_type == "sensor" else Device
     related = "variables" if source_type == "sensor" else "states"
-    states = DeviceState.objects.prefetch_related("interlock__requirements__variable__sensor")
+    states = DeviceState.objects.prefetch_related("excluded_by", "interlock__requirements__variable__sensor")
     fields: str | Prefetch[Any] = related if source_type == "sensor" else Prefetch("states", states)
     rows = model.objects.filter(**filters).select_related("organization").prefetch_related(fields)
     return [
@@ -261,7 +262,14 @@ def _field(row: Variable | DeviceState) -> Field:
     if isinstance(row, DeviceState):
         interlock = getattr(row, "interlock", None)
         requires = tuple(each.key for each in interlock.requirements.all()) if interlock else ()
-        return Field(row.pk, row.datatype, tuple(row.allowed_values), requires=requires, is_momentary=row.is_momentary)
+        return Field(
+            row.pk,
+            row.datatype,
+            tuple(row.allowed_values),
+            requires=requires,
+            is_momentary=row.is_momentary,
+            is_guarded=bool(interlock or row.locked_until or row.excluded_by.all()),
+        )
     maximum_age_us = (row.maximum_age_seconds or 0) * SECOND_US
     return Field(row.pk, row.datatype, limits=_limits(row), maximum_age_us=maximum_age_us)
 

@@ -7,7 +7,6 @@ import math
 import uuid
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
-from operator import itemgetter
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -191,8 +190,8 @@ class DeviceState(Identified):
     """
 
     class Kind(models.TextChoices):
-        LEVEL = "level", "level: it keeps its value, such as on, or 40 %"
-        MOMENTARY = "momentary", "momentary: a dose or a pulse, done once for each command"
+        LEVEL = "level"
+        MOMENTARY = "momentary"
 
     device = models.ForeignKey(Device, on_delete=models.CASCADE, related_name="states")
     name = models.CharField(max_length=100)
@@ -200,7 +199,8 @@ class DeviceState(Identified):
         max_length=10,
         choices=Kind.choices,
         default=Kind.LEVEL,
-        help_text="What is momentary is sent once as a command, and never again to a device that comes back.",
+        help_text="Level: it keeps its value, such as on, or 40 %. Momentary: a dose or a pulse, sent once as a command, and "
+        "never again to a device that comes back.",
     )
     datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.STRING)
     allowed_values = models.JSONField(
@@ -315,8 +315,9 @@ class DeviceState(Identified):
 
     def note_command(self, value: Any, *, now: datetime) -> None:
         """For `rests_until`, of the newest values. Saving is the caller's."""
-        newest = {**self.commanded, self._command_key(value): int(now.timestamp() * 1_000_000)}
-        self.commanded = dict(sorted(newest.items(), key=itemgetter(1))[-COMMANDED_VALUES:])
+        self.commanded[self._command_key(value)] = int(now.timestamp() * 1_000_000)
+        if len(self.commanded) > COMMANDED_VALUES:
+            del self.commanded[min(self.commanded, key=self.commanded.__getitem__)]
 
     def _command_key(self, value: Any) -> str:
         return "" if self.is_momentary else json.dumps(value)[:200]

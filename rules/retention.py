@@ -1,4 +1,4 @@
-"""Delete alarms, rejected events, data problems, dead letters and replays that are too old."""
+"""Delete alarms, vetoes, runs of states, rejected events, data problems, dead letters and replays that are too old."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from aemos.lib import keys
 from aemos.lib.retention import delete_in_chunks
-from devices.models import DataProblem
+from devices.models import DataProblem, StateRun, Veto
 from rules.engine.durations import MAX_DAYS
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, Status
 
@@ -36,5 +36,7 @@ def _expired() -> list[QuerySet[Any]]:
         DeadLetter.objects.filter(created_at__lt=dead).exclude(status=Status.OPEN),
         Replay.objects.filter(ended_at__lt=dead),
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
+        Veto.objects.filter(last_at__lt=alarms),
+        StateRun.objects.filter(ended_at__lt=alarms),
         ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),
     ]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.system_clients import Person, coap_ask, http_post, mqtt_client, readi
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
+_numbers = count(1)
 SEED = int(os.environ.get("STORM_SEED", "1"))
 
 
@@ -51,8 +53,9 @@ class Farm:
         }
 
     def _device(self, name: str, organization: str) -> dict[str, str]:
+        name = f"{name} {next(_numbers)}"
         uuid = self.person.post("devices", organization=organization, name=name)["uuid"]
-        return {"uuid": uuid, "token": self.person.post("device-tokens", device=uuid)["token"]}
+        return {"uuid": uuid, "name": name, "token": self.person.post("device-tokens", device=uuid)["token"]}
 
     def switch(self, device: dict[str, str], state: str, value: Any, **more: Any) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.person.token}"}
@@ -67,7 +70,7 @@ class Farm:
         return self.person.get("device-states", device=device["uuid"], name=name)["results"][0]["value"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def farm(system: LocalSystem) -> Farm:
     return Farm(system)
 
@@ -82,7 +85,7 @@ def doser_process(farm: Farm, directory: Path) -> subprocess.Popen[bytes]:
 
 def test_a_doser_whose_power_is_cut_again_and_again_doses_each_command_at_most_once(farm: Farm, tmp_path: Path) -> None:
     chance = random.Random(SEED)
-    decided = set()
+    decided: set[str] = set()
     doser = doser_process(farm, tmp_path)
     try:
         # Once it has a session, the broker keeps commands for it.
@@ -127,14 +130,17 @@ def test_a_board_that_was_away_learns_both_relays_and_no_dose(farm: Farm) -> Non
 
 def test_a_device_that_comes_back_while_its_old_connection_stands_is_online(farm: Farm) -> None:
     status = f"devices/{farm.board['uuid']}/status"
+    first = mqtt_client(farm.system, farm.board)  # as soon as the broker knows the account
+    first.disconnect()
+    first.loop_stop()
     connections = []
     for _ in range(3):
         client = mqtt_client(farm.system, farm.board, will=(status, "offline"), comes_back=False)
         client.publish(status, "online", qos=1, retain=True).wait_for_publish(10)
         connections.append(client)
-    until(lambda: farm.person.get("devices", name="Board")["results"][0]["connected"] is True)
+    until(lambda: farm.person.get(f"devices/{farm.board['uuid']}")["connected"] is True)
     time.sleep(2)
-    assert farm.person.get("devices", name="Board")["results"][0]["connected"] is True
+    assert farm.person.get(f"devices/{farm.board['uuid']}")["connected"] is True
     for client in connections:
         client.loop_stop()
 
@@ -175,12 +181,15 @@ def test_interlocks_over_rest_and_in_the_running_system(farm: Farm) -> None:
     refused = farm.switch(farm.board, "pump2", "on")
     assert (refused.status_code, refused.json()["detail"]) == (
         409,
-        "pump2 must not be changed now: Board: pump1 is on",
+        f"pump2 must not be changed now: {farm.board['name']}: pump1 is on",
     )
     until(lambda: farm.value(farm.board, "pump1") == "off")
     assert farm.switch(farm.board, "pump2", "on").status_code == 201
     assert farm.switch(farm.board, "pump1", "on", override="I am standing beside it").status_code == 201
-    kinds = {(row["kind"], row["overriddenReason"]) for row in farm.person.get("vetoes")["results"]}
+    kinds = {
+        (row["kind"], row["overriddenReason"])
+        for row in farm.person.get("vetoes", device=farm.board["uuid"])["results"]
+    }
     assert kinds == {("excludes", ""), ("excludes", "I am standing beside it")}
     until(lambda: farm.value(farm.board, "pump1") == "off")
 
@@ -214,8 +223,7 @@ def test_a_pump_that_needs_water_stops_when_the_level_falls(farm: Farm) -> None:
 
 def test_a_maximum_time_on_survives_kills_and_an_emptied_redis(farm: Farm) -> None:
     system = farm.system
-    interlock = farm.person.get("interlocks", state=farm.relays["pump1"]["uuid"])["results"][0]["uuid"]
-    farm.person.patch(f"interlocks/{interlock}", maximumOnSeconds=6, excludes=[])
+    farm.person.post("interlocks", state=farm.relays["pump1"]["uuid"], maximumOnSeconds=6)
     assert farm.switch(farm.board, "pump1", "on").status_code == 201
     system.kill("scheduler")
     system.kill("worker")

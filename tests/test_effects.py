@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from aemos.lib import keys, metrics, redis
 from devices import catalogue, latest
-from devices.models import Device, DeviceState, StateChange
+from devices.models import Device, DeviceState, Interlock, StateChange, Veto
 from notifications import messages
 from notifications.models import Notification, Unpublished
 from rules import events
@@ -263,6 +263,37 @@ def test_a_notification_about_a_device_that_is_gone_fails_by_name(farm: Farm) ->
 
     assert failure.node == "a0"
     assert str(farm.doser.uuid) in failure.error
+
+
+def test_a_chain_takes_another_way_when_an_interlock_vetoes(farm: Farm) -> None:
+    DeviceState.objects.filter(pk=farm.power.pk).update(safe_value="off")
+    Interlock.objects.create(state=farm.power, maximum_runs_per_day=1)
+    tell = {"type": "notify", "title": "No", "message": "{error}"}
+    nodes = [
+        builders.node("high", builders.leaf(farm.sensor, operator=">", value=6.5), next="on", on_false="off"),
+        builders.node("on", builders.command(farm.doser), on_failure="tell"),
+        builders.node("tell", tell),
+        builders.node("off", builders.command(farm.doser, "off")),
+    ]
+    builders.chain(farm.organization, nodes)
+
+    farm.send(*(farm.event(ph, after=number) for number, ph in enumerate((6.9, 6.0, 6.9))))
+
+    assert [change.value for change in StateChange.objects.order_by("id")] == ["on", "off"]
+    assert [each["message"] for each in told() if "message" in each] == ["it ran 1 times in 24 hours, of 1"]
+    assert Veto.objects.get().count == 1
+
+
+def test_without_another_way_a_veto_is_counted_and_the_chain_goes_on(farm: Farm) -> None:
+    DeviceState.objects.filter(pk=farm.power.pk).update(safe_value="off")
+    Interlock.objects.create(state=farm.power, maximum_runs_per_day=0)
+    farm.chain(builders.command(farm.doser), NOTIFY)
+
+    result = farm.send(farm.event())
+
+    assert (result.processed, result.failures, StateChange.objects.count()) == (1, [], 0)
+    assert len(told()) == 1
+    assert Veto.objects.get().actor == "pH down / a0"
 
 
 def test_an_action_rests_after_it_was_done_and_what_is_left_out_is_counted(farm: Farm) -> None:

@@ -20,7 +20,7 @@ from devices.interlocks.judge import NO_VALUES
 from devices.latest import Key, Latest
 from devices.models import Device, DeviceState, Interlock, Requirement, StateChange, StateRun, Veto
 from rules import events
-from rules.authoring import editing
+from rules.authoring import editing, lint
 from rules.effects import chain_ends, device_alarms, fail_safe, states, suspension
 from rules.effects.states import StateChangeRequest
 from rules.models import Alarm, RuleChain
@@ -432,6 +432,36 @@ def test_cooldowns_are_of_the_state_whoever_asks(farm: Farm, clock: Clock, state
     clock.pass_(minutes=15)
     farm.ask(row, second, cooldown_us=900_000_000, always=True)
     assert StateChange.objects.count() == done + 1
+
+
+@pytest.mark.parametrize(
+    ("state", "value", "fields", "operator", "said"),
+    [
+        ("pump", "on", {"maximum_runs_per_day": 0}, ">", "it may run 0 times"),
+        ("acid", 12, {"maximum_amount_per_day": 10}, ">", "it may dose 10"),
+        ("pump", "on", {}, "<", "it requires"),
+        ("pump", "on", {}, ">", ""),
+        ("pump", "off", {"maximum_runs_per_day": 0}, ">", ""),
+        ("acid", 5, {}, ">", "give the action a cooldown, or the state an interlock"),
+    ],
+)
+def test_what_is_always_vetoed_is_named_when_a_chain_is_saved(
+    farm: Farm, state: str, value: Any, fields: Mapping[str, Any], operator: str, said: str
+) -> None:
+    row = farm.device.states.get(name=state)
+    if state == "pump" or fields:
+        interlock = farm.limit(row, **fields)
+        if not fields:
+            farm.require(interlock, minimum=20)
+    nodes = [
+        builders.node("level", builders.leaf(farm.sensor, "level", operator, 10), next="do"),
+        builders.node("do", builders.command(farm.device, value, state=state)),
+    ]
+    chain = builders.chain(farm.organization, nodes)
+    found = [
+        each.message for each in lint.warnings_of(chain, list(chain.nodes.all())) if each.path.startswith("nodes[1]")
+    ]
+    assert any(said in text for text in found) if said else found == []
 
 
 LIMITS: dict[str, dict[str, Any]] = {

@@ -128,7 +128,7 @@ class VetoAdmin(DisposableRecordAdmin):
     resource = "vetoes"
     organization_path = "state__device__organization"
     uuid_paths = ("uuid", "state__uuid", "state__device__uuid")
-    list_display = ("last_at", "state", "kind", "actor", "value", "detail", "count", "overridden_reason")
+    list_display = ("last_at", "state", "detail", "actor", "count", "overridden_reason")
     list_filter = ("kind", "source", ("overridden_reason", admin.EmptyFieldListFilter), OrganizationListFilter)
     list_select_related = ("state__device",)
     search_fields = ("state__name", "state__device__name", "actor")

@@ -240,6 +240,7 @@ class Veto(models.Model):
     last_at = models.DateTimeField(default=timezone.now, db_index=True)
 
     class Meta:
+        verbose_name_plural = "vetoes"
         ordering = ["-last_at", "-id"]
         constraints = [
             # What a person overrode is kept one by one.

@@ -113,7 +113,7 @@ class ChainForm(FixedParentForm):
 
     end_confirmed = forms.BooleanField(
         required=False,
-        label="end it all the same",
+        label="End it all the same",
         help_text="To be ticked to switch off a chain that has left something on.",
     )
 
@@ -125,7 +125,7 @@ class ChainForm(FixedParentForm):
         left = chain_ends.left_on(self.instance) if was_on else []
         if left and not self.cleaned_data.get("end_confirmed"):
             said = "; ".join(map(str, left))
-            self.add_error("enabled", f"{said}. Tick “end it all the same” to switch the chain off.")
+            self.add_error("enabled", f"{said}. Tick “End it all the same” to switch the chain off.")
         return cleaned
 
 

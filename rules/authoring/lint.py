@@ -15,7 +15,7 @@ from typing import NamedTuple
 from django.db.models import Exists, OuterRef, Q
 
 from aemos.lib.batched import batched
-from devices.models import DeviceState, Reading, Variable
+from devices.models import DeviceState, Interlock, Reading, Variable
 from devices.values import Datatype
 from rules.authoring import graph, satisfiability, validation
 from rules.authoring.satisfiability import Region
@@ -54,6 +54,7 @@ def warnings_of(chain: RuleChain, nodes: Sequence[RuleNode], rivals: OtherWriter
         *_never_reported(leaves, known),
         *_arbitrarily_old(spec, leaves, known),
         *_undone_on_the_way(flow),
+        *_actuators(chain, flow),
         *_conflicting_writers(chain, flow, rivals or partial(_rivals_of, chain)),
     ]
 
@@ -207,6 +208,54 @@ def _never_reported(leaves: _Leaves, known: Facts) -> Iterator[Problem]:
             )
         if complaint := _kind_complaint(leaf, datatype):
             yield Problem(f"{path}.value", leaf.get("value"), complaint)
+
+
+def _actuators(chain: RuleChain, flow: _Flow) -> Iterator[Problem]:
+    """Commands that an interlock vetoes every time, and doses that nothing limits."""
+    writes = flow.drives()
+    rows = DeviceState.objects.filter(
+        device__organization=chain.organization_id, device__uuid__in={write.device_uuid for write in writes}
+    )
+    rows = rows.select_related("device", "interlock").prefetch_related("interlock__requirements__variable__sensor")
+    states = {(str(row.device.uuid), row.name): row for row in rows} if writes else {}
+    for write in writes:
+        state = states.get((write.device_uuid, write.state_name))
+        if state is None:
+            continue
+        interlock: Interlock | None = getattr(state, "interlock", None)
+        path = f"nodes[{write.place}].config"
+        if interlock and (why := _always_vetoed(interlock, state, write)):
+            yield Problem(f"{path}.value", write.value, f"is always vetoed by the interlock of {state}: {why}")
+        elif state.is_momentary and interlock is None and "cooldown" not in flow.nodes[write.place].config:
+            text = "is done at every event that leads here: give the action a cooldown, or the state an interlock"
+            yield Problem(path, write.state_name, text)
+
+
+def _always_vetoed(interlock: Interlock, state: DeviceState, write: StateWrite) -> str:
+    if not (state.is_momentary or state.is_on(write.value)):
+        return ""
+    if 0 in (interlock.maximum_runs_per_hour, interlock.maximum_runs_per_day):
+        return "it may run 0 times"
+    limits = [
+        each for each in (interlock.maximum_amount_per_hour, interlock.maximum_amount_per_day) if each is not None
+    ]
+    if limits and is_number(write.value) and abs(write.value) > min(limits):
+        return f"it may dose {min(limits):g}"
+    for requirement in interlock.requirements.all():
+        region = write.region
+        for operator, limit in ((">=", requirement.minimum), ("<=", requirement.maximum), ("==", requirement.equals)):
+            if limit is not None and region:
+                leaf = {
+                    "sourceType": "sensor",
+                    "UUID": requirement.key[1],
+                    "key": requirement.key[2],
+                    "operator": operator,
+                    "value": limit,
+                }
+                region = satisfiability.meet(region, satisfiability.where_true(leaf))
+        if write.region and not region:
+            return f"it requires {requirement}, and the filters before it say otherwise"
+    return ""
 
 
 _ASKS_AGE = {"newerThan", "inLast", "olderThan", "valueNewerThan", "valueInLast"}

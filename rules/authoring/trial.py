@@ -229,7 +229,7 @@ def _no_op_reason_of(state: DeviceState, command: DeviceCommand) -> str | None:
     until = state.rests_until(command.value, cooldown_us=command.cooldown_us, now=now) if command.cooldown_us else None
     if until:
         return f"it rests until {until:%Y-%m-%d %H:%M:%S} UTC"
-    vetoed = interlocks.veto_now(state, command.value)
+    vetoed = interlocks.veto_now(state.pk, command.value)
     return f"its interlock vetoes it: {vetoed.detail}" if vetoed else None
 
 
@@ -323,7 +323,7 @@ class _Report:
         return {"sourceType": reference.source_type, "UUID": reference.uuid, "name": name, "key": reference.key}
 
     def _effect(self, effect: Effect) -> dict[str, Any]:
-        own = {"effect_key", "chain_uuid", "timestamp_us", "cooldown_us"}
+        own = {"effect_key", "chain_uuid", "timestamp_us", "cooldown_us", "vetoed"}
         fields = {
             camel(each.name): getattr(effect, each.name)
             for each in msgspec.structs.fields(effect)

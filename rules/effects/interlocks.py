@@ -42,12 +42,14 @@ def required_by(ids: Collection[int]) -> list[Key]:
     return [("sensor", str(uuid), name) for uuid, name in named]
 
 
-def veto_now(state: DeviceState, value: Any) -> Vetoed | None:
-    """As things are at this moment, without a lock and without a record of it. Raises RedisError."""
-    rivals = rivals_of([state.pk])
-    states = DeviceState.objects.filter(pk__in={state.pk}.union(*rivals.values())).select_related("device")
+def veto_now(state_id: int, value: Any, values: Values | None = None) -> Vetoed | None:
+    """As things are at this moment, without a lock and without a record of it. `values`: as for `states.apply`, read if they are
+    not given. Raises RedisError."""
+    rivals = rivals_of([state_id])
+    states = DeviceState.objects.filter(pk__in={state_id}.union(*rivals.values())).select_related("device")
     found = {row.pk: row for row in states}
-    return Interlocks(found, rivals, latest.recall(required_by([state.pk]))).veto(found[state.pk], value)
+    values = latest.recall(required_by([state_id])) if values is None else values
+    return Interlocks(found, rivals, values).veto(found[state_id], value) if state_id in found else None
 
 
 class Interlocks:

@@ -132,6 +132,7 @@ def _command(effect: DeviceCommand, bound: DeployedChain, event: Event) -> state
         priority=event.priority,
         always=effect.force,
         cooldown_us=effect.cooldown_us,
+        vetoed=effect.vetoed,
     )
 
 

@@ -43,7 +43,7 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to change one state. `always`: also when the value is the same; `newer_only`: not when the state is newer.
 
     `cooldown_us`: not when somebody has commanded the same so short a while ago. `override`: the reason for which a person does
-    it against a veto.
+    it against a veto. `vetoed`: it is not to be done, only to be counted as a veto.
     """
 
     effect_key: str
@@ -57,6 +57,7 @@ class StateChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     newer_only: bool = False
     cooldown_us: int = 0
     override: str = ""
+    vetoed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ def _may(request: StateChangeRequest, state: DeviceState, gate: Interlocks, made
         return False
     vetoed = gate.veto(state, request.value)
     if vetoed is None:
-        return True
+        return not request.vetoed
     gate.note_veto(
         state, vetoed, request.value, source=request.source, actor=request.actor, overridden=request.override
     )

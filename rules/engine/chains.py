@@ -14,7 +14,7 @@ import msgspec
 from rules.engine.actions import Command, compile_action
 from rules.engine.conditions import compile_condition
 from rules.engine.context import Run, Trigger
-from rules.engine.effect_types import Effect
+from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed, ErrorCode, InvalidChain, Problem
 from rules.engine.fields import check_name
 from rules.engine.transforms import compile_transform
@@ -139,6 +139,8 @@ class Chain:
                 raise self._late(node)
             try:
                 passed, error = node.execute(run), None
+                if node.on_failure is not None:
+                    self._require_no_veto(node, run)
             except ChainFailed as failure:
                 if node.on_failure is None:
                     raise
@@ -165,6 +167,15 @@ class Chain:
             filters_false=filters_false,
             wakes=run.wakes or NO_WAKES,
         )
+
+    def _require_no_veto(self, node: _Node, run: Run) -> None:
+        """Raises ChainFailed when the command that the node asks for is vetoed. It stays among the effects, to be counted."""
+        command = run.effects[-1] if run.effects else None
+        if not isinstance(command, DeviceCommand) or command.node != node.name:
+            return
+        if veto := run.trigger.vetoes(command.device_uuid, command.state_name, command.value):
+            run.effects[-1] = msgspec.structs.replace(command, vetoed=True)
+            raise ChainFailed(self.spec.uuid, node.name, veto)
 
     def _late(self, node: _Node) -> ChainFailed:
         cause = "the chain took too long and was stopped here"

@@ -50,6 +50,7 @@ class Trigger(msgspec.Struct, kw_only=True):
     `values` are the event's own and are never changed. `lookup` gives the latest known sample of everything else:
     what the event carries for its own originator, null included, is never asked of it. `memory` holds what is remembered by
     the key of a watch. `refuses` says why a state (device uuid, name) cannot be set to a value, empty when it can.
+    `vetoes` says why it must not be at this moment, empty when it may; asked where a chain has another way for that case.
     `clock_us` is when it was received, 0 for at that time.
     `originator` is the name of the sensor, device or chain that the event comes from, as people know it.
     `deadline` is when the run is stopped, in seconds of `time.monotonic`.
@@ -63,6 +64,7 @@ class Trigger(msgspec.Struct, kw_only=True):
     lookup: Lookup
     memory: Mapping[str, Any] = msgspec.field(default_factory=dict)
     refuses: Callable[[str, str, Value], str] = refuses_nothing
+    vetoes: Callable[[str, str, Value], str] = refuses_nothing
     originator: str = ""
     clock_us: int = 0
     deadline: float = math.inf

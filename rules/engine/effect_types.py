@@ -22,12 +22,14 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceCommand(Effect, frozen=True, kw_only=True):
-    """One state of one device is to be set; with `force` also when it has the value already."""
+    """One state of one device is to be set; with `force` also when it has the value already. `vetoed`: it must not be, and the
+    chain has taken another way."""
 
     device_uuid: str
     state_name: str
     value: Value
     force: bool = False
+    vetoed: bool = False
 
 
 class Notify(Effect, frozen=True, kw_only=True):

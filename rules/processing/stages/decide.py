@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import msgspec
 from django.conf import settings
 
+from devices.catalogue import Field
 from devices.latest import Key, Latest
 from rules import events
-from rules.effects import perform, states
+from rules.effects import interlocks, perform, states
 from rules.effects.perform import Applied
 from rules.engine.bound import DeployedChain
 from rules.engine.chains import Outcome
-from rules.engine.context import Trigger
+from rules.engine.context import Trigger, refuses_nothing
 from rules.engine.effect_types import DeviceCommand, Effect
 from rules.engine.exceptions import ChainFailed, ErrorCode
 from rules.engine.values import Reference, Sample, TemporalCondition, Value
@@ -189,6 +190,11 @@ class KnownValues:
             found = self._refusals[key] = perform.refuses(device_uuid, state_name, value)
         return found
 
+    def field(self, source_type: str, uuid: str, name: str) -> Field | None:
+        """As the catalogue knows it."""
+        originator = self.inputs.originators.get((source_type, uuid))
+        return originator.fields.get(name) if originator else None
+
     @property
     def values(self) -> Mapping[Key, Latest]:
         return self._latest
@@ -210,6 +216,15 @@ class PendingEffects:
     def add(self, effects: Iterable[Effect], bound: DeployedChain, event: Event) -> None:
         """Those of one run, all or none: raises ChainFailed when what one of them needs does not exist any more."""
         self.effects += [perform.resolve(effect, bound, event) for effect in effects if not self._is_so(effect, bound)]
+
+    def vetoes(self, device_uuid: str, state_name: str, value: Value) -> str:
+        """Why an interlock does not let this happen now, after all that the events so far have led to; empty when it does."""
+        field = self._known.field("device", device_uuid, state_name)
+        if field is None or not field.is_guarded or self._settled.has(field.id, value, always=field.is_momentary):
+            return ""
+        self.apply_if_read(frozenset({Reference("device", device_uuid, state_name)}))
+        found = interlocks.veto_now(field.id, value, self._known.values)
+        return found.detail if found else ""
 
     def _is_so(self, effect: Effect, bound: DeployedChain) -> bool:
         """Whether it sets a state to what that is already, which no effect before it changes."""
@@ -278,7 +293,7 @@ def decide_event(event: Event, chains: Sequence[DeployedChain], progress: Progre
         return
     inputs = progress.known.inputs
     too_late = bool(event.command_deadline_us) and inputs.now_us > event.command_deadline_us
-    trigger, originator = _trigger(event, progress.known), inputs.originator(event)
+    trigger, originator = _trigger(event, progress.known, progress.pending.vetoes), inputs.originator(event)
     for bound in chains:
         began = time.monotonic()
         trigger.deadline = began + inputs.chain_seconds
@@ -301,7 +316,7 @@ def decide_event(event: Event, chains: Sequence[DeployedChain], progress: Progre
             log.info("%s would have done %d actions for an event that is too old now", bound.name, skipped)
 
 
-def _trigger(event: Event, known: KnownValues) -> Trigger:
+def _trigger(event: Event, known: KnownValues, vetoes: Callable[[str, str, Value], str]) -> Trigger:
     """One for all chains of the event; the name of the originator and the deadline are still to be set for each."""
     known.clock_us = _clock_us(event)
     return Trigger(
@@ -314,6 +329,7 @@ def _trigger(event: Event, known: KnownValues) -> Trigger:
         lookup=known.look_up,
         memory=known.inputs.memory.values,
         refuses=known.refuses,
+        vetoes=vetoes,
     )
 
 
@@ -359,7 +375,7 @@ def _replay_condition_state(event: Event, known: KnownValues, suspects: Collecti
     if suspects:
         event = _only(event, tuple(name for name in event.values if name not in suspects))
     next_timers: dict[Waiting, int] = {}
-    trigger = _trigger(event, known)
+    trigger = _trigger(event, known, refuses_nothing)
     for bound in audience.chains:
         if not bound.timers:
             continue
