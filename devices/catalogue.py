@@ -15,7 +15,7 @@ from typing import Any
 from django.db import Error as DatabaseError
 from django.db import transaction
 from django.db.models import F, Model, Prefetch
-from django.db.models.signals import post_delete, post_save
+from django.db.models.signals import m2m_changed, post_delete, post_save
 
 from aemos.lib.per_process import per_process
 from devices import tokens
@@ -311,6 +311,7 @@ def connect_signals() -> None:
     for model in (Organization, Sensor, Variable, Device, DeviceState, DeviceToken, Interlock, Requirement):
         post_save.connect(_on_save, sender=model, dispatch_uid="catalogue")
         post_delete.connect(_on_delete, sender=model, dispatch_uid="catalogue")
+    m2m_changed.connect(_on_save, sender=Interlock.excludes.through, dispatch_uid="catalogue")
 
 
 def organization_of(row: Model) -> int | None:

@@ -95,10 +95,11 @@ def expire_overdue(now: datetime | None = None) -> list[StateChange]:
     the current transaction."""
     now = now or timezone.now()
     overdue = StateChange.objects.filter(command_state__in=[State.QUEUED, State.SENT], deadline__lt=now)
-    rows = list(overdue.select_related("state__device").order_by("id")[:STATEMENT_ROWS])
-    ids = [row.pk for row in rows]
-    expired = StateChange.objects.filter(pk__in=ids, command_state__in=[State.QUEUED, State.SENT])
-    if ids and expired.update(command_state=State.EXPIRED, settled_at=now):
+    locked = overdue.select_for_update(of=("self",)).select_related("state__device").order_by("id")
+    rows = list(locked[:STATEMENT_ROWS])
+    if rows:
+        ids = [row.pk for row in rows]
+        StateChange.objects.filter(pk__in=ids).update(command_state=State.EXPIRED, settled_at=now)
         log.warning("%d commands to devices were not acknowledged by their deadline, and have expired", len(rows))
     return rows
 

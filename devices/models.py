@@ -176,9 +176,10 @@ class DeviceStateQuerySet(models.QuerySet["DeviceState"]):
             return {pk: None if value is None else json.loads(value) for pk, value in cursor.fetchall()}
 
 
-# What DeviceState.newest says, without building a query anew for each batch of events.
+# What DeviceState.newest says, without building a query anew for each batch of events; of what is momentary nothing lasts.
 _NEWEST_VALUES = """
-SELECT id, CASE WHEN reported_at > COALESCE(changed_at, '0001-01-01') THEN reported_value ELSE value END
+SELECT id, CASE WHEN kind = 'momentary' THEN NULL
+    WHEN reported_at > COALESCE(changed_at, '0001-01-01') THEN reported_value ELSE value END
 FROM devices_devicestate WHERE id IN
 """
 

@@ -265,6 +265,17 @@ def test_a_notification_about_a_device_that_is_gone_fails_by_name(farm: Farm) ->
     assert str(farm.doser.uuid) in failure.error
 
 
+def test_a_dose_is_commanded_again_after_the_device_has_reported_it(farm: Farm) -> None:
+    DeviceState.objects.filter(pk=farm.power.pk).update(kind=DeviceState.Kind.MOMENTARY)
+    farm.chain(builders.command(farm.doser))
+
+    farm.send(farm.event(after=0))
+    farm.send(report(farm, farm.doser, after=1))
+    farm.send(farm.event(after=2))
+
+    assert StateChange.objects.filter(source="rule").count() == 2
+
+
 def test_a_chain_takes_another_way_when_an_interlock_vetoes(farm: Farm) -> None:
     DeviceState.objects.filter(pk=farm.power.pk).update(safe_value="off")
     Interlock.objects.create(state=farm.power, maximum_runs_per_day=1)

@@ -39,8 +39,16 @@ def over_coap(system: LocalSystem, sensor: dict[str, str], body: dict[str, Any])
     assert coap_post(system, sensor, body) == ("2.04", "")
 
 
+def power(system: LocalSystem) -> Any:
+    """What the pump should be."""
+    pump = system.farm["devices"][0]["uuid"]
+    return Person(system).get("device-states", device=pump, name="power")["results"][0]["value"]
+
+
 def test_a_reading_over_each_protocol_switches_the_pump_and_people_are_told(system: LocalSystem) -> None:
     sensor, pump = system.farm["sensors"][0], system.farm["devices"][0]
+    over_http(system, sensor, reading(ph=6.0))  # whatever an earlier test has left
+    until(lambda: power(system) == "off")
     with connected(system.socketio, Person(system).token) as client:
         for number, (send, value) in enumerate([(over_http, "on"), (mqtt_publish, "off"), (over_coap, "on")], start=1):
             send(system, sensor, reading(ph=6.9 if value == "on" else 6.0))
@@ -93,13 +101,8 @@ def test_a_bad_value_costs_its_siblings_nothing_on_three_protocols(system: Local
 def test_a_suspect_reading_is_kept_counted_and_not_believed_on_three_protocols(system: LocalSystem) -> None:
     sensor, person = system.farm["sensors"][0], Person(system)
     (ph,) = person.get("variables", sensor=sensor["uuid"], name="ph")["results"]
-    pump = system.farm["devices"][0]["uuid"]
-
-    def power() -> Any:
-        return person.get("device-states", device=pump, name="power")["results"][0]["value"]
-
     assert http_post(system, sensor, reading(ph=6.0)).status_code == 202
-    until(lambda: power() == "off")
+    until(lambda: power(system) == "off")
     person.patch(f"variables/{ph['uuid']}", maximum=14, maximumStep=3)
     time.sleep(2.5)  # until every process has noticed
     for send in (over_http, mqtt_publish, over_coap):
@@ -115,9 +118,9 @@ def test_a_suspect_reading_is_kept_counted_and_not_believed_on_three_protocols(s
     assert json.loads(problem["payload"]) == {"ph": 85.0}
     newest = person.get("readings", variable=ph["uuid"])["results"][:4]
     assert [(row["quality"], row["reason"]) for row in newest] == [("suspect", "above-maximum")] * 3 + [("good", None)]
-    assert power() == "off"
+    assert power(system) == "off"
     assert http_post(system, sensor, reading(ph=6.9)).status_code == 202
-    until(lambda: power() == "on")
+    until(lambda: power(system) == "on")
     person.patch(f"variables/{ph['uuid']}", maximum=None, maximumStep=None)
 
 

@@ -13,9 +13,11 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from aemos.lib import redis
+from aemos.lib.per_process import per_process
 from devices import latest
 from devices.interlocks import judge
-from devices.interlocks.judge import NO_VALUES, Situation, Values
+from devices.interlocks.judge import Situation, Values
+from devices.latest import Key, Latest
 from devices.models import DeviceState, StateChange, StateRun
 from rules import events
 from rules.effects import alarms, chain_ends, device_alarms, interlocks, states
@@ -41,13 +43,23 @@ def _reasons(situations: Mapping[int, Situation]) -> dict[int, str]:
     return reasons | {pk: reason for pk, situation in on.items() if (reason := judge.overdue(situation))}
 
 
+@per_process
+def _last_values() -> dict[Key, Latest]:
+    """What was read last."""
+    return {}
+
+
 def _values(ids: set[int]) -> Values:
-    """What the interlocks require; without Redis nothing is known, and then nothing that requires something may be on."""
+    """What the interlocks require; without Redis what was known last, which counts until it is not fresh any more."""
+    known, wanted = _last_values(), interlocks.required_by(ids)
     try:
-        return latest.recall(interlocks.required_by(ids))
+        found = latest.recall(wanted)
     except RedisError as error:
         log.warning("What interlocks require cannot be read: %s", redis.explain(error))
-        return NO_VALUES
+        return {key: known[key] for key in wanted if key in known}
+    known.clear()
+    known.update(found)
+    return found
 
 
 def _read(ids: set[int]) -> list[DeviceState]:
