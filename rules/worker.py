@@ -49,10 +49,10 @@ class DrainWorker(SimpleWorker):
             if found is not None:
                 self._stop_listening()
                 return found
-            self.check_for_suspension(burst=False)
-            if self._stop_requested:
-                raise StopRequested
             try:
+                self.check_for_suspension(burst=False)
+                if self._stop_requested:
+                    raise StopRequested
                 self._listen()
             except RedisError as error:
                 log.debug("not listening: %s", error)  # the next look for a job says so, and waits

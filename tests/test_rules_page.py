@@ -50,21 +50,23 @@ class Farm:
         self.tokens: dict[str, str] = {}
         for what, uuid, has in example.rows("what"):
             kind, name = what.split(" ", 1)
-            self._add(kind, name, uuid=uuid.strip("`"), fields=re.findall(r"`(\w+)` (\w+)", has))
+            fields = re.findall(r"`(\w+)` (\w+)(, \[momentary\])?", has)
+            self._add(kind, name, uuid=uuid.strip("`"), fields=fields)
         self.api: Any = APIClient()
         self.api.force_authenticate(builders.member(self.organization, "operator"))
         self.told: set[int] = set()
 
-    def _add(self, kind: str, name: str, *, uuid: str, fields: list[tuple[str, str]]) -> None:
+    def _add(self, kind: str, name: str, *, uuid: str, fields: list[tuple[str, str, str]]) -> None:
         if kind == "sensor":
             sensor = Sensor.objects.create(organization=self.organization, uuid=uuid, name=name)
-            for field, datatype in fields:
+            for field, datatype, _ in fields:
                 Variable.objects.create(sensor=sensor, name=field, datatype=datatype)
             self.tokens[name] = builders.token(sensor)
         else:
             device = Device.objects.create(organization=self.organization, uuid=uuid, name=name)
-            for field, datatype in fields:
-                DeviceState.objects.create(device=device, name=field, datatype=datatype)
+            for field, datatype, momentary in fields:
+                state_kind = DeviceState.Kind.MOMENTARY if momentary else DeviceState.Kind.LEVEL
+                DeviceState.objects.create(device=device, name=field, datatype=datatype, kind=state_kind)
 
     def import_all(self) -> list[str]:
         """Gives what each chain says of itself."""
