@@ -334,6 +334,16 @@ def test_an_interlock_that_means_nothing_is_refused_by_field(
     assert list(caught.value.message_dict) == [field]
 
 
+def test_an_interlock_without_a_state_or_variable_is_refused_by_field_in_the_admin(farm: Farm, client: Any) -> None:
+    client.force_login(builders.user(is_superuser=True, is_staff=True))
+    form = {"timezone": "UTC", "requirements-TOTAL_FORMS": "1", "requirements-INITIAL_FORMS": "0"}
+    answer = client.post("/admin/devices/interlock/add/", form | {"requirements-0-minimum": "5"})
+    assert answer.status_code == 200
+    assert answer.context["adminform"].form.errors["state"]
+    (inline,) = answer.context["inline_admin_formsets"]
+    assert inline.formset.forms[0].errors["variable"]
+
+
 def test_a_level_needs_a_safe_value_to_be_limited(farm: Farm) -> None:
     DeviceState.objects.filter(pk=farm.pump.pk).update(safe_value=None)
     with pytest.raises(ValidationError, match="needs a safe value first"):

@@ -83,15 +83,28 @@ class Interlock(models.Model):
     _OF_DOSES: ClassVar = ("maximum_amount_per_hour", "maximum_amount_per_day")
 
     def clean(self) -> None:
-        errors: dict[str, str] = {}
-        state = self.state
+        if not hasattr(self, "state"):
+            return  # what is missing is said by the field
+        if not self.state.is_momentary and self.state.safe_value is None:
+            name = self.state.name
+            raise ValidationError(
+                f"{name} needs a safe value first: it says which value is off, and where the state goes when it must."
+            )
+        errors = self._not_of_this_kind() | self._wrong_hours()
+        if (self.minimum_off_seconds or 0) > DAY_SECONDS:
+            errors["minimum_off_seconds"] = f"must not be more than a day, {DAY_SECONDS}"
+        minimum, maximum = self.minimum_on_seconds, self.maximum_on_seconds
+        if minimum is not None and maximum is not None and minimum > maximum:
+            errors["maximum_on_seconds"] = f"must not be below the minimum, {minimum}"
+        if errors:
+            raise ValidationError(errors)
+
+    def _not_of_this_kind(self) -> dict[str, str]:
+        """Limits that mean nothing for the state, and amounts that are none."""
+        state, errors = self.state, dict[str, str]()
         if state.is_momentary:
             given = [name for name in self._OF_LEVELS if getattr(self, name) is not None]
             errors |= dict.fromkeys(given, f"is for level states, and {state.name} is momentary: it is never on")
-        elif state.safe_value is None:
-            raise ValidationError(
-                f"{state.name} needs a safe value first: it says which value is off, and where the state goes when it must."
-            )
         for name in self._OF_DOSES:
             limit = getattr(self, name)
             if limit is None:
@@ -100,23 +113,18 @@ class Interlock(models.Model):
                 errors[name] = "is for momentary states that are numbers"
             elif not math.isfinite(limit) or limit < 0:
                 errors[name] = "must be a number that is not negative"
+        return errors
+
+    def _wrong_hours(self) -> dict[str, str]:
+        errors = {}
         if (self.allowed_from is None) != (self.allowed_until is None):
             missing = "allowed_from" if self.allowed_from is None else "allowed_until"
             errors[missing] = "is needed, too: give both times of day or none"
         elif self.allowed_from is not None and self.allowed_from == self.allowed_until:
             errors["allowed_until"] = "must differ from the time from which it is allowed"
-        if (self.minimum_off_seconds or 0) > DAY_SECONDS:
-            errors["minimum_off_seconds"] = f"must not be more than a day, {DAY_SECONDS}"
         if self.timezone not in available_timezones():
             errors["timezone"] = "is not the name of a time zone, such as Europe/Berlin"
-        if (
-            self.minimum_on_seconds is not None
-            and self.maximum_on_seconds is not None
-            and self.minimum_on_seconds > self.maximum_on_seconds
-        ):
-            errors["maximum_on_seconds"] = f"must not be below the minimum, {self.minimum_on_seconds}"
-        if errors:
-            raise ValidationError(errors)
+        return errors
 
 
 class Requirement(models.Model):
@@ -163,6 +171,8 @@ class Requirement(models.Model):
         return f"at most {self.maximum:g}" if self.maximum is not None else "fresh"
 
     def clean(self) -> None:
+        if not hasattr(self, "variable"):
+            return  # what is missing is said by the field
         errors: dict[str, str] = {}
         number = self.variable.datatype == "number"
         for name in ("minimum", "maximum"):
