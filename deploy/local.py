@@ -106,7 +106,7 @@ class LocalSystem:
     def log(self, name: str) -> str:
         return tail(self._log(name), lines=1_000)
 
-    def last_words(self) -> str:
+    def newest_logs(self) -> str:
         """The newest lines of each log, for whoever looks for what went wrong."""
         logs = sorted(self._installation.var.rglob("*.log"))
         return "\n".join(f"--- {log.name}\n{tail(log, lines=25)}" for log in logs)
@@ -150,7 +150,7 @@ def local_system(folder: Path, **extra: str) -> Iterator[LocalSystem]:
             system.prepare()
             yield system
         except BaseException as error:
-            error.add_note(system.last_words())
+            error.add_note(system.newest_logs())
             raise
         finally:
             system.close()

@@ -266,7 +266,7 @@ class DeviceTokenAdmin(ScopedAdmin):
 
     @admin.action(description="Revoke selected tokens", permissions=["change"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[DeviceToken]) -> None:
-        allowed = access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
+        allowed = self.changeable(request, queryset)
         count = DeviceToken.objects.filter(pk__in=list(allowed.values_list("pk", flat=True))).revoke()
         messages.success(request, f"Revoked: {count}. Devices that use them are refused within a second or two.")
 

@@ -110,7 +110,7 @@ def under_way(now: datetime | None = None) -> QuerySet[StateChange]:
     return rows.select_related("state__device__organization").order_by("id")
 
 
-def pulses_under_way(devices: Collection[UUID]) -> QuerySet[StateChange]:
+def momentary_under_way(devices: Collection[UUID]) -> QuerySet[StateChange]:
     """Momentary commands of these devices that may still be obeyed and are not acknowledged, oldest first."""
     rows = StateChange.objects.filter(
         state__device__uuid__in=devices,

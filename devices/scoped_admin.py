@@ -96,6 +96,10 @@ class ScopedAdmin(_ModelAdmin):
             return access.may_somewhere(verb, self.resource)
         return access.may(verb, self.resource, organization_of(row, self.organization_path))
 
+    def changeable(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        """Those of the rows that the person may change: for actions on what was selected."""
+        return access_of(request).limit(queryset, self.organization_path, resource=self.resource, verb="change")
+
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         always = tuple(super().get_readonly_fields(request, obj))
         return always if obj is None else (*always, *self.fixed)

@@ -114,7 +114,7 @@ class NotificationAdmin(RecordAdmin):
 
     @admin.action(description="Send selected again", permissions=["resend"])
     def resend(self, request: HttpRequest, queryset: QuerySet[Notification]) -> None:
-        rows = access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
+        rows = self.changeable(request, queryset)
         selected = list(rows.select_related("device", "organization").order_by("pk")[: outbox.RESEND_MAXIMUM + 1])
         if len(selected) > outbox.RESEND_MAXIMUM:
             messages.error(request, f"Select at most {outbox.RESEND_MAXIMUM}; nothing was sent.")

@@ -167,7 +167,7 @@ def decode(
     if len(payload) > MAXIMUM_BYTES:
         raise TooLarge(f"the request has {len(payload)} bytes, at most {MAXIMUM_BYTES} are allowed")
     if cbor.begins_map(payload):
-        payload = _json_of(payload)
+        payload = json_of(payload)
     is_batch = _BATCH_START.match(payload) is not None
     items, strict = _items(payload, is_batch=is_batch)
     if len(items) > MAXIMUM_EVENTS:
@@ -244,7 +244,7 @@ def _id_bytes(identifier: str) -> bytes:
     return bytes.fromhex(identifier.replace("-", ""))
 
 
-def _json_of(payload: bytes) -> bytes:
+def json_of(payload: bytes) -> bytes:
     """What came as CBOR, as JSON: one reader judges both. A tagged time becomes its text."""
     try:
         return json.dumps(cbor.loads(payload), default=datetime.isoformat).encode()

@@ -16,7 +16,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         systems = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, LocalSystem)]
-        report.sections += [("logs of the system", system.last_words()) for system in systems]
+        report.sections += [("logs of the system", system.newest_logs()) for system in systems]
     return report
 
 

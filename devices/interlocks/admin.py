@@ -143,7 +143,7 @@ def lock_for(**time: float) -> Any:
 
     def lock(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> None:
         until = timezone.now() + timedelta(**time)
-        rows = _changeable(self, request, queryset)
+        rows = list(self.changeable(request, queryset))
         for state in rows:
             state.lock(until, by=request.user.get_username(), reason="locked in the admin")
         messages.success(request, f"{len(rows)} locked until {until:%Y-%m-%d %H:%M} UTC.")
@@ -152,12 +152,7 @@ def lock_for(**time: float) -> Any:
 
 
 def unlock(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> None:
-    rows = _changeable(self, request, queryset)
+    rows = list(self.changeable(request, queryset))
     for state in rows:
         state.unlock()
     messages.success(request, f"{len(rows)} unlocked.")
-
-
-def _changeable(self: Any, request: HttpRequest, queryset: QuerySet[DeviceState]) -> list[DeviceState]:
-    allowed = access_of(request).limit(queryset, self.organization_path, resource=self.resource, verb="change")
-    return list(DeviceState.objects.filter(pk__in=allowed.order_by().values("pk")).select_related("device"))

@@ -74,13 +74,13 @@ class States:
 def _read(uuids: list[str]) -> dict[str, Document]:
     found: dict[str, Document] = {uuid: {"states": {}} for uuid in uuids}
     rows = DeviceState.objects.filter(device__uuid__in=uuids).order_by("name")
-    pulsed = set()
+    momentary = set()
     for uuid, name, kind, value, changed_at in rows.values_list("device__uuid", "name", "kind", "value", "changed_at"):
         if kind == DeviceState.Kind.MOMENTARY:
-            pulsed.add(uuid)
+            momentary.add(uuid)
         else:
             found[str(uuid)]["states"][name] = {"value": value, "changedAt": changed_at}
-    for row in commands.pulses_under_way(pulsed) if pulsed else ():
+    for row in commands.momentary_under_way(momentary) if momentary else ():
         said = {"id": row.uuid, "stateName": row.state.name, "value": row.value, "deadline": row.deadline}
         found[str(row.state.device.uuid)].setdefault("commands", []).append(said)
     return found

@@ -42,6 +42,7 @@ from gateway.coap.states import States
 from gateway.people import Person, organizations_of, person
 from gateway.transport import DeliveryReport, Ingest, OnReport, Transport
 from notifications.messages import Message, Protocol
+from rules import events
 from rules.ingest import Receipt
 
 log = logging.getLogger(__name__)
@@ -204,17 +205,10 @@ def _acknowledge(request: CoapRequest, uuid: str) -> CoapResponse:
         raise Unauthorized("Send a live token: ?token=...")
     if (credential.originator.source_type, credential.originator.uuid) != ("device", uuid):
         raise Forbidden("The token belongs to another sensor or device.")
-    payload = msgspec.json.encode(_from_cbor(request.payload)) if request.content_format == CBOR else request.payload
+    payload = events.json_of(request.payload) if request.content_format == CBOR else request.payload
     if commands.acknowledge([acknowledgements.read(payload, UUID(uuid))]):
         raise acknowledgements.foreign()
     return CoapResponse(code=Code.CHANGED)
-
-
-def _from_cbor(payload: bytes) -> Any:
-    try:
-        return cbor.loads(payload)
-    except ValueError as error:
-        raise BadPayload(f"the payload is not valid CBOR: {error}") from None
 
 
 def _watch(uuid: str, token: str) -> Watch:

@@ -8,7 +8,6 @@ from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest
 
-from devices.permissions import access_of
 from devices.scoped_admin import OrganizationListFilter, RecordAdmin, ScopedAdmin
 from rules.effects import alarms
 from rules.models import ActionCooldown, Alarm
@@ -50,7 +49,7 @@ class AlarmAdmin(RecordAdmin):
         messages.success(request, f"{number} cleared.")
 
     def _mine(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Alarm]:
-        rows = access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
+        rows = self.changeable(request, queryset)
         return Alarm.objects.filter(pk__in=rows.order_by().values("pk"))
 
     def get_changelist_instance(self, request: HttpRequest) -> Any:

@@ -24,7 +24,6 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from devices.exceptions import Overloaded
-from devices.permissions import access_of
 from devices.scoped_admin import FixedParentForm, OrganizationListFilter, ScopedAdmin, StackedInline
 from rules.admin.trial import TrialForm
 from rules.authoring import describe, editing, import_export, lint, validation
@@ -271,14 +270,11 @@ class RuleChainAdmin(ScopedAdmin):
 
     @admin.action(description="Duplicate selected chains", permissions=["change"])
     def duplicate_selected(self, request: HttpRequest, queryset: QuerySet[RuleChain]) -> None:
-        for chain in self._changeable(request, queryset):
+        for chain in self.changeable(request, queryset):
             self._duplicate(request, chain)
 
-    def _changeable(self, request: HttpRequest, queryset: QuerySet[RuleChain]) -> QuerySet[RuleChain]:
-        return access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
-
     def _switch(self, request: HttpRequest, queryset: QuerySet[RuleChain], *, enabled: bool) -> None:
-        for chain in self._changeable(request, queryset):
+        for chain in self.changeable(request, queryset):
             try:
                 editing.switch(chain, enabled=enabled, by=request.user.get_username())
             except InvalidChain as error:

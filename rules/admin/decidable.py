@@ -200,7 +200,7 @@ class DecidableAdmin(DisposableRecordAdmin):
 
     @admin.action(description="Discard selected: nobody wants them", permissions=["replay"])
     def discard_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
-        rows = access_of(request).limit(queryset, "organization", resource=self.resource, verb="change")
+        rows = self.changeable(request, queryset)
         number = replay.discard(rows.order_by(), actor=request.user.get_username())
         messages.success(request, f"{number} discarded.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from uuid import uuid4
 
 from django.db import transaction
@@ -20,12 +21,21 @@ from rules.models import Alarm, Severity
 
 SYSTEM = "aemos"
 UNACKNOWLEDGED = "commands not acknowledged"
+# A device that answers a command later than this is waited for until it answers the next one.
+ANSWERED_WITHIN = timedelta(days=1)
 
 
 def expire_commands() -> int:
     """A periodic task: commands that no device acknowledged in time expire, with one alarm for each device, which ends when the
     device acknowledges a command again. Gives how many expired. Raises django.db.Error."""
     _clear_answered()
+    number = 0
+    while expired := _expire_some():
+        number += expired
+    return number
+
+
+def _expire_some() -> int:
     with transaction.atomic():
         expired = commands.expire_overdue()
         newest = {row.state.device_id: row for row in expired}
@@ -44,7 +54,10 @@ def _clear_answered() -> None:
     since = dict(open_.values_list("originator_uuid", "last_raised_at"))
     if not since:
         return
-    heard = StateChange.objects.filter(state__device__uuid__in=since).exclude(command_state=commands.State.EXPIRED)
+    # By the index of times: every second, and a device may have changed a million times.
+    earliest = min(since.values()) - ANSWERED_WITHIN
+    heard = StateChange.objects.filter(state__device__uuid__in=since, timestamp__gt=earliest)
+    heard = heard.exclude(command_state=commands.State.EXPIRED)
     at = Coalesce("acknowledged_at", "settled_at")
     newest = (
         heard.annotate(at=at).filter(at__gt=min(since.values())).values_list("state__device__uuid").annotate(Max("at"))

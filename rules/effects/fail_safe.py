@@ -69,10 +69,9 @@ def _read(ids: set[int]) -> list[DeviceState]:
 def _switch_off(ids: list[int], values: Values) -> int:
     """Judged once more with the states locked: what was switched off meanwhile is left alone."""
     with transaction.atomic():
-        locked = DeviceState.objects.select_for_update(of=("self",)).filter(pk__in=ids).order_by("pk")
-        rows = list(locked.select_related("device__organization"))
-        now = timezone.now()
-        found = interlocks.situations(rows, {}, values, now=now)
+        locked, _ = states.lock(ids)
+        rows = [locked[pk] for pk in ids if pk in locked]
+        found = interlocks.situations(rows, {}, values, now=timezone.now())
         reasons = _reasons(found)
         made = states.apply([_request(found[pk], reason) for pk, reason in reasons.items()], values)
         outgoing = alarms.apply(

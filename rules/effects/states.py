@@ -102,9 +102,7 @@ def apply(
     """
     if not requests:
         return Made()
-    wanted = {request.state_id for request in requests}.union(also_lock)
-    rivals = interlocks.rivals_of(wanted)
-    states = _locked(wanted.union(*rivals.values()))
+    states, rivals = lock({request.state_id for request in requests}.union(also_lock))
     gate = Interlocks(states, rivals, values)
     made = _decide(requests, states, gate, done=_effect_keys_done(requests))
     _write(made)
@@ -300,10 +298,15 @@ def change_by_person(state: DeviceState, value: Any, *, user: AbstractBaseUser, 
     return StateChange.objects.select_related("state__device__organization").get(uuid=made.changes[0].row.uuid)
 
 
-def _locked(ids: set[int]) -> dict[int, DeviceState]:
-    """The rows in the order of their ids, so that two workers that want the same states never deadlock."""
-    rows = DeviceState.objects.select_for_update(of=("self",)).filter(pk__in=ids).order_by("pk")
-    return {row.pk: row for row in rows.select_related("device__organization")}
+def lock(ids: Collection[int]) -> tuple[dict[int, DeviceState], dict[int, set[int]]]:
+    """Locks these states, and with them those that must not be on at the same time; gives the rows, and `rivals_of` the ids.
+
+    In the order of their ids, so that two workers that want the same states never deadlock.
+    """
+    rivals = interlocks.rivals_of(ids)
+    wanted = set(ids).union(*rivals.values())
+    rows = DeviceState.objects.select_for_update(of=("self",)).filter(pk__in=wanted).order_by("pk")
+    return {row.pk: row for row in rows.select_related("device__organization")}, rivals
 
 
 def _effect_keys_done(requests: Sequence[StateChangeRequest]) -> set[str]:
