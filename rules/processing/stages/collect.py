@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,24 +120,9 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     commanded = {("device", command.device_uuid) for bound in chains.values() for command in bound.compiled.commands}
     named = {reference[:2] for reference in references}
     originators = catalogue.shared().originators(sources | commanded | named)
-    limited = [
-        (*source, name)
-        for source in sources
-        if source in originators
-        for name, field in originators[source].fields.items()
-        if field.limits
-    ]
-    # Of what the chains may set, what interlocks look at before it is.
-    required = [
-        key
-        for bound in chains.values()
-        for command in bound.compiled.commands
-        if (device := originators.get(("device", command.device_uuid)))
-        and (state := device.fields.get(command.state_name))
-        for key in state.requires
-    ]
     deadline = began + settings.DATA_COLLECTION_TIMEOUT_MS / 1_000
-    latest, unread = _read_latest([*dict.fromkeys([*references, *limited, *required])], deadline=deadline)
+    looked_at = [*references, *_limited(sources, originators), *_required(chains.values(), originators)]
+    latest, unread = _read_latest([*dict.fromkeys(looked_at)], deadline=deadline)
     watches: dict[str, TemporalCondition] = {
         watch.key: watch for bound in chains.values() for watch in bound.compiled.watches
     }
@@ -159,6 +144,22 @@ def collect(batch: Sequence[Event], memory: ConditionStateStore) -> Inputs:
     )
     metrics.COLLECTION_SECONDS.observe(time.monotonic() - began)
     return inputs
+
+
+def _limited(sources: Iterable[Source], originators: Mapping[Source, Originator]) -> Iterator[Key]:
+    """The variables of these sources that have limits."""
+    for source in sources:
+        if source in originators:
+            yield from ((*source, name) for name, field in originators[source].fields.items() if field.limits)
+
+
+def _required(chains: Iterable[DeployedChain], originators: Mapping[Source, Originator]) -> Iterator[Key]:
+    """What interlocks look at before the states change that the chains may set."""
+    for command in (command for bound in chains for command in bound.compiled.commands):
+        device = originators.get(("device", command.device_uuid))
+        state = device.fields.get(command.state_name) if device else None
+        if state:
+            yield from state.requires
 
 
 def _maximum_ages(references: Iterable[Reference], originators: Mapping[Source, Originator]) -> dict[Key, int]:
