@@ -6,8 +6,10 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from django.db import connections
 
 from deploy.local import LocalSystem
+from tests.waiting import until
 
 
 @pytest.hookimpl(wrapper=True)
@@ -18,6 +20,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         systems = [each for each in getattr(item, "funcargs", {}).values() if isinstance(each, LocalSystem)]
         report.sections += [("logs of the system", system.newest_logs()) for system in systems]
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Generator[None]:
+    """A thread or greenlet that keeps a connection to PostgreSQL takes it from the others for good: its test fails for it."""
+    yield
+    connection = connections["default"]
+    pool = getattr(connection, "pool", None)  # SQLite has none
+    if pool and connection.connection is None and nextitem is not None:  # after the last test it is closed
+        until(lambda: pool.get_stats()["pool_available"] == pool.get_stats()["pool_size"], seconds=5)
 
 
 @pytest.fixture(scope="session")

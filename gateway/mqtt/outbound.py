@@ -22,8 +22,7 @@ from uuid import UUID, uuid4
 import msgspec
 import paho.mqtt.client as mqtt
 from django.conf import settings
-from django.db import DatabaseError
-from django.db import connection as database
+from django.db import DatabaseError, close_old_connections
 from django.utils import timezone
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -208,6 +207,9 @@ class Outbound:
                 metrics.GATEWAY_FAILURES.labels("mqtt").inc()
                 log.exception("Publishing over MQTT failed and is tried again")
                 self._stopping.wait(TICK_SECONDS)
+            finally:
+                # Outside a request nobody else would give it back, nor leave one that broke.
+                close_old_connections()
             if self._stopping.is_set() and not self.connected:
                 return
 
@@ -259,8 +261,6 @@ class Outbound:
             self._log.log("repeat", logging.WARNING, "States wait to be published again: %s", error)
             self._repeat_at = time.monotonic() + REPEAT_AGAIN_SECONDS
             return
-        finally:
-            database.close()  # outside a request nobody else would give it back
         self._connections, self._repeat_at = 1, float("inf")
         first = [each for message in commands for each in _again(message, _commands_of(message))]
         others = [each for each in self._waiting if each.delivery.finish is not _repeated]
