@@ -1,4 +1,4 @@
-"""Metrics of HTTP with a bounded number of series: only views that exist, each with the methods that it has."""
+"""Answers of the API in one format also where no view gave them, and metrics of HTTP with a bounded number of series."""
 
 from __future__ import annotations
 
@@ -6,11 +6,36 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from django.http import HttpRequest
+from django.http import HttpRequest, JsonResponse
+from django.http.response import HttpResponseBase
 from django_prometheus.middleware import PrometheusAfterMiddleware
 
+from aemos.lib import problems
+
+API = "/api/"
+BAD_REQUEST = 400
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 OTHER = "<other>"
+
+
+def problems_below_api(
+    get_response: Callable[[HttpRequest], HttpResponseBase],
+) -> Callable[[HttpRequest], HttpResponseBase]:
+    """Programs get the problem details of API views also where Django refuses a host, a CSRF token, a method or a path."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        is_page = not response.headers.get("Content-Type", "").startswith("application/")
+        if response.status_code < BAD_REQUEST or not request.path.startswith(API) or not is_page:
+            return response
+        problem = JsonResponse(
+            problems.of_status(response.status_code), status=response.status_code, content_type=problems.MEDIA_TYPE
+        )
+        for name in response.headers.keys() - problem.headers.keys():
+            problem[name] = response[name]
+        return problem
+
+    return middleware
 
 
 @lru_cache(maxsize=1_000)

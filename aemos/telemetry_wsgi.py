@@ -21,6 +21,7 @@ from django.middleware.clickjacking import XFrameOptionsMiddleware
 from django.middleware.security import SecurityMiddleware
 
 from aemos import http_metrics
+from aemos.lib import problems
 from rules import events
 from rules.api import telemetry
 from rules.api.telemetry import Answer
@@ -50,14 +51,12 @@ def _respond(environ: Environ, start_response: Callable[..., Any]) -> list[bytes
         answer = telemetry.answer(environ.get("HTTP_AUTHORIZATION", ""), partial(_body, environ))
     except Exception:  # the process loop: as Django's handler does
         log.exception("A telemetry request failed")
-        answer = Answer(
-            500, msgspec.json.encode({"error": "internal-error", "detail": "The server failed; try again."})
-        )
+        answer = Answer(500, msgspec.json.encode(problems.of_status(500)))
     finally:
         # Django does so at the end of a request: a greenlet that ends with a connection would take it out of the pool.
         close_old_connections()
     length = str(len(answer.body))
-    headers = [("Content-Type", telemetry.CONTENT_TYPE), ("Content-Length", length), *answer.headers, *_headers(secure)]
+    headers = [("Content-Type", answer.content_type), ("Content-Length", length), *answer.headers, *_headers(secure)]
     start_response(_REASONS[answer.status], headers)
     http_metrics.observe_telemetry(answer.status, secure=secure, seconds=time.perf_counter() - began)
     return [answer.body]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from django.contrib import admin
-from django.http import HttpRequest, HttpResponseNotFound, JsonResponse
-from django.http.response import HttpResponseBase
 from django.urls import include, path
-from django.views import defaults
 from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
@@ -30,10 +27,3 @@ urlpatterns = [
     path("api/v1/", include("rules.urls")),
     path("api/v1/", include("notifications.urls")),
 ]
-
-
-def handler404(request: HttpRequest, exception: Exception) -> HttpResponseBase:
-    """Programs that call the API get JSON also where no view is."""
-    if request.path.startswith("/api/"):
-        return JsonResponse({"detail": "Not found."}, status=HttpResponseNotFound.status_code)
-    return defaults.page_not_found(request, exception)

@@ -1,38 +1,19 @@
-"""What every view of the REST API shares: scoping by organization, and answers to a database in trouble."""
+"""What the views of the REST API share: rows of the organizations that the person who asks belongs to."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar, TypeVar
 
-from django.db import DataError, IntegrityError, OperationalError, transaction
+from django.db import transaction
 from django.db.models import Model, QuerySet
-from rest_framework import mixins, status, viewsets
-from rest_framework.exceptions import APIException, ValidationError
-from rest_framework.response import Response
+from rest_framework import mixins, viewsets
 from rest_framework.serializers import BaseSerializer
 
 from devices.models import Organization
 from devices.parsers import BoundedJSONParser
 from devices.permissions import Access, access_of, organization_of
 
-log = logging.getLogger(__name__)
 Row = TypeVar("Row", bound=Model)
-
-
-class Conflict(APIException):
-    status_code = status.HTTP_409_CONFLICT
-    default_detail = "Someone else changed the same thing at the same time; look again and repeat."
-    default_code = "conflict"
-
-
-class Unavailable(APIException):
-    """Something that the request needs does not answer; by default the database."""
-
-    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
-    default_detail = "The database is busy or cannot be reached; try again."
-    default_code = "database-unavailable"
-    wait = 5  # seconds; REST framework sends it as Retry-After
 
 
 class ScopedViewSet(viewsets.GenericViewSet[Row]):
@@ -53,20 +34,6 @@ class ScopedViewSet(viewsets.GenericViewSet[Row]):
 
     def organization_of(self, row: Model) -> int | None:
         return organization_of(row, self.organization_path)
-
-    def handle_exception(self, exc: Exception) -> Response:
-        return super().handle_exception(_translated(exc))
-
-
-def _translated(error: Exception) -> Exception:
-    if isinstance(error, IntegrityError):
-        return Conflict()
-    if isinstance(error, DataError):
-        return ValidationError({"detail": ["A value lies outside of what can be stored."]})
-    if isinstance(error, OperationalError):
-        log.error("A request fails because of the database: %s", error)
-        return Unavailable()
-    return error
 
 
 class ReadViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, ScopedViewSet[Row]):

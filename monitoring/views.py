@@ -18,9 +18,9 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 from rest_framework_simplejwt.authentication import JWTAuthentication
 
+from aemos.lib.problems import Unavailable
 from devices.exceptions import Overloaded
 from devices.parsers import BoundedJSONParser
-from devices.viewsets import Unavailable
 from monitoring import health, serializers
 from monitoring.access import MayWatch, MetricsTokenAuthentication
 from monitoring.exposition import expose

@@ -33,6 +33,7 @@ from devices.viewsets import ScopedViewSet
 from notifications.models import Delivery, Notification
 from rules.models import ActionCooldown, Alarm, DeadLetter, RejectedEvent, Replay, RuleChain, RuleNode
 from tests import builders
+from tests.problems import problem, wrong
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 ROLES = ("viewer", "operator", "admin", "superuser")
@@ -369,8 +370,7 @@ def test_no_answer_holds_an_integer_id() -> None:
 @pytest.mark.parametrize("path", ["sensors/1", "sensors/no-uuid", "rule-chains/7/nodes", "nothing", "sensors/"])
 def test_what_is_no_address_is_a_404_in_json(path: str) -> None:
     response = make_farm().client("superuser").get(f"/api/v1/{path}")
-    assert response.status_code == 404
-    assert response.json() == {"detail": "Not found."}
+    assert problem(response, 404)["code"] == "not-found"
 
 
 def test_a_method_that_does_not_exist_is_a_405() -> None:
@@ -396,11 +396,11 @@ def test_a_query_parameter_that_does_not_exist_is_refused_by_name(path: str) -> 
     farm = make_farm()
     answer = farm.client("superuser").get(f"/api/v1/{filled(path, farm.names)}{'&' if '?' in path else '?'}nmae=x")
 
-    assert (answer.status_code, list(answer.json())) == (400, ["nmae"])
+    assert list(wrong(answer)) == ["nmae"]
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "-1", "1.5"])
 def test_a_page_size_that_is_no_number_is_refused(size: str) -> None:
     answer = make_farm().client("viewer").get("/api/v1/sensors", {"pageSize": size})
 
-    assert (answer.status_code, list(answer.json())) == (400, ["pageSize"])
+    assert list(wrong(answer)) == ["pageSize"]

@@ -26,6 +26,7 @@ from rules.journal import ledger
 from rules.models import Alarm, ChainStatistics, DeadLetter, RejectedEvent, RuleChain, RuleNode
 from rules.processing import loading
 from tests import builders
+from tests.problems import problem, wrong
 
 pytestmark = pytest.mark.django_db
 API = "/api/v1"
@@ -78,7 +79,7 @@ def links(chain: RuleChain) -> dict[str, tuple[str, str]]:
 
 def paths(answer: Any) -> list[str]:
     assert answer.status_code == 400, answer.content
-    return [problem["path"] for problem in answer.json()["validationErrors"]]
+    return list(wrong(answer))
 
 
 # Chains
@@ -147,7 +148,7 @@ def test_a_uuid_of_no_node_of_the_chain_is_refused(farm: Farm, chain: RuleChain)
 def test_a_version_that_has_passed_is_not_written_over(farm: Farm, chain: RuleChain) -> None:
     body = farm.client.get(url(chain)).json()
     farm.client.patch(url(chain), {"priority": 1})
-    assert farm.client.put(url(chain), body).json().keys() >= {"version"}
+    assert wrong(farm.client.put(url(chain), body)).keys() >= {"version"}
     chain.refresh_from_db()
     assert (chain.priority, chain.version) == (1, 2)
 
@@ -172,8 +173,7 @@ def test_a_field_of_the_chain_that_is_wrong_is_named(
 ) -> None:
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), farm.switch()) | {"name": "New"} | fields)
     assert answer.status_code == 400
-    told = answer.json()
-    assert field in told or [problem["path"] for problem in told["validationErrors"]] == [field]
+    assert list(wrong(answer)) == [field]
     assert RuleChain.objects.count() == 1
 
 
@@ -181,7 +181,7 @@ def test_a_chain_stays_in_its_organization(farm: Farm, chain: RuleChain) -> None
     other = builders.organization()
     Membership.objects.create(user=farm.operator, organization=other, role="operator")
     answer = farm.client.patch(url(chain), {"organization": str(other.uuid)})
-    assert answer.json().keys() == {"organization"}
+    assert wrong(answer).keys() == {"organization"}
 
 
 # What is done with a chain as a whole
@@ -212,14 +212,12 @@ def test_the_schedule_of_a_chain_is_written_and_read(farm: Farm) -> None:
 )
 def test_a_schedule_that_is_wrong_is_told_by_field(farm: Farm, fields: dict[str, Any], field: str) -> None:
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), farm.switch(), **fields))
-    assert answer.status_code == 400
-    assert list(answer.json()) == [field]
+    assert list(wrong(answer)) == [field]
 
 
 def test_a_wrong_schedule_and_wrong_nodes_are_told_together(farm: Farm) -> None:
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), cron="x"))
-    assert answer.json()["cron"]
-    assert paths(answer) == ["nodes[0].next"]
+    assert paths(answer) == ["cron", "nodes[0].next"]
 
 
 def test_what_changes_by_itself_does_not_keep_an_edit_from_being_written_back(farm: Farm, chain: RuleChain) -> None:
@@ -311,7 +309,7 @@ def test_a_copy_has_a_name_of_its_own_and_is_switched_off(farm: Farm, chain: Rul
     assert copy.nodes.get(name="switch").on_failure == "low"
     assert not {node.uuid for node in copy.nodes.all()} & {node.uuid for node in chain.nodes.all()}
     again = farm.client.post(f"{url(chain)}/duplicate", {"name": "Base"})
-    assert (again.status_code, list(again.json())) == (400, ["name"])
+    assert (again.status_code, list(wrong(again))) == (400, ["name"])
 
 
 def test_a_name_of_full_length_is_shortened_for_its_copy(farm: Farm) -> None:
@@ -364,7 +362,7 @@ def test_a_queue_that_is_away_refuses_a_trigger_as_it_refuses_telemetry(
     answer = farm.client.post(f"{url(chain)}/trigger")
     assert answer.status_code == 503
     told = answer.json()
-    assert (told["error"], told["accepted"], told["reason"]) == ("enqueue-error", 0, "enqueue-error")
+    assert (told["code"], told["accepted"], told["reason"]) == ("enqueue-error", 0, "enqueue-error")
     assert answer.headers["Retry-After"] == str(told["retryAfter"])
 
 
@@ -384,8 +382,7 @@ def test_all_problems_of_a_chain_are_told_at_once_with_path_value_and_message(fa
     ]
     answer = farm.client.post(f"{API}/rule-chains", farm.body(*nodes))
     assert answer.status_code == 400
-    assert answer.json().keys() == {"validationErrors"}
-    told = {problem.pop("path"): problem for problem in answer.json()["validationErrors"]}
+    told = {error["field"]: error for error in problem(answer)["errors"]}
     assert told.keys() == {
         "nodes",
         "nodes[1].next",
@@ -426,7 +423,7 @@ def test_a_node_that_is_wrong_is_told_with_its_path(
 ) -> None:
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(**change), farm.switch()))
     assert answer.status_code == 400
-    told = {problem["path"]: problem["message"] for problem in answer.json()["validationErrors"]}
+    told = wrong(answer)
     assert complaint in told[path], told
     assert not RuleChain.objects.exists()
 
@@ -448,7 +445,7 @@ def test_a_filter_that_is_wrong_is_told_with_its_path(
 ) -> None:
     node = farm.low(config=builders.leaf(farm.sensor) | change)
     answer = farm.client.post(f"{API}/rule-chains", farm.body(node, farm.switch()))
-    told = {problem["path"]: problem["message"] for problem in answer.json()["validationErrors"]}
+    told = wrong(answer)
     assert complaint in told[path], told
 
 
@@ -468,9 +465,9 @@ def test_an_action_that_is_wrong_is_told_with_its_path(
 ) -> None:
     node = farm.switch(config=builders.command(farm.device) | change)
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(), node))
-    told = {problem["path"]: problem["message"] for problem in answer.json()["validationErrors"]}
+    told = wrong(answer)
     assert complaint in told[path], told
-    assert len(told) == len(answer.json()["validationErrors"])
+    assert len(told) == len(problem(answer)["errors"])
 
 
 def test_sensors_devices_and_states_of_another_organization_do_not_exist(farm: Farm) -> None:
@@ -484,8 +481,7 @@ def test_sensors_devices_and_states_of_another_organization_do_not_exist(farm: F
 
 def test_fields_of_the_chain_and_of_its_nodes_are_told_together(farm: Farm) -> None:
     answer = farm.client.post(f"{API}/rule-chains", farm.body(farm.low(nxt="x"), {"name": "b"}) | {"name": ""})
-    assert answer.json().keys() == {"name", "validationErrors"}
-    assert set(paths(answer)) == {"nodes[0].nxt", "nodes[1].type", "nodes[1].config"}
+    assert wrong(answer).keys() == {"name", "nodes[0].nxt", "nodes[1].type", "nodes[1].config"}
 
 
 @pytest.mark.parametrize("nodes", ["low", {"name": "low"}, ["low"], []])
@@ -514,8 +510,8 @@ def test_a_chain_of_too_many_nodes_is_refused_unread(farm: Farm, django_assert_m
     nodes = [farm.low(name=f"n{number}", next=None) for number in range(chains.MAX_STEPS + 1)]
     with django_assert_max_num_queries(10):
         answer = farm.client.post(f"{API}/rule-chains", farm.body(*nodes))
-    (problem,) = answer.json()["validationErrors"]
-    assert (problem["path"], problem["value"]) == ("nodes", 1001)
+    (error,) = problem(answer)["errors"]
+    assert (error["field"], error["value"]) == ("nodes", 1001)
 
 
 def test_a_chain_is_checked_in_a_few_queries_however_many_sensors_it_reads(
@@ -647,7 +643,7 @@ def test_a_change_of_a_node_that_breaks_the_chain_changes_nothing(
 @pytest.mark.parametrize("body", [{"nam": "x"}, {"name": ""}, {"uuid": NOWHERE}])
 def test_a_field_of_a_node_that_is_wrong_is_named(farm: Farm, chain: RuleChain, body: dict[str, Any]) -> None:
     answer = farm.client.patch(url(chain, "low"), body)
-    assert (answer.status_code, answer.json().keys()) == (400, body.keys())
+    assert (answer.status_code, wrong(answer).keys()) == (400, body.keys())
 
 
 def test_a_node_is_found_under_its_own_chain_only(farm: Farm, chain: RuleChain) -> None:
@@ -757,8 +753,8 @@ def test_a_switch_that_cannot_be_is_refused_by_field(
 ) -> None:
     body = {"deviceUuid": str(farm.device.uuid), "stateName": "power", "value": "on"} | change
     answer = farm.client.post(f"{API}/device-state-instances", body)
-    assert (answer.status_code, answer.json().keys()) == (400, {field})
-    assert complaint in answer.json()[field][0]
+    assert list(wrong(answer)) == [field]
+    assert complaint in wrong(answer)[field]
     assert not StateChange.objects.exists()
 
 

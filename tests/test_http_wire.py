@@ -66,7 +66,7 @@ def test_a_body_sent_in_chunks_is_read_whole(system: LocalSystem) -> None:
 
 def test_a_body_sent_in_chunks_is_bounded_like_any_other(system: LocalSystem) -> None:
     status, answer = chunked(system, TELEMETRY, b" " * 700_000, b" " * 700_000, **bearer(system))
-    assert (status, answer["error"]) == (413, "too-large")
+    assert (status, answer["code"]) == (413, "too-large")
 
     assert chunked(system, "/api/v1/auth/login", b" " * 700_000, b" " * 700_000)[0] == 413
 

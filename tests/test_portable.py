@@ -12,6 +12,7 @@ from rest_framework.test import APIClient
 from devices.models import Device, Membership, Organization, Sensor
 from rules.models import RuleChain
 from tests import builders
+from tests.problems import problem, wrong
 
 pytestmark = pytest.mark.django_db
 API = "/api/v1/rule-chains"
@@ -76,7 +77,7 @@ def test_a_document_holds_everything_but_what_is_of_its_place(farm: Farm) -> Non
 
 def test_what_is_imported_is_the_same_chain_switched_off(farm: Farm) -> None:
     document = exported(farm)
-    assert farm.imported(document).json().keys() == {"name"}
+    assert wrong(farm.imported(document)).keys() == {"name"}
     answer = farm.imported(document, name="Acid again")
     assert answer.status_code == 201
     assert (answer.json()["enabled"], answer.json()["nextRunAt"]) == (False, None)
@@ -88,7 +89,7 @@ def test_a_uuid_that_the_organization_lacks_is_a_problem_at_each_place(farm: Far
     other = make_farm()
     answer = other.imported(exported(farm))
     assert answer.status_code == 400
-    told = {problem["path"]: problem for problem in answer.json()["validationErrors"]}
+    told = {error["field"]: error for error in problem(answer)["errors"]}
     assert list(told) == [
         "nodes[0].config.expressions[0].UUID",
         "nodes[1].config.deviceUuid",
@@ -96,7 +97,7 @@ def test_a_uuid_that_the_organization_lacks_is_a_problem_at_each_place(farm: Far
     ]
     first = told["nodes[0].config.expressions[0].UUID"]
     assert first["value"] == str(farm.sensor.uuid)
-    assert "'Reservoir A'" in first["message"]
+    assert "'Reservoir A'" in first["detail"]
     assert not RuleChain.objects.filter(organization=other.organization).exists()
 
 
@@ -132,7 +133,7 @@ NOWHERE = "8b0e8f1c-6f0e-4a35-9f3f-2f1c8a1d7f10"
 def test_an_envelope_that_is_wrong_is_told_by_path(farm: Farm, change: Any, more: Any, path: str) -> None:
     answer = farm.imported(exported(farm) | change, **more)
     assert answer.status_code == 400
-    assert [problem["path"] for problem in answer.json()["validationErrors"]] == [path]
+    assert list(wrong(answer)) == [path]
 
 
 @pytest.mark.parametrize("document", [None, [], "text", 7])
@@ -144,12 +145,11 @@ def test_fields_of_the_chain_and_of_its_nodes_are_told_together(farm: Farm) -> N
     document = exported(farm)
     document["chain"] |= {"name": "New", "cron": "0 6 * *", "enabeld": True}
     document["chain"]["nodes"][0]["next"] = "nowhere"
-    answer = farm.imported(document).json()
-    assert "enabeld" in answer
+    assert "enabeld" in wrong(farm.imported(document))
     del document["chain"]["enabeld"]
-    answer = farm.imported(document).json()
-    assert "five fields" in answer["cron"][0]
-    assert answer["validationErrors"][0]["path"] == "nodes[0].next"
+    found = wrong(farm.imported(document))
+    assert "five fields" in found["cron"]
+    assert "nodes[0].next" in found
 
 
 def test_importing_takes_the_role_in_that_organization(farm: Farm) -> None:

@@ -12,7 +12,7 @@ from django.core.management import call_command
 from django.test import Client
 from rest_framework.test import APIClient
 
-from aemos.schema import PATH
+from aemos.openapi.telemetry import PATH
 from tests import builders
 from tests.test_api_rights import MATRIX, shape
 
@@ -84,7 +84,7 @@ def test_telemetry_is_described_with_every_answer(document: dict[str, Any]) -> N
     operation = document["paths"][PATH]["post"]
     assert operation["security"] == [{"deviceToken": []}]
     assert document["components"]["securitySchemes"]["deviceToken"]["scheme"] == "bearer"
-    assert operation["responses"].keys() == {"202", "400", "401", "403", "413", "503"}
+    assert operation["responses"].keys() == {"202", "400", "401", "403", "413", "415", "429", "503"}
     assert "Retry-After" in operation["responses"]["503"]["headers"]
 
 
@@ -108,7 +108,9 @@ def test_telemetry_answers_as_it_is_described(
     headers = {"authorization": f"Bearer {token if authorized else 'nonsense'}"}
     answer = Client().post(PATH, json.dumps(body), content_type="application/json", headers=headers)
     assert str(answer.status_code) == status
-    described = document["paths"][PATH]["post"]["responses"][status]["content"]["application/json"]["schema"]
+    described = document["paths"][PATH]["post"]["responses"][status]["content"][answer.headers["Content-Type"]][
+        "schema"
+    ]
     jsonschema.validate(answer.json(), strict(described, document))
 
 

@@ -27,6 +27,7 @@ from rules.journal.group_commit import GroupCommit
 from rules.journal.ledger import Account
 from rules.models import RejectedEvent
 from tests import builders
+from tests.problems import problem
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 READING = {"values": {"ph": 6.1}}
@@ -73,7 +74,7 @@ def test_a_refused_request_accepts_nothing_and_is_kept_for_the_admin(
     answer = post(body, builders.token(sensor))
     rejections.shared().flush()
 
-    assert (answer.status_code, answer.json()["error"], answer.json()["accepted"]) == (status, error, 0)
+    assert (answer.status_code, answer.json()["code"], answer.json()["accepted"]) == (status, error, 0)
     assert accepted() == 0
     kept = RejectedEvent.objects.get()
     assert (kept.reason, kept.protocol, kept.organization) == (error, "http", sensor.organization)
@@ -85,9 +86,9 @@ def test_a_refused_request_accepts_nothing_and_is_kept_for_the_admin(
 def test_bad_input_names_item_and_field(sensor: Sensor) -> None:
     answer = post({"events": [READING, {"values": {"ph": "high"}}], "strict": True}, builders.token(sensor))
 
-    body = answer.json()
-    assert (body["index"], body["field"]) == (1, "values.ph")
-    assert "events[1].values.ph" in body["detail"]
+    (error,) = problem(answer, 400)["errors"]
+    assert (error["index"], error["field"]) == (1, "values.ph")
+    assert "events[1].values.ph" in error["detail"]
 
 
 def test_what_cannot_be_used_costs_nothing_else_and_is_named_and_kept(sensor: Sensor) -> None:
@@ -141,7 +142,7 @@ def test_a_body_in_gzip_is_read_and_another_coding_is_refused_by_name(sensor: Se
 def test_strict_may_come_before_the_events(sensor: Sensor) -> None:
     bad = {"values": {"ph": "high"}}
     assert post({"strict": False, "events": [READING, bad]}, builders.token(sensor)).json()["problems"][0]["index"] == 1
-    assert post({"strict": True, "events": [READING, bad]}, builders.token(sensor)).json()["index"] == 1
+    assert post({"strict": True, "events": [READING, bad]}, builders.token(sensor)).json()["errors"][0]["index"] == 1
 
 
 def test_of_a_batch_of_which_some_are_refused_under_load_and_some_are_bad_each_keeps_its_place(
@@ -218,7 +219,7 @@ def test_other_methods_are_not_allowed() -> None:
 def refused_by_redis(answer: Any) -> dict[str, Any]:
     body: dict[str, Any] = answer.json()
     assert answer.status_code == 503
-    assert body["error"] == body["reason"] == "enqueue-error"
+    assert body["code"] == body["reason"] == "enqueue-error"
     assert 1 <= int(answer["Retry-After"]) <= 300
     assert int(answer["Retry-After"]) == body["retryAfter"]
     return body
@@ -262,7 +263,7 @@ def test_a_database_that_is_away_refuses_unknown_tokens_honestly(
     monkeypatch.setattr(catalogue.Catalogue, "_load_credential", away)
     answer = post(READING, token)
 
-    assert (answer.status_code, answer.json()["error"]) == (503, "database-unavailable")
+    assert (answer.status_code, answer.json()["code"]) == (503, "database-unavailable")
     assert int(answer["Retry-After"]) >= 1
 
 

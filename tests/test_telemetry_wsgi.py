@@ -98,7 +98,7 @@ def test_a_failure_that_nobody_foresaw_is_a_500_in_json(monkeypatch: pytest.Monk
     status, _, body = answer(
         telemetry_wsgi.telemetry_first(not_here), environ_of(READING, HTTP_AUTHORIZATION=authorization)
     )
-    assert (status, json.loads(body)["error"]) == ("500 Internal Server Error", "internal-error")
+    assert (status, json.loads(body)["code"]) == ("500 Internal Server Error", "internal-error")
 
 
 def test_requests_are_counted_under_the_names_of_all_others(authorization: str) -> None:

@@ -13,10 +13,11 @@ from rest_framework.decorators import action
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from aemos.lib.problems import Conflict
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, IsoDateTimeFilter, UUIDFilter, by_uuid
 from devices.models import Organization
 from devices.serializers import CamelCaseSerializer, ScopedField
-from devices.viewsets import Conflict, ReadViewSet
+from devices.viewsets import ReadViewSet
 from rules.effects import alarms
 from rules.models import Alarm, RuleChain, Severity
 

@@ -14,11 +14,12 @@ from rest_framework.exceptions import NotFound, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from aemos.lib.problems import Conflict
 from devices.models import Organization
 from devices.pagination import Pagination
 from devices.permissions import Access
 from devices.scoped_admin import BoundedPaginator
-from devices.viewsets import Conflict, ReadViewSet, Row
+from devices.viewsets import ReadViewSet, Row
 from rules.admission import filtersets, replay
 from rules.admission.filtersets import DeadLetterFilter, RejectedEventFilter
 from rules.admission.replay import CannotReplay, ReplayRequest

@@ -9,8 +9,9 @@ from uuid import UUID
 from django.db.models import Model
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers, status
-from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.exceptions import ValidationError
 
+from aemos.lib.problems import ProblemException, flatten, sentence
 from devices.models import StateChange
 from devices.serializers import (
     CamelCaseSerializer,
@@ -35,22 +36,22 @@ class ProblemSerializer(serializers.Serializer[Problem]):
     message = serializers.CharField()
 
 
-class ValidationErrorsSerializer(serializers.Serializer[Any]):
-    """The body of a 400 that is about a chain's nodes."""
-
-    validationErrors = ProblemSerializer(many=True)  # noqa: N815  the API speaks camelCase
-
-
-class ChainRefused(APIException):
-    """A 400 with `validationErrors`. No ValidationError, which would turn every value in it into text."""
+class ChainRefused(ProblemException):
+    """A 400 whose errors keep the values found. No ValidationError, which would turn every value in it into text."""
 
     status_code = status.HTTP_400_BAD_REQUEST
+    default_code = "invalid"
 
     def __init__(self, problems: Iterable[Problem], *, fields: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
         self.problems = tuple(problems)
         self.fields = fields or {}
-        self.detail = {**self.fields, "validationErrors": serialize_problems(self.problems)}
+        errors = [*flatten(self.fields), *map(_error_of, self.problems)]
+        super().__init__(sentence(errors), errors=errors)
+
+
+def _error_of(problem: Problem) -> dict[str, Any]:
+    shown = ProblemSerializer(problem).data
+    return {"field": shown["path"], "code": "invalid", "detail": shown["message"], "value": shown["value"]}
 
 
 def serialize_problems(problems: Iterable[Problem]) -> list[Any]:
@@ -174,7 +175,7 @@ class RuleChainSerializer(CamelCaseSerializer[RuleChain]):
         return StatisticsSerializer(getattr(chain, "statistics", None) or ChainStatistics()).data
 
     def to_internal_value(self, data: Any) -> Any:
-        """Like every serializer's, but what is wrong inside `nodes` is reported as `validationErrors`, in paths."""
+        """Like every serializer's, but what is wrong inside `nodes` is reported with the values found."""
         if self.instance is not None and isinstance(data, Mapping):
             data = {name: value for name, value in data.items() if name not in self.volatile}
         try:

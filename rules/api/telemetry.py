@@ -18,6 +18,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.http.request import UnreadablePostError
 from django.views.decorators.csrf import csrf_exempt
 
+from aemos.lib import problems
 from aemos.lib.turns import Turns
 from devices import catalogue
 from devices.catalogue import Credential
@@ -45,7 +46,7 @@ STATUS: dict[type[Refusal], int] = {
     Overloaded: 503,
 }
 DATABASE_RETRY_SECONDS = 5
-CONTENT_TYPE = "application/json"
+BAD_REQUEST = 400
 # Decoding takes most of the processor time of a large request, refused ones included.
 _turns = Turns()
 
@@ -57,13 +58,19 @@ class Answer(NamedTuple):
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def content_type(self) -> str:
+        return "application/json" if self.status < BAD_REQUEST else problems.MEDIA_TYPE
+
 
 @csrf_exempt  # devices authenticate with a token in a header, never with a cookie
 def view(request: HttpRequest) -> HttpResponse:
     if request.method != "POST":
         return HttpResponseNotAllowed(["POST"])
     found = answer(request.META.get("HTTP_AUTHORIZATION", ""), partial(_body, request))
-    response = HttpResponse(found.body, status=found.status, content_type=CONTENT_TYPE, headers=dict(found.headers))
+    response = HttpResponse(
+        found.body, status=found.status, content_type=found.content_type, headers=dict(found.headers)
+    )
     # Refusals are counted and recorded; Django would write a line of log for each 503, thousands a second under overload.
     response._has_been_logged = True  # type: ignore[attr-defined]
     return response
@@ -145,18 +152,28 @@ def _accepted(receipt: Receipt) -> Answer:
 
 def body_of(refusal: Refusal) -> dict[str, Any]:
     """The answer to a refused sender."""
-    body: dict[str, Any] = {"error": refusal.reason, "detail": refusal.detail, "accepted": 0}
-    if isinstance(refusal, BadPayload):
-        body |= {"index": refusal.index, "field": refusal.field or None}
+    errors = [_error_of(refusal)] if isinstance(refusal, BadPayload) else ()
+    status = STATUS[type(refusal)]
+    return problems.body(refusal.reason, refusal.detail, status=status, errors=errors, **members_of(refusal))
+
+
+def members_of(refusal: Refusal) -> dict[str, Any]:
+    """What the answer says beside the members of every problem."""
+    members: dict[str, Any] = {"accepted": 0}
     if isinstance(refusal, Overloaded):
-        body |= {
+        members |= {
             "reason": refusal.reason,
             "queueDepth": refusal.queue_depth,
             "threshold": refusal.threshold,
             "circuitState": refusal.circuit_state or None,
             "retryAfter": refusal.retry_after,
         }
-    return body
+    return members
+
+
+def _error_of(refusal: BadPayload) -> dict[str, Any]:
+    place = {"index": refusal.index, "field": refusal.field or None}
+    return {name: value for name, value in place.items() if value is not None} | {"detail": refusal.detail}
 
 
 def _refused(refusal: Refusal) -> Answer:

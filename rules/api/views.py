@@ -12,7 +12,7 @@ from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import transaction
 from django.db.models import QuerySet
 from django.shortcuts import get_object_or_404
-from drf_spectacular.utils import OpenApiResponse, extend_schema, extend_schema_view
+from drf_spectacular.utils import extend_schema, extend_schema_view
 from redis.exceptions import RedisError
 from rest_framework import status
 from rest_framework.decorators import action
@@ -22,11 +22,12 @@ from rest_framework.response import Response
 from rest_framework.serializers import Serializer
 
 from aemos.lib import redis
+from aemos.lib.problems import Conflict, ProblemException, Unavailable
 from devices.exceptions import Overloaded
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, by_uuid
 from devices.models import Device, DeviceState, Organization
 from devices.serializers import in_camel_case
-from devices.viewsets import Conflict, EditViewSet, ReadViewSet, ScopedViewSet, Unavailable
+from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
 from rules.api import telemetry
 from rules.api.serializers import (
     ChainRefused,
@@ -37,7 +38,6 @@ from rules.api.serializers import (
     RuleChainSerializer,
     StateCommandSerializer,
     StateInstanceSerializer,
-    ValidationErrorsSerializer,
     ValidationSerializer,
     serialize_problems,
 )
@@ -57,10 +57,6 @@ from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 from rules.processing import schedules
 
-REFUSED = OpenApiResponse(ValidationErrorsSerializer, description="Nothing was changed; every problem is listed.")
-
-VETOED = OpenApiResponse(description="An interlock does not let this happen now; `detail` says why.")
-
 
 class RuleChainFilter(FilterSet):
     organization = by_uuid("organization")
@@ -71,26 +67,20 @@ class RuleChainFilter(FilterSet):
     )
 
 
-class QueueRefuses(APIException):
+class QueueRefuses(ProblemException):
     """The queue takes no event now: the same answer as telemetry gets, with Retry-After."""
 
-    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
-
     def __init__(self, refusal: Overloaded) -> None:
-        super().__init__()
-        self.detail = telemetry.body_of(refusal)
+        super().__init__(refusal.detail, code=refusal.reason, members=telemetry.members_of(refusal))
+        self.status_code = telemetry.STATUS[type(refusal)]
         self.wait = refusal.retry_after  # REST framework sends it as Retry-After
-
-
-_DETAIL = {200: RuleChainDetailSerializer, 400: REFUSED}
-_REPORT = {200: TrialReportSerializer, 400: REFUSED}
 
 
 @extend_schema_view(
     retrieve=extend_schema(responses=RuleChainDetailSerializer),
-    create=extend_schema(request=RuleChainSerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED}),
-    update=extend_schema(request=RuleChainSerializer, responses=_DETAIL),
-    partial_update=extend_schema(request=RuleChainSerializer, responses=_DETAIL),
+    create=extend_schema(request=RuleChainSerializer, responses={201: RuleChainDetailSerializer}),
+    update=extend_schema(request=RuleChainSerializer, responses=RuleChainDetailSerializer),
+    partial_update=extend_schema(request=RuleChainSerializer, responses=RuleChainDetailSerializer),
 )
 class RuleChainViewSet(EditViewSet[RuleChain]):
     """Rule chains with their nodes. `nodes` in a PUT or PATCH replaces all nodes at once."""
@@ -122,13 +112,13 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
     def perform_destroy(self, instance: RuleChain) -> None:
         editing.delete(instance)
 
-    @extend_schema(request=None, responses=_DETAIL)
+    @extend_schema(request=None, responses=RuleChainDetailSerializer)
     @action(detail=True, methods=["post"])
     def enable(self, request: Request, **_: Any) -> Response:
         """Switches the chain on, if it is valid, and lets one run again that was suspended."""
         return self._switched(enabled=True)
 
-    @extend_schema(request=None, responses=_DETAIL)
+    @extend_schema(request=None, responses=RuleChainDetailSerializer)
     @action(detail=True, methods=["post"])
     def disable(self, request: Request, **_: Any) -> Response:
         """Switches the chain off."""
@@ -141,7 +131,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
             editing.switch(chain, enabled=enabled, by=_name(self.request))
         return self._detail(chain)
 
-    @extend_schema(request=CopySerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED})
+    @extend_schema(request=CopySerializer, responses={201: RuleChainDetailSerializer})
     @action(detail=True, methods=["post"])
     def duplicate(self, request: Request, **_: Any) -> Response:
         """Copies the chain under a new name; the copy is switched off."""
@@ -173,7 +163,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         """The chain as a document, to keep or to import elsewhere."""
         return Response(import_export.exported(self.get_object()))
 
-    @extend_schema(request=ImportSerializer, responses={201: RuleChainDetailSerializer, 400: REFUSED})
+    @extend_schema(request=ImportSerializer, responses={201: RuleChainDetailSerializer})
     @action(detail=False, methods=["post"], url_path="import")
     def import_chain(self, request: Request, **_: Any) -> Response:
         """Makes a chain, switched off, from a document. A uuid that the organization does not have is a problem."""
@@ -193,7 +183,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
             raise ChainRefused(import_export.named(error.problems, wish["document"]), fields=error.fields) from error
         return Response(serializer.data, status=status.HTTP_201_CREATED)
 
-    @extend_schema(request=TrialSerializer, responses=_REPORT)
+    @extend_schema(request=TrialSerializer, responses=TrialReportSerializer)
     @action(detail=True, methods=["post"])
     def execute(self, request: Request, **_: Any) -> Response:
         """Tries the chain, enabled or not, with the values given. Nothing is done; the answer shows every step."""
@@ -202,7 +192,9 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         serializer.is_valid(raise_exception=True)
         return _tried(chain, list(chain.nodes.all()), serializer.given())
 
-    @extend_schema(operation_id="rule_chains_execute_unsaved", request=UnsavedTrialSerializer, responses=_REPORT)
+    @extend_schema(
+        operation_id="rule_chains_execute_unsaved", request=UnsavedTrialSerializer, responses=TrialReportSerializer
+    )
     @action(detail=False, methods=["post"], url_path="execute")
     def execute_unsaved(self, request: Request, **_: Any) -> Response:
         """Tries a chain that is not saved, as `POST /rule-chains/{uuid}/execute` does one that is."""
@@ -215,7 +207,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
             raise ChainRefused(problems)
         return _tried(chain, nodes, serializer.given())
 
-    @extend_schema(request=None, responses={202: TriggeredSerializer, 409: None, 503: None})
+    @extend_schema(request=None, responses={202: TriggeredSerializer})
     @action(detail=True, methods=["post"])
     def trigger(self, request: Request, **_: Any) -> Response:
         """Runs the chain now, for real, with what is known. 409 while it is switched off or suspended."""
@@ -274,15 +266,15 @@ def refusing() -> Iterator[None]:
 
 
 @extend_schema_view(
-    create=extend_schema(request=NewNodeSerializer, responses={201: NodeSerializer, 400: REFUSED}),
-    update=extend_schema(request=EditedNodeSerializer, responses={200: NodeSerializer, 400: REFUSED}),
-    partial_update=extend_schema(request=EditedNodeSerializer, responses={200: NodeSerializer, 400: REFUSED}),
-    destroy=extend_schema(responses={204: None, 400: REFUSED}),
+    create=extend_schema(request=NewNodeSerializer, responses={201: NodeSerializer}),
+    update=extend_schema(request=EditedNodeSerializer, responses={200: NodeSerializer}),
+    partial_update=extend_schema(request=EditedNodeSerializer, responses={200: NodeSerializer}),
+    destroy=extend_schema(responses={204: None}),
 )
 class RuleNodeViewSet(ReadViewSet[RuleNode]):
     """The nodes of one chain. After every change the chain as a whole must be valid, else nothing is changed.
 
-    Paths in `validationErrors` count the nodes of the whole chain as it would have been.
+    Fields in `errors` count the nodes of the whole chain as it would have been.
     """
 
     resource = "rule-chains"
@@ -359,9 +351,7 @@ class Vetoed(APIException):
     default_code = "vetoed"
 
 
-@extend_schema_view(
-    create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer, 409: VETOED})
-)
+@extend_schema_view(create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer}))
 class StateInstanceViewSet(ScopedViewSet[DeviceState]):
     """A person switches a device; the change goes out on all protocols."""
 

@@ -1,18 +1,20 @@
-"""Add to the OpenAPI document what REST framework cannot know: POST /telemetry, and the errors of every request."""
+"""POST /telemetry, which REST framework does not know: the view is plain Django for speed, and so described by hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from aemos.openapi.operations import problem_schema, response
 from rules.events import CLAIMABLE, MAXIMUM_EVENTS
 
 PATH = "/api/v1/telemetry"
 SECURITY_SCHEME = "deviceToken"
 TAG = "telemetry"
+REFUSAL, OVERLOAD = "TelemetryRefusal", "TelemetryOverload"
 
 
 def add_telemetry(result: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """A drf-spectacular hook. The view is plain Django for speed, and so described by hand."""
+    """A drf-spectacular hook."""
     result["paths"][PATH] = {"post": _operation()}
     result["paths"] = dict(sorted(result["paths"].items()))
     components = result.setdefault("components", {})
@@ -39,17 +41,17 @@ def _operation() -> dict[str, Any]:
 
 
 def _responses() -> dict[str, Any]:
+    retry = {"Retry-After": _header("integer", "Seconds to wait")}
     return {
         "202": _response("The events are kept.", "TelemetryReceipt"),
-        "400": _response("Nothing is accepted; index and field say where it is wrong.", "TelemetryRefusal"),
-        "401": _response("The token is missing, unknown, revoked or expired.", "TelemetryRefusal")
+        "400": response("Nothing is accepted; `errors` says where it is wrong.", REFUSAL),
+        "401": response("The token is missing, unknown, revoked or expired.", REFUSAL)
         | {"headers": {"WWW-Authenticate": _header("string", "Bearer")}},
-        "403": _response(
-            "The token may not send this: another's uuid, or a type too urgent for it.", "TelemetryRefusal"
-        ),
-        "413": _response(f"More than {MAXIMUM_EVENTS} events, or more than 1 MB.", "TelemetryRefusal"),
-        "503": _response("None can be taken now; try again after the time given.", "TelemetryOverload")
-        | {"headers": {"Retry-After": _header("integer", "Seconds to wait")}},
+        "403": response("The token may not send this: another's uuid, or a type too urgent for it.", REFUSAL),
+        "413": response(f"More than {MAXIMUM_EVENTS} events, or more than 1 MB.", REFUSAL),
+        "415": response("The body is compressed in a way that is not known here; gzip is.", REFUSAL),
+        "429": response("The organization has used up its share of the queue.", OVERLOAD) | {"headers": retry},
+        "503": response("None can be taken now; try again after the time given.", OVERLOAD) | {"headers": retry},
     }
 
 
@@ -75,19 +77,16 @@ def _schemas() -> dict[str, Any]:
     result = _object(
         {"index": {"type": "integer"}, "accepted": {"type": "boolean"}, "reason": _text("accepted, or why not")}
     )
-    refusal = {
-        "error": _text("A stable word: unauthorized, forbidden, bad-payload, too-large, circuit-open, ..."),
-        "detail": _text("A sentence for people."),
-        "accepted": {"type": "integer", "enum": [0]},
-    }
+    accepted = {"type": "integer", "enum": [0], "description": "No event of the request was accepted."}
     place = {
         "index": {"type": "integer", "nullable": True, "description": "The item of a batch."},
         "field": _text("The field in it, such as values.ph.", nullable=True),
     }
     overload = {
-        "reason": _text("The same word as in error."),
+        "reason": _text("The same word as in code."),
         "queueDepth": {"type": "integer", "nullable": True},
         "threshold": {"type": "integer", "nullable": True},
+        "circuitState": _text("CLOSED, HALF_OPEN or OPEN, where the circuit was asked.", nullable=True),
         "retryAfter": {"type": "integer", "description": "Seconds."},
     }
     strict = {"type": "boolean", "default": False, "description": "Refuse all when anything cannot be used."}
@@ -96,7 +95,6 @@ def _schemas() -> dict[str, Any]:
         place | {"detail": _text("A sentence for people."), "leftOut": left_out}, required=["detail", "leftOut"]
     )
     batch = {"type": "array", "minItems": 1, "maxItems": MAXIMUM_EVENTS, "items": _reference("TelemetryEvent")}
-    required = [*refusal]
     return {
         "TelemetryEvent": _object(event, required=["values"]) | {"additionalProperties": False},
         "TelemetryBatch": _object({"events": batch, "strict": strict}, required=["events"])
@@ -113,8 +111,8 @@ def _schemas() -> dict[str, Any]:
             },
             required=[*counts],
         ),
-        "TelemetryRefusal": _object(refusal | place, required=required),
-        "TelemetryOverload": _object(refusal | overload, required=[*required, *overload]),
+        REFUSAL: problem_schema(accepted=accepted),
+        OVERLOAD: problem_schema(accepted=accepted, **overload),
     }
 
 

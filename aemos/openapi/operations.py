@@ -1,0 +1,129 @@
+"""Summaries, descriptions and errors of the operations that REST framework finds."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from drf_spectacular.openapi import AutoSchema
+
+from aemos.lib import problems
+
+_VERBS = {
+    "list": "List {many}",
+    "retrieve": "Show one {one}",
+    "create": "Create a new {one}",
+    "update": "Replace the {one}",
+    "partial_update": "Change the {one}",
+    "destroy": "Delete the {one}",
+}
+PROBLEM = "Problem"
+LOGIN_PATHS = ("/api/v1/auth/",)
+_WRITES = {"post", "put", "patch", "delete"}
+# Status -> when it comes; the body is a problem in each case.
+ERRORS = {
+    "400": "The request is wrong; `errors` names each field.",
+    "401": "Nobody is logged in: the token is missing, wrong or expired.",
+    "403": "The role does not allow it.",
+    "404": "There is no such thing in the organizations of the person who asks.",
+    "406": "The answer has no such format.",
+    "409": "It cannot be done as things stand; `detail` says why.",
+    "413": "The request is larger than 1 MB.",
+    "415": "The body has another format than JSON.",
+    "429": "Too many requests; Retry-After says when to try again.",
+    "503": "What the request needs does not answer; Retry-After says when to try again.",
+}
+
+
+class Schema(AutoSchema):
+    """Summaries from the model's name and from the first sentence of what a view says of itself."""
+
+    def get_summary(self) -> str | None:
+        action = getattr(self.view, "action", None)
+        queryset = getattr(self.view, "queryset", None)
+        if action in _VERBS and queryset is not None:
+            meta = queryset.model._meta
+            return _VERBS[action].format(one=meta.verbose_name, many=meta.verbose_name_plural)
+        return self._text().partition(".")[0].strip() or None
+
+    def get_description(self) -> str:  # type: ignore[override]  # the stubs have REST framework's own
+        text = self._text()
+        if getattr(self.view, "action", None) in _VERBS:
+            return text
+        _, _, rest = text.partition(".")
+        return rest.strip()
+
+    def _text(self) -> str:
+        """What the method says of itself, or else its view."""
+        action = getattr(self.view, "action", None) or self.method.lower()
+        method = getattr(self.view, action, None)
+        own = method is not None and action not in _VERBS and inspect.getdoc(method)
+        return " ".join((own or inspect.getdoc(type(self.view)) or "").split())
+
+
+def add_errors(result: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """A drf-spectacular hook: every operation declares which problems it may answer."""
+    result.setdefault("components", {}).setdefault("schemas", {})[PROBLEM] = problem_schema()
+    for path, operations in result["paths"].items():
+        for method, operation in operations.items():
+            for status in _statuses(path, method, operation):
+                operation["responses"].setdefault(status, response(ERRORS[status]))
+            operation["responses"] = dict(sorted(operation["responses"].items()))
+    return result
+
+
+def _statuses(path: str, method: str, operation: dict[str, Any]) -> list[str]:
+    found = ["503"]
+    if "requestBody" in operation:
+        found += ["400", "413", "415"]
+    if any(parameter["in"] == "query" for parameter in operation.get("parameters", [])):
+        found += ["400"]
+    if {} not in operation.get("security", [{}]):
+        found += ["401", "403"]
+    if path.startswith(LOGIN_PATHS):
+        found += ["401", "429"]
+    if "{" in path:
+        found += ["404"]
+    if method in _WRITES and not path.startswith(LOGIN_PATHS):
+        found += ["409"]
+    return found
+
+
+def response(description: str, schema: str = PROBLEM) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"description": description, "content": {problems.MEDIA_TYPE: {"schema": reference}}}
+
+
+def problem_schema(**more: Any) -> dict[str, Any]:
+    text = {"type": "string"}
+    error = {
+        "type": "object",
+        "description": "One thing that is wrong in the request.",
+        "properties": {
+            "index": {"type": "integer", "description": "The item of a batch of telemetry, from 0."},
+            "field": text | {"description": "The field, such as name or nodes[0].config.value."},
+            "code": text | {"description": "A stable word, such as required."},
+            "detail": text | {"description": "A sentence for people."},
+            "value": {"description": "What was found there.", "nullable": True},
+        },
+        "required": ["detail"],
+    }
+    properties = {
+        "type": text
+        | {"description": f"{problems.TYPE_PREFIX} and the code.", "example": f"{problems.TYPE_PREFIX}invalid"},
+        "title": text | {"description": "The code in words.", "example": "Invalid"},
+        "status": {"type": "integer", "description": "The HTTP status.", "example": 400},
+        "code": text | {"description": "A stable word for programs.", "example": "invalid"},
+        "detail": text | {"description": "A sentence for people.", "example": "name: This field is required."},
+        "errors": {
+            "type": "array",
+            "items": error,
+            "description": "What is wrong in the request, where it can be named.",
+        },
+    }
+    return {
+        "type": "object",
+        "description": "Why a request was refused or failed (RFC 9457).",
+        "properties": properties | more,
+        "required": ["type", "title", "status", "code", "detail"],
+    }
