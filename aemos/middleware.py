@@ -1,4 +1,4 @@
-"""Answers of the API in one format also where no view gave them, and metrics of HTTP with a bounded number of series."""
+"""What every answer has: security headers, one format of errors below the API, and metrics with a bounded number of series."""
 
 from __future__ import annotations
 
@@ -6,21 +6,57 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, JsonResponse
 from django.http.response import HttpResponseBase
 from django_prometheus.middleware import PrometheusAfterMiddleware
 
 from aemos.lib import problems
+from gateway.views import socketio_url
 
-API = "/api/"
+GetResponse = Callable[[HttpRequest], HttpResponseBase]
+API, DOCUMENTATION = "/api/", "/api/v1/docs"
+# django-rq's pages of queues and jobs hold styles. Their scripts only tick all boxes at once, and stay forbidden.
+QUEUE_PAGES = "/admin/django_rq/"
+_POLICY_OF_DATA = "default-src 'none'; frame-ancestors 'none'"
+_POLICY_OF_PAGES = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_NO_PERMISSIONS = "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
 BAD_REQUEST = 400
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 OTHER = "<other>"
 
 
-def problems_below_api(
-    get_response: Callable[[HttpRequest], HttpResponseBase],
-) -> Callable[[HttpRequest], HttpResponseBase]:
+def security_headers(get_response: GetResponse) -> GetResponse:
+    """A page may load, run and be sent to nothing but this server, and talk to the gateway beside it; nobody may frame it."""
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        for name, value in headers_for(request).items():
+            response.headers.setdefault(name, value)
+        return response
+
+    return middleware
+
+
+def headers_for(request: HttpRequest) -> dict[str, str]:
+    if request.path.startswith(API) and request.path != DOCUMENTATION:
+        return {"Content-Security-Policy": _POLICY_OF_DATA, "Permissions-Policy": _NO_PERMISSIONS}
+    try:
+        gateway = socketio_url(request)
+    except DisallowedHost:
+        gateway = ""
+    connections = f"'self' {gateway} {gateway.replace('http', 'ws', 1)}" if gateway else "'self'"
+    styles = "; style-src 'self' 'unsafe-inline'" if request.path.startswith(QUEUE_PAGES) else ""
+    return {
+        "Content-Security-Policy": f"{_POLICY_OF_PAGES}; connect-src {connections}{styles}",
+        "Permissions-Policy": _NO_PERMISSIONS,
+    }
+
+
+def problems_below_api(get_response: GetResponse) -> GetResponse:
     """Programs get the problem details of API views also where Django refuses a host, a CSRF token, a method or a path."""
 
     def middleware(request: HttpRequest) -> HttpResponseBase:

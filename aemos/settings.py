@@ -47,6 +47,9 @@ BIND_HOST = _env.text("BIND_HOST", "127.0.0.1")
 WEB_WORKERS = _env.integer("WEB_WORKERS", 1, minimum=1, maximum=64)
 ALLOWED_HOSTS = _env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
 CSRF_TRUSTED_ORIGINS = _env.words("CSRF_TRUSTED_ORIGINS")
+# Pages of other servers whose scripts may call the API; none by default. Their requests bring a token, never a cookie.
+CORS_ALLOWED_ORIGINS = _env.words("CORS_ALLOWED_ORIGINS")
+CORS_URLS_REGEX = r"^/api/"
 BEHIND_TLS_PROXY = _env.flag("BEHIND_TLS_PROXY", default=AEMOS_ENV == "production")
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if BEHIND_TLS_PROXY else None
 SECURE_SSL_REDIRECT = BEHIND_TLS_PROXY
@@ -151,10 +154,12 @@ INSTALLED_APPS = [
     "notifications.apps.NotificationsConfig",
     "devices.apps.DevicesConfig",
     "rest_framework",
+    "rest_framework_simplejwt.token_blacklist",
     "django_filters",
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "django_rq",
+    "corsheaders",
     "django_prometheus",
     "django.contrib.admin",
     "django.contrib.auth",
@@ -165,7 +170,9 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "django_prometheus.middleware.PrometheusBeforeMiddleware",
+    "aemos.middleware.security_headers",
     "aemos.middleware.problems_below_api",
+    *(["corsheaders.middleware.CorsMiddleware"] if CORS_ALLOWED_ORIGINS else []),
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -200,6 +207,7 @@ LANGUAGE_CODE = "en-us"
 TIME_ZONE = "UTC"
 USE_TZ = True
 STATIC_URL = "static/"
+WHITENOISE_ALLOW_ALL_ORIGINS = False
 WHITENOISE_USE_FINDERS = True  # serves the admin's files from the packages, so that there is nothing to collect
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # 1 MB, the largest request the telemetry endpoint takes
 DATA_UPLOAD_MAX_NUMBER_FIELDS = 10_000  # admin actions on a full page of rows
@@ -219,7 +227,13 @@ REST_FRAMEWORK = {
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
 }
 SIMPLE_JWT = {
+    "ALGORITHM": "HS256",
     "SIGNING_KEY": JWT_SECRET,
+    # A refresh token is good for once, and a new password ends every token of its user.
+    "ROTATE_REFRESH_TOKENS": True,
+    "BLACKLIST_AFTER_ROTATION": True,
+    "CHECK_REVOKE_TOKEN": True,
+    "UPDATE_LAST_LOGIN": True,
     "ACCESS_TOKEN_LIFETIME": timedelta(minutes=_env.integer("JWT_ACCESS_MINUTES", 30, minimum=1)),
     "REFRESH_TOKEN_LIFETIME": timedelta(days=_env.integer("JWT_REFRESH_DAYS", 7, minimum=1)),
 }

@@ -22,6 +22,7 @@ from django.middleware.security import SecurityMiddleware
 
 from aemos import http_metrics
 from aemos.lib import problems
+from aemos.middleware import headers_for
 from rules import events
 from rules.api import telemetry
 from rules.api.telemetry import Answer
@@ -77,7 +78,9 @@ def _body(environ: Environ) -> bytes:
 
 
 def _is_plain(environ: Environ) -> bool:
-    """Whether Django would neither redirect the request nor refuse its Host header."""
+    """Whether Django would neither redirect the request, nor refuse its Host header, nor judge the page that sends it."""
+    if settings.CORS_ALLOWED_ORIGINS and "HTTP_ORIGIN" in environ:
+        return False
     if settings.SECURE_SSL_REDIRECT and not _is_secure(environ):
         return False
     return _is_allowed_host(environ.get("HTTP_HOST"), environ["SERVER_NAME"], environ["SERVER_PORT"])
@@ -107,11 +110,14 @@ def _is_allowed_host(host: str | None, server_name: str, server_port: str) -> bo
 def _headers(secure: bool) -> tuple[tuple[str, str], ...]:
     """What Django's middleware adds to every answer."""
     request = HttpRequest()
+    request.path = PATH
     if secure:
         name, value = settings.SECURE_PROXY_SSL_HEADER or ("wsgi.url_scheme", "https")
         request.META[name] = value
     response = HttpResponse()
     del response["Content-Type"]
+    for header, text in headers_for(request).items():
+        response[header] = text
     for middleware in (XFrameOptionsMiddleware, SecurityMiddleware):
         middleware(lambda _: response).process_response(request, response)
     return tuple(response.items())

@@ -16,7 +16,6 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.exceptions import ValidationError
 from rest_framework.relations import PKOnlyObject
-from rest_framework_simplejwt.serializers import TokenObtainPairSerializer, TokenRefreshSerializer
 
 from devices.models import (
     DataProblem,
@@ -158,26 +157,6 @@ class ScopedField(serializers.SlugRelatedField[Row]):
 
 def organization_field() -> ScopedField[Organization]:
     return ScopedField(queryset=Organization.objects.all(), path="pk")
-
-
-class LoginSerializer(StrictMixin, TokenObtainPairSerializer):
-    """A user name and a password in, an access and a refresh token out."""
-
-
-class RefreshSerializer(StrictMixin, TokenRefreshSerializer):
-    """A refresh token in, an access token out."""
-
-
-class AccessTokenSerializer(serializers.Serializer[Any]):
-    """What opens the API for half an hour, as `Authorization: Bearer <access>`."""
-
-    access = serializers.CharField()
-
-
-class TokenPairSerializer(AccessTokenSerializer):
-    """What opens the API, and what gets a new access token for a week."""
-
-    refresh = serializers.CharField()
 
 
 class OrganizationSerializer(CamelCaseSerializer[Organization]):

@@ -9,6 +9,7 @@ from rest_framework.routers import SimpleRouter
 
 from devices import views
 from devices.interlocks import api as interlocks
+from devices.people import login
 
 router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("organizations", views.OrganizationViewSet)
@@ -29,8 +30,9 @@ MEMBERSHIPS: Actions = {"get": "list", "post": "create"}
 MEMBERSHIP: Actions = {"get": "retrieve", "put": "update", "patch": "partial_update", "delete": "destroy"}
 
 urlpatterns = [
-    path("auth/login", views.LoginView.as_view(), name="login"),
-    path("auth/refresh", views.RefreshView.as_view(), name="refresh"),
+    path("auth/login", login.LoginView.as_view(), name="login"),
+    path("auth/refresh", login.RefreshView.as_view(), name="refresh"),
+    path("auth/logout", login.LogoutView.as_view(), name="logout"),
     path("memberships", views.MembershipViewSet.as_view(MEMBERSHIPS), name="membership-list"),
     path(
         "memberships/<uuid:uuid>/<str:username>", views.MembershipViewSet.as_view(MEMBERSHIP), name="membership-detail"

@@ -1,23 +1,19 @@
-"""The REST API of login, organizations, members, sensors, devices, tokens and readings."""
+"""The REST API of organizations, members, sensors, devices, tokens and readings."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from django.conf import settings
 from django.db.models import Q, QuerySet
 from django.shortcuts import get_object_or_404
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework.decorators import action
-from rest_framework.exceptions import AuthenticationFailed, ValidationError
+from rest_framework.exceptions import ValidationError
 from rest_framework.mixins import DestroyModelMixin, ListModelMixin
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
-from rest_framework.throttling import ScopedRateThrottle
-from rest_framework.views import APIView
-from rest_framework_simplejwt.views import TokenObtainPairView, TokenRefreshView
 
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.interlocks.api import LockSerializer
@@ -34,67 +30,20 @@ from devices.models import (
     StateChange,
     Variable,
 )
-from devices.parsers import BoundedJSONParser
 from devices.serializers import (
-    AccessTokenSerializer,
     DataProblemSerializer,
     DeviceSerializer,
     DeviceStateSerializer,
     DeviceTokenSerializer,
     IssuedTokenSerializer,
-    LoginSerializer,
     MembershipSerializer,
     OrganizationSerializer,
     ReadingSerializer,
-    RefreshSerializer,
     SensorSerializer,
     StateChangeSerializer,
-    TokenPairSerializer,
     VariableSerializer,
 )
 from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
-
-
-class LoginThrottle(ScopedRateThrottle):
-    """Ten failed logins a minute from one address. Counted in each web process; successes cost nothing."""
-
-    THROTTLE_RATES = {"login": "10/min"}
-    duration: int
-
-    def get_ident(self, request: Request) -> str:
-        """The client's address: what the proxy in front appended last, because senders can write the rest themselves."""
-        address = request.META.get("REMOTE_ADDR", "")
-        forwarded = request.META.get("HTTP_X_FORWARDED_FOR", "") if settings.BEHIND_TLS_PROXY else ""
-        return str(forwarded.rsplit(",", 1)[-1].strip() or address)
-
-    def throttle_success(self) -> bool:
-        return True
-
-    def count_failure(self, request: Request, view: APIView) -> None:
-        if self.allow_request(request, view):
-            self.history.insert(0, self.now)
-            self.cache.set(self.key, self.history, self.duration)
-
-
-@extend_schema(
-    tags=["auth"], summary="Log in", description="Ten failures a minute close the door.", responses=TokenPairSerializer
-)
-class LoginView(TokenObtainPairView):
-    serializer_class = LoginSerializer
-    parser_classes = [BoundedJSONParser]
-    throttle_classes = [LoginThrottle]
-    throttle_scope = "login"
-
-    def handle_exception(self, exc: Exception) -> Response:
-        if isinstance(exc, AuthenticationFailed):
-            LoginThrottle().count_failure(self.request, self)
-        return super().handle_exception(exc)
-
-
-@extend_schema(tags=["auth"], summary="Get a new access token", description="", responses=AccessTokenSerializer)
-class RefreshView(TokenRefreshView):
-    serializer_class = RefreshSerializer
-    parser_classes = [BoundedJSONParser]
 
 
 class OrganizationViewSet(EditViewSet[Organization]):

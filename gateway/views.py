@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.conf import settings
+from django.http import HttpRequest
 from django.http.request import split_domain_port
 from drf_spectacular.utils import extend_schema, inline_serializer
 from rest_framework import serializers
@@ -14,7 +15,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 
-def socketio_url(request: Request) -> str:
+def socketio_url(request: Request | HttpRequest) -> str:
     """SOCKETIO_URL, or the host that the client asked with the port of the gateway; an IPv6 host keeps its brackets."""
     if settings.SOCKETIO_URL:
         return str(settings.SOCKETIO_URL)

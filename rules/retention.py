@@ -1,4 +1,5 @@
-"""Delete alarms, vetoes, runs of states, rejected events, data problems, dead letters and replays that are too old."""
+"""Delete alarms, vetoes, runs of states, rejected events, data problems, dead letters, replays and
+refresh tokens that are too old."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.db.models import QuerySet
 from django.utils import timezone
+from rest_framework_simplejwt.token_blacklist.models import OutstandingToken
 
 from aemos.lib import keys
 from aemos.lib.retention import delete_in_chunks
@@ -38,5 +40,6 @@ def _expired() -> list[QuerySet[Any]]:
         Alarm.objects.filter(state=Alarm.State.CLEARED, cleared_at__lt=alarms),
         Veto.objects.filter(last_at__lt=alarms),
         StateRun.objects.filter(ended_at__lt=alarms),
+        OutstandingToken.objects.filter(expires_at__lt=now),
         ActionCooldown.objects.filter(done_at__lt=now - timedelta(days=MAX_DAYS)),
     ]

@@ -9,9 +9,8 @@ from uuid import uuid4
 
 import pytest
 from django.contrib.auth.models import User
-from django.core.cache import cache
 from django.db import DataError, IntegrityError, OperationalError, connection
-from django.test import RequestFactory, override_settings
+from django.test import RequestFactory
 from django.utils import timezone
 from rest_framework.test import APIClient
 
@@ -28,7 +27,7 @@ from devices.models import (
     StateChange,
     Variable,
 )
-from devices.views import LoginThrottle, ReadingViewSet, SensorViewSet
+from devices.views import ReadingViewSet, SensorViewSet
 from tests import builders
 from tests.problems import wrong
 
@@ -51,69 +50,6 @@ def client_of(person: User) -> Any:
     client = APIClient()
     client.force_authenticate(person)
     return client
-
-
-# Logging in
-
-
-@pytest.fixture
-def no_failed_logins() -> None:
-    cache.clear()
-
-
-@pytest.fixture
-def person(farm: Organization, no_failed_logins: None) -> User:
-    return builders.member(farm, username="ada", password="correct-horse")
-
-
-def login(password: str = "correct-horse", username: str = "ada", **headers: Any) -> Any:
-    return APIClient().post(f"{API}/auth/login", {"username": username, "password": password}, **headers)
-
-
-def test_a_login_gives_an_access_token_that_opens_the_api(person: User, farm: Organization) -> None:
-    pair = login().json()
-    assert pair.keys() == {"access", "refresh"}
-    client = APIClient(HTTP_AUTHORIZATION=f"Bearer {pair['access']}")
-    assert [row["name"] for row in client.get(f"{API}/organizations").json()["results"]] == [farm.name]
-
-
-def test_a_refresh_token_gives_a_new_access_token(person: User) -> None:
-    answer = APIClient().post(f"{API}/auth/refresh", {"refresh": login().json()["refresh"]})
-    assert (answer.status_code, answer.json().keys()) == (200, {"access"})
-    assert APIClient().post(f"{API}/auth/refresh", {"refresh": "nonsense"}).status_code == 401
-
-
-def test_a_wrong_password_is_a_401_and_a_broken_token_too(person: User) -> None:
-    assert login("wrong").status_code == 401
-    assert login(username="nobody").status_code == 401
-    broken = APIClient(HTTP_AUTHORIZATION="Bearer nonsense").get(f"{API}/sensors")
-    assert broken.status_code == 401
-
-
-def test_a_login_names_what_it_does_not_know(person: User) -> None:
-    answer = APIClient().post(f"{API}/auth/login", {"user": "ada", "password": "x"})
-    assert answer.status_code == 400
-    assert wrong(answer).keys() == {"user", "username"}
-
-
-def test_ten_failed_logins_from_an_address_close_the_door_for_a_minute(person: User) -> None:
-    assert [login("wrong").status_code for _ in range(10)] == [401] * 10
-    refused = login()
-    assert refused.status_code == 429
-    assert 0 < int(refused["Retry-After"]) <= 60
-    assert login(REMOTE_ADDR="10.0.0.9").status_code == 200
-
-
-def test_successful_logins_are_not_limited(person: User) -> None:
-    person.set_unusable_password()
-    assert [login().status_code for _ in range(12)] == [200] * 12
-
-
-@pytest.mark.parametrize(("tls_in_front", "ident"), [(True, "192.0.2.7"), (False, "127.0.0.1")])
-def test_the_throttle_believes_only_the_proxy_in_front(tls_in_front: bool, ident: str) -> None:
-    request = RequestFactory().post("/", headers={"X-Forwarded-For": "10.1.1.1, 192.0.2.7"})
-    with override_settings(BEHIND_TLS_PROXY=tls_in_front):
-        assert LoginThrottle().get_ident(request) == ident  # type: ignore[arg-type]
 
 
 # Bodies

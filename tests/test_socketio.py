@@ -18,6 +18,7 @@ import socketio
 from socketio.exceptions import ConnectionError as NotConnected
 
 from aemos.lib import keys, metrics, redis
+from gateway.people import Login
 from gateway.socketio.sessions import Session
 from gateway.socketio.transport import RIGHTS_SECONDS, SWEEP_SECONDS, SocketIoTransport
 from notifications.messages import decode
@@ -336,7 +337,7 @@ def test_a_connection_that_ended_while_its_token_was_checked_leaves_no_session()
     transport = SocketIoTransport(port=0)
     manager = transport._server.manager
     sid = manager.pre_connect("connection", "/")
-    transport.sessions[sid] = Session(user_id=1, expires_at=time.time() + 60, organizations={})
+    transport.sessions[sid] = Session(login=Login(1, ""), expires_at=time.time() + 60, organizations={})
     transport._sweep(time.time(), 0.0)
     assert not transport.sessions
     assert list(manager.get_participants("/", None)) == []

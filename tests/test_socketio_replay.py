@@ -9,6 +9,7 @@ import pytest
 
 from aemos.lib import keys, redis
 from gateway import cursors
+from gateway.people import Login
 from gateway.socketio import history
 from gateway.socketio.replay import SLICE, Replayer
 from gateway.socketio.sessions import ORGANIZATION, Session
@@ -36,7 +37,7 @@ class Outlet:
     def comes_back(self, sid: str, position: str, *, organization: str = OWNER) -> None:
         rooms = {ORGANIZATION + organization: organization}
         self.sessions[sid] = Session(
-            user_id=1, expires_at=0.0, organizations={organization: "viewer"}, rooms=rooms, is_live=False
+            login=Login(1, ""), expires_at=0.0, organizations={organization: "viewer"}, rooms=rooms, is_live=False
         )
         self.sent[sid] = []
         self.replayer.begin(sid, position)

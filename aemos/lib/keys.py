@@ -101,6 +101,13 @@ LIVE_READINGS = "aemos:live-readings"  # channel: readings that somebody watches
 LIVE_READINGS_WATCHED = (
     "aemos:live-readings:watched"  # sorted set: variable id -> until when (s) a gateway wants its readings
 )
+
+
+def failures(limit: str, digest: str) -> str:
+    """Number that expires: failed attempts to prove who one is, of one address or account."""
+    return f"aemos:failures:{limit}:{digest}"
+
+
 RETENTION_LOCK = "aemos:retention-lock"  # flag that expires: what is too old was deleted within the last hour
 NOTIFICATION_RETENTION_LOCK = "aemos:notifications:retention-lock"  # the same for notifications
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

@@ -39,7 +39,7 @@ from devices.exceptions import (
 from gateway import acknowledgements
 from gateway.coap.endpoint import CoapRequest, CoapResponse, Code, Endpoint, Limits
 from gateway.coap.states import States
-from gateway.people import Person, organizations_of, person
+from gateway.people import Login, Person, organizations_of, person
 from gateway.transport import DeliveryReport, Ingest, OnReport, Transport
 from notifications.messages import Message, Protocol
 from rules import events
@@ -231,18 +231,18 @@ def _watch(uuid: str, token: str) -> Watch:
 def _ended(watches: Iterable[Watch]) -> list[Watch]:
     """Those whose right is gone. Two queries for all people; devices are in the catalogue."""
     watches = list(watches)
-    people = {watch.who.user_id for watch in watches if watch.who is not None}
-    organizations = organizations_of(people) if people else {}
+    logins = {watch.who.login for watch in watches if watch.who is not None}
+    organizations = organizations_of(logins) if logins else {}
     devices = catalogue.shared().originators(("device", watch.uuid) for watch in watches)
     return [watch for watch in watches if not _lasts(watch, devices=devices, organizations=organizations)]
 
 
-def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: dict[int, dict[str, str]]) -> bool:
+def _lasts(watch: Watch, *, devices: dict[tuple[str, str], Any], organizations: dict[Login, dict[str, str]]) -> bool:
     if ("device", watch.uuid) not in devices:
         return False
     if watch.who is None:
         return catalogue.shared().credential(watch.token) is not None
-    allowed = organizations.get(watch.who.user_id, {})
+    allowed = organizations.get(watch.who.login, {})
     return watch.organization in allowed and watch.who.expires_at > time.time()
 
 

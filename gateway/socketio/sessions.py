@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from devices.models import Device, Variable
+from gateway.people import Login
 from gateway.transport import TransportError
 from notifications.messages import Message
 
@@ -24,7 +25,7 @@ class Session:
     organization. While `is_live` is false messages reach the session through a replay, and it receives nothing else.
     """
 
-    user_id: int
+    login: Login
     expires_at: float
     organizations: Mapping[str, str]
     rooms: dict[str, str] = field(default_factory=dict)

@@ -176,8 +176,8 @@ class SocketIoTransport(Transport):
         finally:
             close_old_connections()
         # No greenlet switch from here to the end: the first message must not come before the connection is confirmed.
-        self._refuse_too_many(who.user_id)
-        session = Session(user_id=who.user_id, expires_at=who.expires_at, organizations=who.organizations)
+        self._refuse_too_many(who.login.user_id)
+        session = Session(login=who.login, expires_at=who.expires_at, organizations=who.organizations)
         self.sessions[sid] = session
         session.is_live = position is None
         for organization in who.organizations:
@@ -190,7 +190,7 @@ class SocketIoTransport(Transport):
     def _refuse_too_many(self, user_id: int) -> None:
         if len(self.sessions) >= MAXIMUM_SESSIONS:
             raise Refused("This gateway has all the clients that it can serve, try another one.")
-        if sum(session.user_id == user_id for session in self.sessions.values()) >= SESSIONS_PER_PERSON:
+        if sum(session.login.user_id == user_id for session in self.sessions.values()) >= SESSIONS_PER_PERSON:
             raise Refused(f"One person can have {SESSIONS_PER_PERSON} connections to a gateway at most.")
 
     def _tell_position(self, sid: str) -> None:
@@ -309,17 +309,19 @@ class SocketIoTransport(Transport):
             self._engine.cut_off(connection)
 
     def _check_rights(self) -> None:
-        asked = {session.user_id for session in self.sessions.values()}
+        asked = {session.login for session in self.sessions.values()}
         try:
             current = organizations_of(asked)
         except DatabaseError as error:
             log.warning("Rights of connected people cannot be checked now: %s", error)
             return
         for sid, session in list(self.sessions.items()):
-            if session.user_id in current:
-                self._apply(sid, session, current[session.user_id])
-            elif session.user_id in asked:  # else connected, and was checked, during the query
-                self._end(sid, "user-inactive", "The user does not exist any more or is not active.")
+            if session.login in current:
+                self._apply(sid, session, current[session.login])
+            elif session.login in asked:  # else connected, and was checked, during the query
+                self._end(
+                    sid, "user-inactive", "The user does not exist any more, is not active, or has a new password."
+                )
 
     def _apply(self, sid: str, session: Session, organizations: Mapping[str, str]) -> None:
         for room, organization in list(session.rooms.items()):

@@ -1,7 +1,7 @@
 """Draw a rule chain as one SVG element. Pure.
 
-Drawn from top to bottom: every node stands below all that lead to it. Colours are the page's own, so that it reads in light
-and in dark; kinds of nodes and links differ in words and strokes, not in colour alone.
+Drawn from top to bottom: every node stands below all that lead to it. Colours are the page's own (rules/chains.css), so that it
+reads in light and in dark; kinds of nodes and links differ in words and strokes, not in colour alone.
 """
 
 from __future__ import annotations
@@ -20,22 +20,6 @@ MAXIMUM_NODES = 200
 WIDTH, GAP_X, GAP_Y = 250, 40, 56
 LINE, PADDING, CHARACTERS, MAXIMUM_LINES = 17, 12, 34, 6
 LINKS = (("next", "yes"), ("on_false", "no"), ("on_failure", "if it fails"))
-
-_STYLE = """
-.chain-graph{max-width:100%;height:auto;font:13px system-ui,sans-serif}
-.chain-graph rect{fill:var(--darkened-bg,Canvas);stroke:var(--body-quiet-color,GrayText);stroke-width:1.2}
-.chain-graph .filter rect{rx:18px}
-.chain-graph .action rect{stroke-width:2.6}
-.chain-graph .transform rect{stroke-dasharray:7 3}
-.chain-graph text{fill:var(--body-fg,CanvasText)}
-.chain-graph .name{font-weight:600}
-.chain-graph .kind{fill:var(--body-quiet-color,GrayText);font-size:11px}
-.chain-graph .link{fill:none;stroke:var(--body-quiet-color,GrayText);stroke-width:1.5}
-.chain-graph .on_false .link{stroke-dasharray:6 4}
-.chain-graph .on_failure .link{stroke-dasharray:2 3}
-.chain-graph .tip{fill:var(--body-quiet-color,GrayText);stroke:none}
-.chain-graph .label{font-size:12px;paint-order:stroke;stroke:var(--body-bg,Canvas);stroke-width:5px}
-"""
 
 
 Item = str | tuple[str, str, int]
@@ -78,7 +62,7 @@ def svg(nodes: Sequence[NodeSpec], texts: Mapping[str, str], *, title: str) -> s
     return (
         f'<svg class="chain-graph" role="img" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">'
         f"<title>{escape(title)}</title><desc>{escape(_described(nodes, texts))}</desc>"
-        f"<style>{_STYLE}</style>{''.join(drawn)}</svg>"
+        f"{''.join(drawn)}</svg>"
     )
 
 
