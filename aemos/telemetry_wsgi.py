@@ -49,7 +49,7 @@ def _respond(environ: Environ, start_response: Callable[..., Any]) -> list[bytes
     began = time.perf_counter()
     secure = _is_secure(environ)
     try:
-        answer = telemetry.answer(environ.get("HTTP_AUTHORIZATION", ""), partial(_body, environ))
+        answer = telemetry.answer(environ, partial(_body, environ))
     except Exception:  # the process loop: as Django's handler does
         log.exception("A telemetry request failed")
         answer = Answer(500, msgspec.json.encode(problems.of_status(500)))

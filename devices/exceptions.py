@@ -2,6 +2,7 @@
 
 Refusal
 ├── Unauthorized   no live token                          HTTP 401  CoAP 4.01  MQTT: recorded, acknowledged
+├── TooManyFailures  no live token, too often from there    HTTP 429
 ├── Forbidden      someone else's uuid, or too urgent     HTTP 403  CoAP 4.03  MQTT: recorded, acknowledged
 ├── BadPayload     names the item and the field           HTTP 400  CoAP 4.00  MQTT: recorded, acknowledged
 ├── UnknownCoding  the body is compressed otherwise than gzip      HTTP 415
@@ -26,6 +27,16 @@ class Refusal(Exception):
 
 class Unauthorized(Refusal):
     reason = "unauthorized"
+
+
+class TooManyFailures(Refusal):
+    """Nobody with a live token is ever refused so. `retry_after` is in seconds."""
+
+    reason = "too-many-failures"
+
+    def __init__(self, detail: str, *, retry_after: int) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
 
 
 class Forbidden(Refusal):

@@ -83,6 +83,19 @@ def test_a_refused_request_accepts_nothing_and_is_kept_for_the_admin(
     assert len(kept.payload) <= rejections.MAXIMUM_PAYLOAD
 
 
+def test_strangers_cannot_fill_the_list_of_rejected_events_and_keep_nobody_out(sensor: Sensor) -> None:
+    statuses = [post(READING, "nonsense").status_code for _ in range(65)]
+    assert statuses == [401] * 59 + [429] * 6
+    refused = post(READING, "nonsense")
+    assert problem(refused, 429)["code"] == "too-many-failures"
+    assert 0 < int(refused.headers["Retry-After"]) <= 60
+    assert post(READING, builders.token(sensor)).status_code == 202
+    rejections.shared().flush()
+    assert RejectedEvent.objects.count() == 59
+    counts = rejections.counts()
+    assert (counts["unauthorized"], counts["too-many-failures"], counts["unrecorded"]) == (59, 7, 7)
+
+
 def test_bad_input_names_item_and_field(sensor: Sensor) -> None:
     answer = post({"events": [READING, {"values": {"ph": "high"}}], "strict": True}, builders.token(sensor))
 

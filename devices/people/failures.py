@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from django.conf import settings
@@ -53,21 +53,22 @@ def seconds_closed(tried: Mapping[Limit, str]) -> int:
         counts = [(count, ends - time.monotonic()) for count, ends in found]
     else:
         counts = [(int(count or 0), left / 1000) for count, left in zip(answers[::2], answers[1::2], strict=True)]
-    waits = [left for limit, (count, left) in zip(names, counts, strict=True) if count >= limit.failures]
-    return max(0, math.ceil(max(waits, default=0)))
+    return _wait(names, counts)
 
 
-def count(tried: Mapping[Limit, str]) -> None:
-    """Counts one failure of each."""
+def count(tried: Mapping[Limit, str]) -> int:
+    """Counts one failure of each. Returns for how many seconds the door is closed to the next one; 0 when it stays open."""
+    names = {limit: _key(limit, text) for limit, text in tried.items()}
     try:
         with redis.client().pipeline(transaction=False) as pipeline:
-            for limit, text in tried.items():
-                name = _key(limit, text)
-                pipeline.set(name, 0, ex=limit.seconds, nx=True).incr(name)
-            pipeline.execute()
+            for limit, name in names.items():
+                pipeline.set(name, 0, ex=limit.seconds, nx=True).incr(name).pttl(name)
+            answers = pipeline.execute()
     except RedisError:
-        for limit, text in tried.items():
-            _count_alone(_key(limit, text), limit)
+        counts = [_count_alone(name, limit) for limit, name in names.items()]
+    else:
+        counts = [(number, left / 1000) for number, left in zip(answers[1::3], answers[2::3], strict=True)]
+    return _wait(names, counts)
 
 
 def address_of(headers: Mapping[str, str]) -> str:
@@ -84,14 +85,20 @@ def address_of(headers: Mapping[str, str]) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
+def _wait(limits: Iterable[Limit], counts: Iterable[tuple[int, float]]) -> int:
+    waits = [left for limit, (number, left) in zip(limits, counts, strict=True) if number >= limit.failures]
+    return max(0, math.ceil(max(waits, default=0)))
+
+
 def _key(limit: Limit, text: str) -> str:
     # Hashed: whoever writes a password into the field of the name does not want it kept.
     return keys.failures(limit.name, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
-def _count_alone(name: str, limit: Limit) -> None:
+def _count_alone(name: str, limit: Limit) -> tuple[int, float]:
     now = time.monotonic()
     number, ends = _alone.get(name, (0, 0.0))
     if len(_alone) >= MAXIMUM_KNOWN:
         _alone.clear()
-    _alone[name] = (number + 1, ends) if ends > now else (1, now + limit.seconds)
+    number, ends = _alone[name] = (number + 1, ends) if ends > now else (1, now + limit.seconds)
+    return number, ends - now

@@ -281,6 +281,14 @@ def record(refusal: Refusal, payload: bytes, *, credential: Credential | None, p
     recorder.add(partial(_request_row, refusal, cut, credential, protocol, uuid, now), ROW_BYTES + len(cut))
 
 
+def count_unrecorded(refusal: Refusal, *, protocol: str) -> None:
+    """Counts a request of which nothing is kept, on purpose."""
+    metrics.INGESTED.labels(protocol, refusal.reason).inc()
+    recorder = shared()
+    recorder.count(refusal.reason, 1)
+    recorder.count(UNRECORDED, 1)
+
+
 def _request_row(
     refusal: Refusal, cut: bytes, credential: Credential | None, protocol: str, uuid: str | None, now: datetime
 ) -> Row:

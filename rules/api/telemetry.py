@@ -7,7 +7,7 @@ calls it ahead of Django's handler (aemos.telemetry_wsgi), and `view` for whatev
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +29,11 @@ from devices.exceptions import (
     Overloaded,
     Refusal,
     TooLarge,
+    TooManyFailures,
     Unauthorized,
     UnknownCoding,
 )
+from devices.people import failures
 from rules import events, ingest
 from rules.admission import rejections
 from rules.ingest import Receipt
@@ -42,6 +44,7 @@ STATUS: dict[type[Refusal], int] = {
     BadPayload: 400,
     TooLarge: 413,
     UnknownCoding: 415,
+    TooManyFailures: 429,
     OverLimit: 429,
     Overloaded: 503,
 }
@@ -67,7 +70,7 @@ class Answer(NamedTuple):
 def view(request: HttpRequest) -> HttpResponse:
     if request.method != "POST":
         return HttpResponseNotAllowed(["POST"])
-    found = answer(request.META.get("HTTP_AUTHORIZATION", ""), partial(_body, request))
+    found = answer(request.META, partial(_body, request))
     response = HttpResponse(
         found.body, status=found.status, content_type=found.content_type, headers=dict(found.headers)
     )
@@ -76,10 +79,12 @@ def view(request: HttpRequest) -> HttpResponse:
     return response
 
 
-def answer(authorization: str, read_body: Callable[[], bytes]) -> Answer:
-    """`authorization` is the header's text. `read_body` raises TooLarge or BadPayload for a body that cannot be read."""
+def answer(environ: Mapping[str, Any], read_body: Callable[[], bytes]) -> Answer:
+    """`environ` is that of WSGI. `read_body` raises TooLarge or BadPayload for a body that cannot be read."""
     try:
-        credential = catalogue.shared().credential(_bearer(authorization))
+        credential = catalogue.shared().credential(_bearer(environ.get("HTTP_AUTHORIZATION", "")))
+        if credential is None:
+            _count_failure(environ)
         payload = _payload(read_body, credential)
         receipt = ingest.submit(payload, credential=credential, protocol="http", turns=_turns).wait()
     except Refusal as refusal:
@@ -140,6 +145,19 @@ def _bearer(authorization: str) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+def _count_failure(environ: Mapping[str, Any]) -> None:
+    """Strangers may not fill the list of rejected events: from too many failures of one address on, they are counted alone.
+
+    Raises TooManyFailures. A live token behind the same address works all the time.
+    """
+    wait = failures.count({failures.TOKEN_ADDRESS: failures.address_of(environ)})
+    if wait:
+        text = f"Too many requests without a live token from your address; try again in {wait} seconds."
+        refusal = TooManyFailures(text, retry_after=wait)
+        rejections.count_unrecorded(refusal, protocol="http")
+        raise refusal
+
+
 def _accepted(receipt: Receipt) -> Answer:
     body = receipt.summary()
     if receipt.results:
@@ -178,7 +196,7 @@ def _error_of(refusal: BadPayload) -> dict[str, Any]:
 
 def _refused(refusal: Refusal) -> Answer:
     headers: tuple[tuple[str, str], ...] = ()
-    if isinstance(refusal, Overloaded):
+    if isinstance(refusal, Overloaded | TooManyFailures):
         headers = (("Retry-After", str(refusal.retry_after)),)
     if isinstance(refusal, Unauthorized):
         headers = (("WWW-Authenticate", 'Bearer realm="aemos"'),)
