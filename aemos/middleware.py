@@ -25,6 +25,7 @@ _POLICY_OF_PAGES = (
 )
 _NO_PERMISSIONS = "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
 BAD_REQUEST = 400
+_OF_BODY = {"Content-Length", "Content-Encoding", "ETag"}
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 OTHER = "<other>"
 
@@ -67,8 +68,9 @@ def problems_below_api(get_response: GetResponse) -> GetResponse:
         problem = JsonResponse(
             problems.of_status(response.status_code), status=response.status_code, content_type=problems.MEDIA_TYPE
         )
-        for name in response.headers.keys() - problem.headers.keys():
+        for name in response.headers.keys() - problem.headers.keys() - _OF_BODY:
             problem[name] = response[name]
+        problem["Content-Length"] = str(len(problem.content))
         return problem
 
     return middleware

@@ -80,6 +80,9 @@ def _refuse_unknown(request: Request, view: GenericAPIView[Any]) -> None:
     known = {*(filterset.get_filters() if filterset else ())}
     known |= {getattr(paginator, name) for name in ("page_query_param", "page_size_query_param") if paginator}
     unknown = sorted(request.query_params.keys() - known - {"format"})
+    empty = sorted(name for name, value in request.query_params.items() if not value and name not in unknown)
+    if empty:
+        raise BadRequest({name: ["This parameter is empty; give it a value or leave it out."] for name in empty})
     if unknown:
         text = f"There is no such parameter; there are: {', '.join(sorted(known))}."
         raise BadRequest({name: [text] for name in unknown})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from django.db import Error as DatabaseError
 from django.http import HttpResponse
@@ -12,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from rest_framework.authentication import SessionAuthentication
 from rest_framework.parsers import FormParser, MultiPartParser
 from rest_framework.permissions import IsAdminUser
-from rest_framework.renderers import BaseRenderer
+from rest_framework.renderers import BaseRenderer, JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -76,16 +75,6 @@ class SummaryView(WatchView):
         return Response(serializers.summary(view), status=503 if view.health is Health.UNKNOWN else 200)
 
 
-class PlainTextRenderer(BaseRenderer):
-    """Takes whatever a scraper says it accepts: there is one format."""
-
-    media_type = "text/plain"
-    format = "txt"
-
-    def render(self, data: Any, accepted_media_type: Any = None, renderer_context: Any = None) -> bytes:
-        return str(data).encode()
-
-
 class PrometheusView(WatchView):
     @extend_schema(responses={(200, "text/plain"): str})
     def get(self, request: Request) -> HttpResponse:
@@ -93,7 +82,8 @@ class PrometheusView(WatchView):
         return HttpResponse(expose(), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> tuple[BaseRenderer, str]:
-        renderer = PlainTextRenderer()
+        """Takes whatever a scraper says it accepts: there is one format, and refusals are JSON."""
+        renderer = JSONRenderer()
         return renderer, renderer.media_type
 
 

@@ -27,7 +27,7 @@ class NotificationSerializer(CamelCaseSerializer[Notification]):
     """One message to devices and people."""
 
     organization = ScopedField[Organization](read_only=True)
-    device = ScopedField[Device](read_only=True)
+    device = ScopedField[Device](read_only=True, allow_null=True)
     payload = serializers.DictField()
     deliveries = DeliverySerializer(many=True, read_only=True)
     published_at = serializers.SerializerMethodField("get_published_at", help_text="Null until it is published.")

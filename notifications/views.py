@@ -12,7 +12,7 @@ from rest_framework.decorators import action
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from devices.filters import CharFilter, ChoiceFilter, FilterSet, IsoDateTimeFilter, by_uuid
+from devices.filters import CharFilter, ChoiceFilter, FilterSet, by_uuid
 from devices.viewsets import ReadViewSet
 from notifications import outbox
 from notifications.announcements import Announcement, announce
@@ -23,13 +23,12 @@ from notifications.serializers import NewNotificationSerializer, NotificationSer
 class NotificationFilter(FilterSet):
     """`state` and `protocol` together ask for one delivery that is both, such as failed over mqtt."""
 
+    # When it was published, not when it happened: a client that was disconnected asks for what it has not received.
+    span = "published_at"
     organization = by_uuid("organization")
     device = by_uuid("device")
     event = CharFilter()
     kind = CharFilter(field_name="event")
-    # When it was published, not when it happened: a client that was disconnected asks for what it has not received.
-    since = IsoDateTimeFilter(field_name="published_at", lookup_expr="gte")
-    until = IsoDateTimeFilter(field_name="published_at", lookup_expr="lte")
     state = ChoiceFilter(choices=Delivery.State.choices, method="leave")
     protocol = ChoiceFilter(choices=PROTOCOL_CHOICES, method="leave")
 

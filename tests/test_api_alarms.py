@@ -85,8 +85,8 @@ def test_an_alarm_is_shown_with_the_name_of_its_sensor(farm: Farm) -> None:
         ({"open": "false"}, ["cold"]),
         ({"severity": "critical"}, ["pH too high"]),
         ({"type": "dry"}, ["dry"]),
-        ({"since": "2026-05-01T06:00:00Z"}, ["dry", "pH too high"]),
-        ({"since": "2026-05-01T06:00:01Z"}, []),
+        ({"from": "2026-05-01T06:00:00Z"}, ["dry", "pH too high"]),
+        ({"from": "2026-05-01T06:00:01Z"}, []),
         ({"originator": "sensor"}, ["dry", "pH too high", "cold"]),
         ({"originator": "7b1c2f60-0a4e-4d2c-9a51-3f1f6d1f0002"}, []),
     ],
@@ -99,7 +99,7 @@ def test_the_list_is_filtered(farm: Farm, query: dict[str, str], types: list[str
     assert [row["type"] for row in answer.json()["results"]] == types
 
 
-@pytest.mark.parametrize("query", [{"state": "gone"}, {"severity": "bad"}, {"since": "soon"}, {"originator": "x"}])
+@pytest.mark.parametrize("query", [{"state": "gone"}, {"severity": "bad"}, {"from": "soon"}, {"originator": "x"}])
 def test_a_filter_that_makes_no_sense_is_refused_by_name(farm: Farm, query: dict[str, str]) -> None:
     answer = farm.client().get(API, query)
     assert list(wrong(answer)) == list(query)

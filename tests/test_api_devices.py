@@ -173,8 +173,10 @@ def test_a_list_comes_in_pages(farm: Organization, admin: Any) -> None:
 
 def test_a_page_has_50_rows_and_at_most_500(farm: Organization, admin: Any) -> None:
     Device.objects.bulk_create(Device(organization=farm, name=f"{number}") for number in range(501))
-    sizes = [len(admin.get(f"{API}/devices", {"pageSize": size}).json()["results"]) for size in ("", "5000")]
+    sizes = [len(admin.get(f"{API}/devices", query).json()["results"]) for query in ({}, {"pageSize": "500"})]
     assert sizes == [50, 500]
+    assert wrong(admin.get(f"{API}/devices", {"pageSize": "501"})).keys() == {"pageSize"}
+    assert admin.get(f"{API}/devices", {"page": "12"}).status_code == 404
 
 
 def test_lists_are_filtered(farm: Organization, admin: Any) -> None:

@@ -95,9 +95,9 @@ def test_notifications_come_newest_first_and_are_filtered(farm: Organization, vi
     assert found(event="alert") == [str(third.uuid), str(first.uuid)]
     assert found(device=device.uuid, event="alert") == [str(first.uuid)]
     assert found(organization=builders.organization().uuid) == []
-    assert wrong(viewer.get(URL, {"since": "noon"})).keys() == {"since"}
+    assert wrong(viewer.get(URL, {"from": "noon"})).keys() == {"from"}
     for moment in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
-        assert wrong(viewer.get(URL, {"until": moment})).keys() == {"until"}
+        assert wrong(viewer.get(URL, {"to": moment})).keys() == {"to"}
 
 
 def test_since_asks_for_what_was_published_since_then_however_long_ago_it_happened(
@@ -105,7 +105,7 @@ def test_since_asks_for_what_was_published_since_then_however_long_ago_it_happen
 ) -> None:
     told(farm)
     late = told(farm, minute=5)
-    found = viewer.get(URL, {"since": "2026-05-01T06:05:00Z"}).json()["results"]
+    found = viewer.get(URL, {"from": "2026-05-01T06:05:00Z"}).json()["results"]
     assert [row["uuid"] for row in found] == [str(late.uuid)]
 
 
@@ -229,7 +229,7 @@ def test_notifications_are_found_by_kind_and_by_what_became_of_them(farm: Organi
     assert found(state="failed") == found(state="failed", protocol="mqtt") == [str(failed.uuid)]
     assert found(state="failed", protocol="coap") == []
     assert found(state="pending") == [str(failed.uuid), str(fine.uuid)]
-    assert found(until="2026-05-01T06:00:30Z") == [str(fine.uuid)]
+    assert found(to="2026-05-01T06:00:30Z") == [str(fine.uuid)]
     assert wrong(viewer.get(URL, {"state": "lost"})).keys() == {"state"}
 
 

@@ -285,7 +285,7 @@ def test_an_admin_of_another_organization_finds_nothing(
 ) -> None:
     farm = make_farm()
     response = call(farm.client("stranger"), farm, method, path, body)
-    if "/" in path:
+    if "{" in path.partition("?")[0]:
         assert response.status_code == 404
     elif method == "POST":
         assert response.status_code == (403 if path == "organizations" else 400)
@@ -307,7 +307,7 @@ def test_a_viewer_of_another_organization_learns_no_more_from_writing(
     client = APIClient()
     client.force_authenticate(builders.member(builders.organization(), "viewer"))
     response = call(client, farm, method, path, body)
-    assert response.status_code == (404 if "/" in path else 403)
+    assert response.status_code == (404 if "{" in path else 400 if "/" in path else 403)
 
 
 def test_the_table_of_this_test_names_every_endpoint() -> None:

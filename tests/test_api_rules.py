@@ -408,7 +408,7 @@ def test_all_problems_of_a_chain_are_told_at_once_with_path_value_and_message(fa
         ({"type": "filtre"}, "nodes[0].type", "must be one of filter, transform, action"),
         ({"type": "action"}, "nodes[0].config.type", "is required"),
         ({"next": "low"}, "nodes[0].next", "closes a cycle"),
-        ({"next": 7}, "nodes[0].next", "names no node"),
+        ({"next": 7}, "nodes[0].next", "Must be a text."),
         ({"next": ["low"]}, "nodes[0].next", "Not a valid string."),
         ({"onFalse": "nowhere"}, "nodes[0].onFalse", "names no node"),
         ({"nxt": "switch"}, "nodes[0].nxt", "There is no such field"),

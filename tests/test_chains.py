@@ -455,6 +455,12 @@ def test_a_chain_that_nothing_can_trigger_is_refused() -> None:
     assert paths_of() == ["nodes"]
 
 
+def test_a_schedule_runs_no_chain_without_a_node() -> None:
+    with pytest.raises(InvalidChain) as raised:
+        chains.compile(ChainSpec(uuid=CHAIN, version=1, nodes=(), is_scheduled=True))
+    assert [problem.path for problem in raised.value.problems] == ["nodes"]
+
+
 def test_a_link_to_a_node_that_does_not_exist_is_refused() -> None:
     assert problems_of(filter_node(next="pmup", on_false="")) == (
         Problem("nodes[0].next", "pmup", "names no node of this chain"),

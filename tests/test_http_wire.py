@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from deploy.local import LocalSystem, local_system
+from tests.problems import problem
 
 TELEMETRY = "/api/v1/telemetry"
 READING = b'{"values": {"ph": 6.4}}'
@@ -91,6 +92,25 @@ def test_an_invalid_token_is_no_error_of_the_server(system: LocalSystem, path: s
     answer = requests.request(verb, system.web + path, headers=headers, timeout=5)
 
     assert answer.status_code in (200, 401, 405, 406)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/api/v1/sensors/0", 404, "not-found"),
+        ("POST", "/api/v1/rule-chains/0/disable", 404, "not-found"),
+        ("PUT", "/api/v1/telemetry", 405, "method-not-allowed"),
+        ("POST", "/api/v1/health/liveness", 403, "permission-denied"),  # no CSRF token
+    ],
+)
+def test_what_django_refuses_before_a_view_is_a_problem_of_its_own_length(
+    system: LocalSystem, method: str, path: str, status: int, code: str
+) -> None:
+    with requests.Session() as session:
+        answers = [session.request(method, system.web + path, timeout=5) for _ in range(2)]
+    for answer in answers:
+        assert problem(answer, status)["code"] == code
+        assert int(answer.headers["Content-Length"]) == len(answer.content)
 
 
 def test_the_root_leads_to_the_admin(system: LocalSystem) -> None:

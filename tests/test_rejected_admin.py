@@ -81,8 +81,8 @@ def act(client: Client, action: str, *rows: Any, page: str = LIST) -> Any:
         ({"lane": "low"}, {"lane": "low"}),
         ({"protocol": "mqtt"}, {"protocol": "mqtt"}),
         ({"status": "discarded"}, {"status": "discarded"}),
-        ({"since": "2026-05-01T07:00"}, {"received_at": WHEN + timedelta(hours=2)}),
-        ({"until": "2026-05-01T05:00"}, {"received_at": WHEN - timedelta(hours=2)}),
+        ({"from": "2026-05-01T07:00"}, {"received_at": WHEN + timedelta(hours=2)}),
+        ({"to": "2026-05-01T05:00"}, {"received_at": WHEN - timedelta(hours=2)}),
         ({"q": "Limit"}, {"detail": "the limit is reached"}),
     ],
 )
@@ -111,8 +111,8 @@ def test_a_search_finds_an_event_id_an_originator_and_a_row(organization: Organi
 
 
 def test_a_filter_that_makes_no_sense_is_no_error(organization: Organization) -> None:
-    assert superuser().get(reverse(LIST), {"since": "yesterday"}).status_code == 302
-    answer = superuser().get(reverse(REPLAY), {"since": "yesterday"}, follow=True)
+    assert superuser().get(reverse(LIST), {"from": "yesterday"}).status_code == 302
+    answer = superuser().get(reverse(REPLAY), {"from": "yesterday"}, follow=True)
     assert "Enter a valid date" in answer.text
 
 

@@ -375,7 +375,7 @@ def client_of(farm: Farm, role: str) -> APIClient:
 def test_an_operator_replays_a_filter_and_follows_it(farm: Farm) -> None:
     farm.refuse(6.0, 6.1)
     client = client_of(farm, "operator")
-    body = {"reason": "circuit-open", "since": "2026-01-01T00:00:00Z", "rate": 50, "withCommands": True}
+    body = {"reason": "circuit-open", "from": "2026-01-01T00:00:00Z", "rate": 50, "withCommands": True}
     answer = client.post("/api/v1/rejected-events/replay", body, format="json")
 
     assert answer.status_code == 202
@@ -393,7 +393,7 @@ def test_an_operator_replays_a_filter_and_follows_it(farm: Farm) -> None:
     [
         ({"raeson": "x"}, "raeson"),
         ({"rate": 0}, "rate"),
-        ({"since": "yesterday"}, "since"),
+        ({"from": "yesterday"}, "from"),
         ({"reason": "nothing-like-it"}, ""),
     ],
 )
@@ -441,12 +441,12 @@ def test_rejected_events_are_found_by_every_filter(farm: Farm) -> None:
     client = client_of(farm, "viewer")
     hits: dict[str, Any] = {
         "reason": "circuit-open", "priority": 5, "lane": "normal", "organization": farm.organization.uuid, "protocol": "http",
-        "since": "2026-01-01T00:00:00Z", "until": "2099-01-01T00:00:00Z", "status": "kept", "eventId": row.event_id,
+        "from": "2026-01-01T00:00:00Z", "to": "2099-01-01T00:00:00Z", "status": "kept", "eventId": row.event_id,
         "originator": farm.sensor.uuid,
     }  # fmt: skip
     misses: dict[str, Any] = {
-        "reason": "x", "priority": 1, "lane": "low", "organization": uuid4(), "protocol": "coap", "since": "2099-01-01T00:00:00Z",
-        "until": "2026-01-01T00:00:00Z", "status": "replayed", "eventId": uuid4(), "originator": uuid4(),
+        "reason": "x", "priority": 1, "lane": "low", "organization": uuid4(), "protocol": "coap", "from": "2099-01-01T00:00:00Z",
+        "to": "2026-01-01T00:00:00Z", "status": "replayed", "eventId": uuid4(), "originator": uuid4(),
     }  # fmt: skip
     for name in hits:
         assert client.get("/api/v1/rejected-events", {name: hits[name]}).json()["count"] == 1, name
@@ -465,9 +465,9 @@ def command(*arguments: str) -> str:
 def test_the_command_with_dry_run_counts_by_reason_and_changes_nothing(farm: Farm) -> None:
     *_, last = farm.refuse(6.0, 6.1, 6.2)
     RejectedEvent.objects.filter(pk=last.pk).update(reason="enqueue-error")
-    shown = command("--since", "2h", "--dry-run").split("\n")
+    shown = command("--from", "2h", "--dry-run").split("\n")
     assert [line.split() for line in shown[:3]] == [["2", "circuit-open"], ["1", "enqueue-error"], ["3", "in", "all"]]
-    assert command("--reason", "enqueue-error", "--until", "2026-01-01", "--dry-run").split()[0] == "0"
+    assert command("--reason", "enqueue-error", "--to", "2026-01-01", "--dry-run").split()[0] == "0"
     assert not Replay.objects.exists()
 
 
@@ -483,8 +483,8 @@ def test_the_command_follows_its_replay_to_the_end(farm: Farm, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--since", "soon"], "neither a duration such as 2h nor a time"),
-        (["--since", "2026-99-99"], "since"),
+        (["--from", "soon"], "neither a duration such as 2h nor a time"),
+        (["--from", "2026-99-99"], "from"),
         (["--organization", "7"], "no organization"),
         (["--rate", "0"], "rate"),
         (["--dead-letters", "--reason", "x"], "no --reason"),

@@ -27,6 +27,7 @@ TYPE_PREFIX = "urn:aemos:problem:"
 # Keys of REST framework and Django that stand for the request as a whole.
 _NO_FIELD = frozenset({"detail", "nonFieldErrors", "non_field_errors", "__all__"})
 _FIELDS_NAMED = 5
+_CODES = {HTTPStatus.FORBIDDEN: "permission-denied", HTTPStatus.INTERNAL_SERVER_ERROR: "internal-error"}
 
 
 class ProblemException(exceptions.APIException):
@@ -77,7 +78,7 @@ def body(
 def of_status(status: int) -> dict[str, Any]:
     """The problem that only a status says, where Django answered before a view did."""
     known = HTTPStatus(status)
-    code = "internal-error" if status == HTTPStatus.INTERNAL_SERVER_ERROR else known.phrase.lower().replace(" ", "-")
+    code = _CODES.get(known, known.phrase.lower().replace(" ", "-"))
     return body(code, f"{known.description or known.phrase}.", status=status)
 
 

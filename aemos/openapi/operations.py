@@ -8,6 +8,7 @@ from typing import Any
 from drf_spectacular.openapi import AutoSchema
 
 from aemos.lib import problems
+from devices.serializers import StrictMixin
 
 _VERBS = {
     "list": "List {many}",
@@ -53,6 +54,11 @@ class Schema(AutoSchema):
         _, _, rest = text.partition(".")
         return rest.strip()
 
+    def _map_basic_serializer(self, serializer: Any, direction: Any) -> Any:
+        """Serializers that refuse fields which do not exist say so."""
+        schema: dict[str, Any] = super()._map_basic_serializer(serializer, direction)  # type: ignore[no-untyped-call]
+        return schema | {"additionalProperties": False} if isinstance(serializer, StrictMixin) else schema
+
     def _text(self) -> str:
         """What the method says of itself, or else its view."""
         action = getattr(self.view, "action", None) or self.method.lower()
@@ -62,10 +68,13 @@ class Schema(AutoSchema):
 
 
 def add_errors(result: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """A drf-spectacular hook: every operation declares which problems it may answer."""
+    """A drf-spectacular hook: every operation declares which problems it may answer, and that no parameter may be empty."""
     result.setdefault("components", {}).setdefault("schemas", {})[PROBLEM] = problem_schema()
     for path, operations in result["paths"].items():
         for method, operation in operations.items():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "query" and parameter["schema"] == {"type": "string"}:
+                    parameter["schema"]["minLength"] = 1
             for status in _statuses(path, method, operation):
                 operation["responses"].setdefault(status, response(ERRORS[status]))
             operation["responses"] = dict(sorted(operation["responses"].items()))
@@ -75,9 +84,12 @@ def add_errors(result: dict[str, Any], **_: Any) -> dict[str, Any]:
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> list[str]:
     found = ["503"]
     if "requestBody" in operation:
-        found += ["400", "413", "415"]
-    if any(parameter["in"] == "query" for parameter in operation.get("parameters", [])):
+        found += ["413", "415"]
+    if method in _WRITES:
         found += ["400"]
+    query = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"]
+    found += ["400"] if query else []
+    found += ["404"] if "page" in query else []
     if {} not in operation.get("security", [{}]):
         found += ["401", "403"]
     if path.startswith(LOGIN_PATHS):

@@ -90,7 +90,7 @@ class SpanFilter(admin.ListFilter):
 
     title = "time"
     template = "admin/rules/span_filter.html"
-    _names = ("since", "until")
+    _names = ("from", "to")
 
     def __init__(self, request: HttpRequest, params: Any, model: Any, model_admin: Any) -> None:
         super().__init__(request, params, model, model_admin)

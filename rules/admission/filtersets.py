@@ -9,8 +9,9 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.db.models import QuerySet
 from django_filters import NumberFilter  # type: ignore[import-untyped]
+from drf_spectacular.utils import extend_schema_field
 
-from devices.filters import CharFilter, ChoiceFilter, FilterSet, IsoDateTimeFilter, UUIDFilter, by_uuid
+from devices.filters import CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from rules.models import DeadLetter, RejectedEvent, Replay, Status
 
 Criteria = dict[str, Any]
@@ -20,12 +21,12 @@ class RejectedEventFilter(FilterSet):
     span = "received_at"
     organization = by_uuid("organization")
     reason = CharFilter()
-    priority = NumberFilter(min_value=1, max_value=10)
+    priority = extend_schema_field({"type": "integer", "minimum": 1, "maximum": 10})(
+        NumberFilter(min_value=1, max_value=10)
+    )
     lane = CharFilter()
     protocol = CharFilter()
     status = ChoiceFilter(choices=Status.choices)
-    since = IsoDateTimeFilter(field_name="received_at", lookup_expr="gte")
-    until = IsoDateTimeFilter(field_name="received_at", lookup_expr="lte")
     eventId = UUIDFilter(field_name="event_id")  # noqa: N815  the API speaks camelCase
     originator = CharFilter(field_name="originator_uuid")
 
@@ -37,8 +38,6 @@ class DeadLetterFilter(FilterSet):
     node = CharFilter()
     lane = CharFilter()
     status = ChoiceFilter(choices=Status.choices)
-    since = IsoDateTimeFilter(field_name="created_at", lookup_expr="gte")
-    until = IsoDateTimeFilter(field_name="created_at", lookup_expr="lte")
     eventId = UUIDFilter(field_name="event_id")  # noqa: N815  the API speaks camelCase
     event = UUIDFilter(field_name="event_id")
     originator = UUIDFilter(field_name="originator_uuid")

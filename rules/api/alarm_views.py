@@ -14,7 +14,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from aemos.lib.problems import Conflict
-from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, IsoDateTimeFilter, UUIDFilter, by_uuid
+from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.models import Organization
 from devices.serializers import CamelCaseSerializer, ScopedField
 from devices.viewsets import ReadViewSet
@@ -26,7 +26,7 @@ class AlarmSerializer(CamelCaseSerializer[Alarm]):
     """Something that needs a person. `originatorName` is empty when the sensor, device or rule chain was deleted."""
 
     organization = ScopedField[Organization](read_only=True)
-    chain = ScopedField[RuleChain](read_only=True)
+    chain = ScopedField[RuleChain](read_only=True, allow_null=True)
     originator_name = serializers.CharField(read_only=True)
 
     class Meta:
@@ -55,6 +55,7 @@ class AlarmSerializer(CamelCaseSerializer[Alarm]):
 
 
 class AlarmFilter(FilterSet):
+    span = "raised_at"
     organization = by_uuid("organization")
     chain = by_uuid("chain")
     originator = UUIDFilter(field_name="originator_uuid")
@@ -62,7 +63,6 @@ class AlarmFilter(FilterSet):
     severity = ChoiceFilter(choices=Severity.choices)
     state = ChoiceFilter(choices=Alarm.State.choices)
     open = BooleanFilter(method="filter_open", label="Not cleared.")
-    since = IsoDateTimeFilter(field_name="raised_at", lookup_expr="gte", label="Raised then or later.")
 
     def filter_open(self, rows: QuerySet[Alarm], name: str, value: bool) -> QuerySet[Alarm]:
         return rows.exclude(state=Alarm.State.CLEARED) if value else rows.filter(state=Alarm.State.CLEARED)

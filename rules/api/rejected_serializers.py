@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rest_framework import serializers
 
 from devices.models import Organization
@@ -13,7 +15,7 @@ from rules.models import DeadLetter, RejectedEvent, Replay, RuleChain
 class RejectedEventSerializer(CamelCaseSerializer[RejectedEvent]):
     """What was sent and not accepted, with the reason."""
 
-    organization = ScopedField[Organization](read_only=True)
+    organization = ScopedField[Organization](read_only=True, allow_null=True)
 
     class Meta:
         model = RejectedEvent
@@ -44,8 +46,8 @@ class RejectedEventSerializer(CamelCaseSerializer[RejectedEvent]):
 class DeadLetterSerializer(CamelCaseSerializer[DeadLetter]):
     """An accepted event that failed at every attempt."""
 
-    organization = ScopedField[Organization](read_only=True)
-    chain = ScopedField[RuleChain](read_only=True)
+    organization = ScopedField[Organization](read_only=True, allow_null=True)
+    chain = ScopedField[RuleChain](read_only=True, allow_null=True)
 
     class Meta:
         model = DeadLetter
@@ -70,7 +72,7 @@ class DeadLetterSerializer(CamelCaseSerializer[DeadLetter]):
 class ReplaySerializer(CamelCaseSerializer[Replay]):
     """A replay and how far it is: `replayed` and `failed` of about `total` events."""
 
-    organization = ScopedField[Organization](read_only=True)
+    organization = ScopedField[Organization](read_only=True, allow_null=True)
 
     class Meta:
         model = Replay
@@ -102,10 +104,16 @@ class ReplayWishSerializer(StrictMixin):
     )
     organization = serializers.UUIDField(required=False)
     lane = serializers.CharField(required=False)
-    since = serializers.DateTimeField(required=False)
-    until = serializers.DateTimeField(required=False)
     eventId = serializers.UUIDField(required=False)  # noqa: N815
     originator = serializers.UUIDField(required=False)
+
+    def get_fields(self) -> dict[str, Any]:
+        # "from" is no name that a class body can assign to.
+        times = {
+            "from": serializers.DateTimeField(required=False, help_text="Refused or given up then or later."),
+            "to": serializers.DateTimeField(required=False, help_text="Refused or given up then or before."),
+        }
+        return {**super().get_fields(), **times}
 
 
 class RejectedReplayWishSerializer(ReplayWishSerializer):

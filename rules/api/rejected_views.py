@@ -10,7 +10,7 @@ from django.core.paginator import Paginator
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework import status
 from rest_framework.decorators import action
-from rest_framework.exceptions import NotFound, ValidationError
+from rest_framework.exceptions import ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -89,12 +89,12 @@ class DecidableViewSet(ReadViewSet[Row]):
 
 
 def organization_for(access: Access, resource: str, uuid: Any) -> Organization | None:
-    """The one organization that a replay is for, None meaning all. Raises NotFound, PermissionDenied or ValidationError."""
+    """The one organization that a replay is for, None meaning all. Raises PermissionDenied or ValidationError."""
     if uuid is not None:
         visible = access.limit(Organization.objects.all(), "pk", resource=resource)
         found = visible.filter(uuid=uuid).first()
         if found is None:
-            raise NotFound
+            raise ValidationError({"organization": [f"There is none with the uuid {uuid}."]})
         access.demand("change", resource, found.pk)
         return found
     if access.superuser:

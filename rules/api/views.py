@@ -224,9 +224,12 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         return Response(self.get_serializer(self.get_queryset().get(pk=chain.pk)).data, status=code)
 
     def _organization(self, uuid: UUID) -> Organization:
-        """404 for one that the person does not belong to."""
+        """Raises ValidationError for one that the person does not belong to."""
         rows = self.access.limit(Organization.objects.all(), "pk", resource="organizations")
-        return get_object_or_404(rows, uuid=uuid)
+        found = rows.filter(uuid=uuid).first()
+        if found is None:
+            raise ValidationError({"organization": [f"There is none with the uuid {uuid}."]})
+        return found
 
 
 def _name(request: Request) -> str:

@@ -359,7 +359,9 @@ def _parts(spec: ChainSpec, problems: list[Problem]) -> list[_Part]:
             parts.append(compile_part(node, chain_uuid=spec.uuid, path=f"nodes[{position}].config"))
         except InvalidChain as error:
             problems.extend(error.problems)
-    if not spec.is_scheduled and all(node.type != "filter" for node in spec.nodes):
+    if not spec.nodes:
+        problems.append(Problem("nodes", 0, "must have a node"))
+    elif not spec.is_scheduled and all(node.type != "filter" for node in spec.nodes):
         problems.append(Problem("nodes", len(spec.nodes), "must have a filter, or nothing can trigger the chain"))
     return parts
 

@@ -34,8 +34,8 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--reason", help="for example queue-critical, circuit-open or enqueue-error")
-        parser.add_argument("--since", help="not older than: 30m, 2h, 1d, or a time such as 2026-05-01T06:00Z")
-        parser.add_argument("--until", help="not newer than, written in the same ways")
+        parser.add_argument("--from", help="not older than: 30m, 2h, 1d, or a time such as 2026-05-01T06:00Z")
+        parser.add_argument("--to", help="not newer than, written in the same ways")
         parser.add_argument("--organization", metavar="UUID", help="of this organization only")
         parser.add_argument("--lane", help="critical, normal or low")
         parser.add_argument(
@@ -118,7 +118,7 @@ def _replay_request(options: dict[str, Any]) -> ReplayRequest:
     if options["dead_letters"] and options["reason"]:
         raise CommandError("Dead letters have no --reason.")
     named = {name: options[name] for name in ("reason", "lane") if options[name]}
-    named |= {name: _moment(options[name], name) for name in ("since", "until") if options[name]}
+    named |= {name: _moment(options[name], name) for name in ("from", "to") if options[name]}
     return ReplayRequest(
         kind=kind,
         criteria=filtersets.criteria(kind, named),
