@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from django.apps import AppConfig
+from django.contrib.admin.apps import AdminConfig as DjangoAdminConfig
 
 log = logging.getLogger(__name__)
 
@@ -19,3 +20,7 @@ class AemosConfig(AppConfig):
         checks.refuse_unsafe_settings()
         for warning in checks.earlier_names():
             log.warning("%s: %s", warning.id, warning.msg)
+
+
+class AdminConfig(DjangoAdminConfig):
+    default_site = "aemos.admin.AdminSite"

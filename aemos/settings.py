@@ -161,7 +161,7 @@ INSTALLED_APPS = [
     "django_rq",
     "corsheaders",
     "django_prometheus",
-    "django.contrib.admin",
+    "aemos.apps.AdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",

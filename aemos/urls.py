@@ -8,11 +8,8 @@ from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework_simplejwt.token_blacklist.models import BlacklistedToken, OutstandingToken
 
-from devices.people.admin import LoginForm
 from gateway.views import GatewayView
 
-admin.site.site_header = admin.site.site_title = "AEMOS"
-admin.site.login_form = LoginForm
 admin.site.unregister([BlacklistedToken, OutstandingToken])  # nothing that a person could use
 
 # A page for everybody, whatever token comes along; it has no form of answer but HTML, OPTIONS and refusals of tokens included.

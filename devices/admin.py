@@ -36,7 +36,7 @@ from devices.scoped_admin import (
     OrganizationListFilter,
     RecordAdmin,
     ScopedAdmin,
-    TabularInline,
+    ScopedTabularInline,
 )
 
 
@@ -71,8 +71,9 @@ class MembershipAdmin(ScopedAdmin):
         return super().formfield_for_foreignkey(db_field, request, **kwargs)
 
 
-class VariableInline(TabularInline):
+class VariableInline(ScopedTabularInline):
     model = Variable
+    resource = "variables"
     extra = 1
     fields = ("name", "datatype", "unit", "uuid")
     readonly_fields = ("uuid",)
@@ -152,8 +153,9 @@ def differs_for(row: DeviceState) -> str | None:
 STATE_VALUES: tuple[Any, ...] = ("value", "changed_at", "reported_value", "reported_at", differs_for)
 
 
-class DeviceStateInline(TabularInline):
+class DeviceStateInline(ScopedTabularInline):
     model = DeviceState
+    resource = "device-states"
     extra = 1
     fields = ("name", "kind", "datatype", "allowed_values", "safe_value", *STATE_VALUES, "uuid")
     readonly_fields = (*STATE_VALUES, "uuid")

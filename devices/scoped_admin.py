@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Any]
     _ModelForm = forms.ModelForm[Any]
     _Paginator = Paginator[Any]
+    _Inline = admin.options.InlineModelAdmin[Any, Any]
     TabularInline = admin.TabularInline[Any, Any]
     StackedInline = admin.StackedInline[Any, Any]
 else:
     _ModelAdmin, _ModelForm, _Paginator = admin.ModelAdmin, forms.ModelForm, Paginator
-    TabularInline, StackedInline = admin.TabularInline, admin.StackedInline
+    _Inline, TabularInline, StackedInline = object, admin.TabularInline, admin.StackedInline
 
 COUNTED_ROWS = 10_000
 
@@ -79,16 +80,19 @@ class ScopedAdmin(_ModelAdmin):
         return access_of(request).limit(super().get_queryset(request), self.organization_path, resource=self.resource)
 
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return super().has_view_permission(request, obj) and self._may(request, "view", obj)
+        return self._may(request, "view", obj)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        return super().has_add_permission(request) and self._may(request, "add", None)
+        return self._may(request, "add", None)
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return super().has_change_permission(request, obj) and self._may(request, "change", obj)
+        return self._may(request, "change", obj)
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return super().has_delete_permission(request, obj) and self._may(request, "delete", obj)
+        return self._may(request, "delete", obj)
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        return access_of(request).may_somewhere("view", self.resource)
 
     def _may(self, request: HttpRequest, verb: Verb, row: Any) -> bool:
         access = access_of(request)
@@ -135,6 +139,39 @@ class ScopedAdmin(_ModelAdmin):
             {self.opts.verbose_name} if any(not self.has_delete_permission(request, row) for row in rows) else set()
         )
         return names, {str(self.opts.verbose_name_plural): len(rows)}, denied, []
+
+
+class ScopedInline(_Inline):
+    """Rows on the page of what they belong to, whose organization `parent_path` leads to from there."""
+
+    resource: ClassVar[str]
+    parent_path: ClassVar[str] = "organization"
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self._may(request, "view", obj)
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self._may(request, "add", obj)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self._may(request, "change", obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self._may(request, "delete", obj)
+
+    def _may(self, request: HttpRequest, verb: Verb, parent: Any) -> bool:
+        access = access_of(request)
+        if parent is None:
+            return access.may_somewhere(verb, self.resource)
+        return access.may(verb, self.resource, organization_of(parent, self.parent_path))
+
+
+class ScopedTabularInline(ScopedInline, TabularInline):
+    pass
+
+
+class ScopedStackedInline(ScopedInline, StackedInline):
+    pass
 
 
 def as_uuid(text: str) -> UUID | None:

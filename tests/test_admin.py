@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from django.contrib import admin
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
-from django.contrib.auth.models import Permission, User
+from django.contrib.auth.models import User
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -69,9 +69,8 @@ def superuser() -> Client:
 
 
 def staff(of: Organization, role: str = "admin") -> Client:
-    """Staff with every permission of Django, so that only roles and organizations limit them."""
-    person = builders.member(of, role, is_staff=True)
-    person.user_permissions.set(Permission.objects.all())
+    """A member: roles and organizations alone say what the pages show."""
+    person = builders.member(of, role)
     return logged_in(person)
 
 
@@ -197,12 +196,27 @@ def test_roles_limit_staff_like_the_api(role: str, changes_sensor: int, changes_
     assert client.get(url(Sensor, "changelist")).status_code == 200
 
 
-def test_staff_of_no_organization_get_an_empty_index() -> None:
-    person = builders.user(is_staff=True)
-    person.user_permissions.set(Permission.objects.all())
-    client = logged_in(person)
-    assert client.get(url(Sensor, "changelist")).status_code == 403
-    assert "Sensors" not in client.get("/admin/").text
+def test_who_belongs_to_no_organization_stays_outside_and_reads_why() -> None:
+    person = builders.user(is_staff=True, password="correct-horse")
+    assert logged_in(person).get(url(Sensor, "changelist")).status_code == 302
+    page = Client().post("/admin/login/", {"username": person.username, "password": "correct-horse"})
+    assert "You belong to no organization yet" in page.text
+
+
+def test_a_role_alone_opens_the_pages_that_it_allows() -> None:
+    farm = make_farm()
+    person = builders.member(farm.organization, "operator", password="correct-horse")
+    client = Client()
+    answer = client.post("/admin/login/?next=/admin/", {"username": person.username, "password": "correct-horse"})
+    assert answer.status_code == 302
+    index = client.get("/admin/").text
+    for name in ("Sensors", "Rule chains", "Alarms", "Rejected events", "Notifications"):
+        assert name in index
+    assert "Users" not in index
+    assert client.post(url(RuleChain, "change", farm.chain.pk), {"name": ""} | no_inlines("nodes")).status_code == 200
+    assert client.get(url(User, "changelist")).status_code == 403
+    Membership.objects.filter(user=person).delete()
+    assert client.get("/admin/").status_code == 302
 
 
 def test_a_sensor_with_its_variables_is_added_on_one_page() -> None:

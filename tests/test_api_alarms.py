@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import Permission
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -52,8 +51,7 @@ class Farm:
         return client
 
     def staff(self, role: str = Role.OPERATOR) -> Client:
-        person = builders.member(self.organization, role, is_staff=True)
-        person.user_permissions.set(Permission.objects.all())
+        person = builders.member(self.organization, role)
         client = Client()
         client.force_login(person)
         return client
@@ -214,7 +212,6 @@ def test_staff_decide_only_about_alarms_of_organizations_in_which_they_may(farm:
     theirs = farm.alarm("theirs", organization=other)
     person = builders.member(farm.organization, Role.OPERATOR, is_staff=True)
     other.memberships.create(user=person, role=Role.VIEWER)
-    person.user_permissions.set(Permission.objects.all())
     client = Client()
     client.force_login(person)
 

@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 
 import pytest
-from django.contrib.auth.models import Permission
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -52,8 +51,7 @@ def organization() -> Organization:
 
 
 def staff(of: Organization, role: str = "operator") -> Client:
-    person = builders.member(of, role, is_staff=True)
-    person.user_permissions.set(Permission.objects.all())
+    person = builders.member(of, role)
     client = Client()
     client.force_login(person)
     return client
@@ -186,16 +184,6 @@ def test_viewers_look_and_decide_nothing(organization: Organization) -> None:
     assert client.post(reverse(REPLAY), {"rate": "5"}).status_code == 403
     row.refresh_from_db()
     assert (row.status, Replay.objects.exists()) == (Status.OPEN, False)
-
-
-def test_staff_without_the_permission_of_django_decide_nothing(organization: Organization) -> None:
-    rejected(organization)
-    person = builders.member(organization, "operator", is_staff=True)
-    person.user_permissions.set(Permission.objects.filter(codename__startswith="view_"))
-    client = Client()
-    client.force_login(person)
-    assert client.get(reverse(LIST)).status_code == 200
-    assert client.post(reverse(REPLAY), {"rate": "5"}).status_code == 403
 
 
 def test_discarding_marks_only_what_is_kept_and_one_s_own(organization: Organization) -> None:

@@ -19,7 +19,7 @@ from devices.scoped_admin import (
     FixedParentForm,
     OrganizationListFilter,
     ScopedAdmin,
-    StackedInline,
+    ScopedStackedInline,
 )
 
 
@@ -37,8 +37,10 @@ class InterlockForm(FixedParentForm):
         return others
 
 
-class RequirementInline(StackedInline):
+class RequirementInline(ScopedStackedInline):
     model = Requirement
+    resource = "interlocks"
+    parent_path = "state__device__organization"
     extra = 0
     autocomplete_fields = ("variable",)
     fields = ("variable", ("minimum", "maximum", "equals"), ("fresh_seconds", "holds_while_on"))

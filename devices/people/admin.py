@@ -1,12 +1,14 @@
-"""The login page of the admin."""
+"""Who may enter the admin, and its login page."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from django.contrib.admin.forms import AdminAuthenticationForm
+from django.contrib.auth.forms import AuthenticationForm
 from django.core.exceptions import ValidationError
 
+from devices.models import Membership
 from devices.people import failures
 from devices.people.login import tried
 
@@ -24,3 +26,17 @@ class LoginForm(AdminAuthenticationForm):
         except ValidationError:
             failures.count(attempt)
             raise
+
+    def confirm_login_allowed(self, user: Any) -> None:
+        AuthenticationForm.confirm_login_allowed(self, user)
+        if not may_enter(user):
+            raise ValidationError(
+                "You belong to no organization yet: ask its admin to add you.", code="no-organization"
+            )
+
+
+def may_enter(user: Any) -> bool:
+    """Superusers, and whoever has a role in an organization: what it allows is what its pages show."""
+    if not user.is_active:
+        return False
+    return bool(user.is_superuser) or Membership.objects.filter(user_id=user.pk).exists()

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from devices.exceptions import Overloaded
-from devices.scoped_admin import FixedParentForm, OrganizationListFilter, ScopedAdmin, StackedInline
+from devices.scoped_admin import FixedParentForm, OrganizationListFilter, ScopedAdmin, ScopedStackedInline
 from rules.admin.trial import TrialForm
 from rules.authoring import describe, editing, import_export, lint, validation
 from rules.effects import chain_ends
@@ -99,8 +99,9 @@ class NodeFormSet(_NodeFormSet):
         form.add_error(_FORM_FIELDS.get(place[2]), text)
 
 
-class NodeInline(StackedInline):
+class NodeInline(ScopedStackedInline):
     model = RuleNode
+    resource = "rule-chains"
     form = NodeForm
     formset = NodeFormSet  # type: ignore[assignment]
     extra = 1
