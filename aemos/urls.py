@@ -8,6 +8,7 @@ from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework_simplejwt.token_blacklist.models import BlacklistedToken, OutstandingToken
 
+from devices.people.pages import join_page
 from gateway.views import GatewayView
 
 admin.site.unregister([BlacklistedToken, OutstandingToken])  # nothing that a person could use
@@ -20,6 +21,7 @@ documentation = SpectacularSwaggerSplitView.as_view(
 urlpatterns = [
     path("", RedirectView.as_view(pattern_name="admin:index"), name="home"),
     path("admin/", admin.site.urls),
+    path("join/<str:token>", join_page, name="join-page"),
     path("api/v1/schema", SpectacularAPIView.as_view(), name="schema"),
     path("api/v1/docs", documentation, name="docs"),
     path("api/v1/gateway", GatewayView.as_view(), name="gateway"),

@@ -7,7 +7,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
-from django.db.models import ForeignKey, QuerySet
+from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import timezone
@@ -21,15 +21,17 @@ from devices.models import (
     Device,
     DeviceState,
     DeviceToken,
+    Invitation,
     Membership,
     Organization,
     Reading,
+    Role,
     Sensor,
     SensorClock,
     StateChange,
     Variable,
 )
-from devices.permissions import access_of
+from devices.people.links import page_of
 from devices.scoped_admin import (
     DisposableRecordAdmin,
     FixedParentForm,
@@ -62,14 +64,6 @@ class MembershipAdmin(ScopedAdmin):
     autocomplete_fields = ("organization",)
     raw_id_fields = ("user",)
 
-    def formfield_for_foreignkey(self, db_field: ForeignKey[Any, Any], request: HttpRequest, **kwargs: Any) -> Any:
-        """Staff choose among the people they share an organization with; the REST API takes any user name."""
-        access = access_of(request)
-        if db_field.name == "user" and not access.superuser:
-            people = db_field.related_model._default_manager.all()
-            kwargs["queryset"] = people.filter(memberships__organization__in=access.roles).distinct()
-        return super().formfield_for_foreignkey(db_field, request, **kwargs)
-
 
 class VariableInline(ScopedTabularInline):
     model = Variable
@@ -78,6 +72,37 @@ class VariableInline(ScopedTabularInline):
     fields = ("name", "datatype", "unit", "uuid")
     readonly_fields = ("uuid",)
     show_change_link = True
+
+
+@admin.register(Invitation)
+class InvitationAdmin(ScopedAdmin):
+    """The link of an invitation is shown once, after it is made. Delete an invitation to withdraw it."""
+
+    resource = "invitations"
+    fixed = ("organization", "role", "note", "expires_at")
+    readonly_fields = ("uuid", "created_by", "created_at", "accepted_at", "accepted_by")
+    list_display = ("note", "role", "organization", "created_by", "created_at", "expires_at", "accepted_by")
+    list_filter = (("accepted_at", admin.EmptyFieldListFilter), "role", OrganizationListFilter)
+    list_select_related = ("organization",)
+    search_fields = ("note", "accepted_by")
+    search_help_text = "A part of the note, or of the name of who accepted"
+    autocomplete_fields = ("organization",)
+
+    def formfield_for_dbfield(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+        if db_field.name == "role":
+            return forms.ChoiceField(choices=Role.choices, initial=Role.VIEWER, help_text=db_field.help_text)
+        return super().formfield_for_dbfield(db_field, request, **kwargs)
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        given = ("organization", "role", "note", "expires_at")
+        return given if obj is None else (*given, *self.readonly_fields)
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        values = {name: form.cleaned_data[name] for name in ("organization", "role", "note", "expires_at")}
+        issued, token = Invitation.objects.issue(**values, created_by=request.user.get_username())
+        obj.__dict__.update(issued.__dict__)
+        text = "Send this link to the person, who can use it once. It is shown now and never again: <code>{}</code>"
+        messages.success(request, format_html(text, page_of(request, token)))
 
 
 @admin.register(Sensor)

@@ -584,8 +584,10 @@ class CatalogueVersion(models.Model):
 
 # At the end: their keys lead to the tables above.
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
+from devices.people.models import ApiToken, Invitation  # noqa: E402
 
 __all__ = [
-    "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken", "Interlock", "Membership", "Organization",
-    "Reading", "Requirement", "Role", "Sensor", "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
+    "ApiToken", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken", "Interlock", "Invitation",
+    "Membership", "Organization", "Reading", "Requirement", "Role", "Sensor", "SensorClock", "StateChange", "StateRun",
+    "Variable", "Veto",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from rest_framework.exceptions import PermissionDenied
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
-from devices.models import Membership, Role
+from devices.models import ApiToken, Membership, Organization, Role
 
 if TYPE_CHECKING:
     from rest_framework.views import APIView
@@ -42,7 +42,9 @@ _OF_ADMINS = Rights(add=Role.ADMIN, change=Role.ADMIN, delete=Role.ADMIN)
 
 RIGHTS: Mapping[str, Rights] = {
     "organizations": Rights(change=Role.ADMIN),
-    "memberships": _OF_ADMINS,
+    # Nobody is made a member unasked: admins invite.
+    "memberships": Rights(change=Role.ADMIN, delete=Role.ADMIN),
+    "invitations": Rights(view=Role.ADMIN, add=Role.ADMIN, delete=Role.ADMIN),
     "sensors": _OF_ADMINS,
     "variables": _OF_ADMINS,
     "devices": _OF_ADMINS,
@@ -110,15 +112,26 @@ def access_of(request: Request | HttpRequest) -> Access:
     if isinstance(known, Access):
         return known
     user = request.user
+    token = getattr(request, "auth", None)
     superuser = bool(user.is_active and user.is_superuser)
-    roles = {} if superuser or not user.is_authenticated else _roles_of(user.pk)
-    access = Access(superuser, roles)
+    if isinstance(token, ApiToken):
+        access = Access(False, _capped(_all_roles() if superuser else _roles_of(token.user_id), token.role))
+    else:
+        access = Access(superuser, {} if superuser or not user.is_authenticated else _roles_of(user.pk))
     request.aemos_access = access  # type: ignore[union-attr]
     return access
 
 
 def _roles_of(user_id: int) -> dict[int, str]:
     return dict(Membership.objects.filter(user_id=user_id).values_list("organization_id", "role"))
+
+
+def _all_roles() -> dict[int, str]:
+    return dict.fromkeys(Organization.objects.values_list("pk", flat=True), Role.ADMIN)
+
+
+def _capped(roles: Mapping[int, str], most: str) -> dict[int, str]:
+    return {organization: min(role, most, key=_RANK.__getitem__) for organization, role in roles.items()}
 
 
 def organization_of(row: Model, path: str) -> int | None:
@@ -138,8 +151,13 @@ class MemberPermission(BasePermission):
         if not (request.user and request.user.is_authenticated):
             return False
         resource, verb = getattr(view, "resource", None), verb_of(request, view)
-        if resource is not None and verb == "add" and not access_of(request).may_somewhere(verb, resource):
-            raise PermissionDenied(_refusal(verb, resource, None))
+        if resource is not None and request.method != "OPTIONS":
+            access = access_of(request)
+            if verb == "add" and not access.may_somewhere("add", resource):
+                raise PermissionDenied(_refusal("add", resource, None))
+            # Who belongs nowhere sees an empty list of what every member may see.
+            if access.roles and not access.may_somewhere("view", resource):
+                raise PermissionDenied(_refusal(verb, resource, None))
         return True
 
     def has_object_permission(self, request: Request, view: APIView, obj: Any) -> bool:

@@ -14,7 +14,7 @@ from django.http import HttpRequest
 from django.utils.functional import cached_property
 
 from devices.models import Organization
-from devices.permissions import Verb, access_of, organization_of
+from devices.permissions import RIGHTS, Verb, access_of, organization_of
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Any]
@@ -113,8 +113,9 @@ class ScopedAdmin(_ModelAdmin):
         target = self.admin_site._registry.get(db_field.related_model)
         if isinstance(target, ScopedAdmin):
             rows = target.model._default_manager.all()
+            verb: Verb = "change" if RIGHTS[self.resource].change else "add"
             kwargs["queryset"] = access_of(request).limit(
-                rows, target.organization_path, resource=self.resource, verb="change"
+                rows, target.organization_path, resource=self.resource, verb=verb
             )
         return super().formfield_for_foreignkey(db_field, request, **kwargs)
 

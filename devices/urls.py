@@ -9,10 +9,13 @@ from rest_framework.routers import SimpleRouter
 
 from devices import views
 from devices.interlocks import api as interlocks
+from devices.people import api as people
 from devices.people import login
 
 router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("organizations", views.OrganizationViewSet)
+router.register("invitations", people.InvitationViewSet)
+router.register("api-tokens", people.ApiTokenViewSet)
 router.register("sensors", views.SensorViewSet)
 router.register("variables", views.VariableViewSet)
 router.register("devices", views.DeviceViewSet)
@@ -33,6 +36,7 @@ urlpatterns = [
     path("auth/login", login.LoginView.as_view(), name="login"),
     path("auth/refresh", login.RefreshView.as_view(), name="refresh"),
     path("auth/logout", login.LogoutView.as_view(), name="logout"),
+    path("invitations/accept", people.JoinView.as_view(), name="join"),
     path("memberships", views.MembershipViewSet.as_view(MEMBERSHIPS), name="membership-list"),
     path(
         "memberships/<uuid:uuid>/<str:username>", views.MembershipViewSet.as_view(MEMBERSHIP), name="membership-detail"

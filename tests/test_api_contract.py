@@ -28,7 +28,7 @@ ROWS = {
     "devices": "device", "device-states": "state", "interlocks": "interlock", "interlock-requirements": "requirement",
     "vetoes": "veto", "device-tokens": "token", "data-problems": "problem", "state-changes": "change",
     "rule-chains": "chain", "alarms": "alarm", "rejected-events": "rejected", "dead-letters": "dead", "replays": "replay",
-    "notifications": "notification",
+    "notifications": "notification", "invitations": "invitation",
 }  # fmt: skip
 # Fields of bodies that name a row, which no schema can say.
 FIELDS = ("organization", "sensor", "variable", "device", "state", "interlock")

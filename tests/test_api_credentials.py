@@ -35,6 +35,8 @@ OPEN = {
     "api/v1/auth/login",
     "api/v1/auth/logout",
     "api/v1/auth/refresh",
+    "api/v1/invitations/accept",
+    "join/1",
 }
 REFUSED = {401, 403, 404, 405}
 

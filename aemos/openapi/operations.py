@@ -19,7 +19,8 @@ _VERBS = {
     "destroy": "Delete the {one}",
 }
 PROBLEM = "Problem"
-LOGIN_PATHS = ("/api/v1/auth/",)
+# Where secrets are tried, and failures counted.
+GUESSED = ("/api/v1/auth/", "/api/v1/invitations/accept")
 _WRITES = {"post", "put", "patch", "delete"}
 # Status -> when it comes; the body is a problem in each case.
 ERRORS = {
@@ -92,11 +93,11 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> list[str]:
     found += ["404"] if "page" in query else []
     if {} not in operation.get("security", [{}]):
         found += ["401", "403"]
-    if path.startswith(LOGIN_PATHS):
+    if path.startswith(GUESSED):
         found += ["401", "429"]
     if "{" in path:
         found += ["404"]
-    if method in _WRITES and not path.startswith(LOGIN_PATHS):
+    if method in _WRITES and not path.startswith("/api/v1/auth/"):
         found += ["409"]
     return found
 

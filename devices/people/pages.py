@@ -1,0 +1,58 @@
+"""The page behind the link of an invitation: join with the account that is logged in, or with a new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django import forms
+from django.contrib.auth import login
+from django.core.exceptions import ValidationError
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods
+
+from devices.models import Invitation, Role
+from devices.people import failures
+from devices.people.joining import join
+from devices.people.models import CannotJoin
+
+
+class AccountForm(forms.Form):
+    username = forms.CharField(max_length=150, label="User name")
+    password = forms.CharField(
+        widget=forms.PasswordInput(attrs={"autocomplete": "new-password"}), help_text="At least ten characters."
+    )
+
+
+@never_cache
+@require_http_methods(["GET", "HEAD", "POST"])
+def join_page(request: HttpRequest, token: str) -> HttpResponse:
+    attempt = {failures.ADDRESS: failures.address_of(request.META)}
+    if closed := failures.seconds_closed(attempt):
+        return _page(request, {"problem": f"Too many attempts; try again in {closed} seconds."}, status=429)
+    try:
+        invitation = Invitation.objects.of(token)
+        form = AccountForm(request.POST or None)
+        if request.method == "POST" and (request.user.is_authenticated or form.is_valid()):
+            return _joined(request, form, token)
+    except CannotJoin as error:
+        failures.count(attempt)
+        return _page(request, {"problem": str(error)}, status=410)
+    except ValidationError as error:
+        for field, texts in error.message_dict.items():
+            for text in texts:
+                form.add_error(field if field in form.fields else None, text)
+    return _page(request, {"invitation": invitation, "role": Role(invitation.role).label, "form": form})
+
+
+def _joined(request: HttpRequest, form: AccountForm, token: str) -> HttpResponse:
+    given = {} if request.user.is_authenticated else form.cleaned_data
+    membership = join(request.user, token=token, **given)
+    if not request.user.is_authenticated:
+        login(request, membership.user, backend="django.contrib.auth.backends.ModelBackend")
+    return redirect("admin:index")
+
+
+def _page(request: HttpRequest, context: dict[str, Any], *, status: int = 200) -> HttpResponse:
+    return render(request, "devices/join.html", context | {"title": "Join a farm"}, status=status)
