@@ -10,6 +10,7 @@ from typing import Any
 
 from aemos.lib.env import Environment
 from aemos.lib.secrets import development_secret
+from aemos.openapi.words import DESCRIPTION as API_DESCRIPTION
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 ENVIRONMENT = Environment(
@@ -240,7 +241,7 @@ SIMPLE_JWT = {
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": "AEMOS",
-    "DESCRIPTION": "Telemetry in, rules, devices and notifications out.",
+    "DESCRIPTION": API_DESCRIPTION,
     "VERSION": "1",
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",
@@ -252,6 +253,7 @@ SPECTACULAR_SETTINGS = {
         "drf_spectacular.hooks.postprocess_schema_enums",
         "aemos.openapi.operations.add_errors",
         "aemos.openapi.telemetry.add_telemetry",
+        "aemos.openapi.operations.add_words",
     ],
 }
 

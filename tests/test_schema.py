@@ -63,6 +63,40 @@ def test_descriptions_speak_of_the_api_and_not_of_its_code(document: dict[str, A
     assert [word for word in ("Meta.", "clean()", "REST framework", "chains.compile") if word in text] == []
 
 
+def test_everything_is_described(document: dict[str, Any]) -> None:
+    """A new field, parameter, operation or tag without a word fails here: aemos/openapi/words.py is the place."""
+    missing = [
+        f"{name}.{field}"
+        for name, schema in document["components"]["schemas"].items()
+        for field, described in schema.get("properties", {}).items()
+        if not described.get("description")
+    ]
+    operations = [
+        (f"{method} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    for name, operation in operations:
+        parameters = operation.get("parameters", [])
+        missing += [f"{name}?{each['name']}" for each in parameters if not each.get("description")]
+        missing += [] if operation.get("summary") else [name]
+        missing += [
+            f"{name} {status}" for status, each in operation["responses"].items() if each.get("description") is None
+        ]
+    assert missing == []
+    tags = {tag for _, operation in operations for tag in operation["tags"]}
+    assert tags == {tag["name"] for tag in document["tags"]}
+
+
+def test_errors_are_declared_on_every_operation(document: dict[str, Any]) -> None:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            declared = {status for status in operation["responses"] if status >= "400"}
+            assert declared >= ({"503"} if {} in operation.get("security", [{}]) else {"401", "503"}), (method, path)
+            for status in declared - {"503"}:
+                assert list(operation["responses"][status]["content"]) == ["application/problem+json"], (method, path)
+
+
 def test_a_login_is_described_with_its_tokens(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     answers = {

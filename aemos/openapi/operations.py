@@ -8,6 +8,7 @@ from typing import Any
 from drf_spectacular.openapi import AutoSchema
 
 from aemos.lib import problems
+from aemos.openapi import words
 from devices.serializers import StrictMixin
 
 _VERBS = {
@@ -38,19 +39,20 @@ ERRORS = {
 
 
 class Schema(AutoSchema):
-    """Summaries from the model's name and from the first sentence of what a view says of itself."""
+    """Summaries from the action and the model's name; of views without a model, from what they say of themselves."""
 
     def get_summary(self) -> str | None:
         action = getattr(self.view, "action", None)
         queryset = getattr(self.view, "queryset", None)
-        if action in _VERBS and queryset is not None:
-            meta = queryset.model._meta
-            return _VERBS[action].format(one=meta.verbose_name, many=meta.verbose_name_plural)
-        return self._text().partition(".")[0].strip() or None
+        if not action or queryset is None:
+            return self._text().partition(".")[0].strip() or None
+        meta = queryset.model._meta
+        words = _VERBS.get(action) or f"{action.capitalize()} {'the {one}' if self.view.detail else '{many}'}"
+        return words.format(one=meta.verbose_name, many=meta.verbose_name_plural)
 
     def get_description(self) -> str:  # type: ignore[override]  # the stubs have REST framework's own
         text = self._text()
-        if getattr(self.view, "action", None) in _VERBS:
+        if getattr(self.view, "action", None):
             return text
         _, _, rest = text.partition(".")
         return rest.strip()
@@ -80,6 +82,29 @@ def add_errors(result: dict[str, Any], **_: Any) -> dict[str, Any]:
                 operation["responses"].setdefault(status, response(ERRORS[status]))
             operation["responses"] = dict(sorted(operation["responses"].items()))
     return result
+
+
+def add_words(result: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """A drf-spectacular hook: describes what no serializer describes, and the tags."""
+    for name, schema in result["components"]["schemas"].items():
+        plain = name.removeprefix("Patched")
+        for field, described in schema.get("properties", {}).items():
+            text = words.FIELDS.get(f"{plain}.{field}") or words.FIELDS.get(field)
+            if text and not described.get("description"):
+                _describe(described, text)
+    for operations in result["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", []):
+                if not parameter.get("description") and parameter["name"] in words.PARAMETERS:
+                    parameter["description"] = words.PARAMETERS[parameter["name"]]
+    result["tags"] = [{"name": name, "description": text} for name, text in words.TAGS.items()]
+    return result
+
+
+def _describe(described: dict[str, Any], text: str) -> None:
+    if "$ref" in described:  # OpenAPI 3.0 ignores what stands beside a reference
+        described["allOf"] = [{"$ref": described.pop("$ref")}]
+    described["description"] = text
 
 
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django import forms
+from django.contrib import admin
 from django.contrib.auth import login
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
@@ -55,4 +56,5 @@ def _joined(request: HttpRequest, form: AccountForm, token: str) -> HttpResponse
 
 
 def _page(request: HttpRequest, context: dict[str, Any], *, status: int = 200) -> HttpResponse:
-    return render(request, "devices/join.html", context | {"title": "Join a farm"}, status=status)
+    whole = {**admin.site.each_context(request), "title": "Join a farm", "is_nav_sidebar_enabled": False, **context}
+    return render(request, "devices/join.html", whole, status=status)
