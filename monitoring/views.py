@@ -97,7 +97,7 @@ class ResetView(APIView):
 
     @extend_schema(request=None, responses=serializers.ResetSerializer)
     def post(self, request: Request) -> Response:
-        """Closes the circuit; written to the log of its transitions with who did it. A queue that is too long opens it again."""
+        """Close the circuit. Written to the log of its transitions with who did it; a queue that is too long opens it again."""
         depth, actor = _depth(), request.user.get_username()
         try:
             previous = circuit_store.load().state

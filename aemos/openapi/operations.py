@@ -47,7 +47,10 @@ class Schema(AutoSchema):
         if not action or queryset is None:
             return self._text().partition(".")[0].strip() or None
         meta = queryset.model._meta
-        words = _VERBS.get(action) or f"{action.capitalize()} {'the {one}' if self.view.detail else '{many}'}"
+        words = (
+            _VERBS.get(action)
+            or f"{action.capitalize()} {'the {one}' if getattr(self.view, 'detail', True) else '{many}'}"
+        )
         return words.format(one=meta.verbose_name, many=meta.verbose_name_plural)
 
     def get_description(self) -> str:  # type: ignore[override]  # the stubs have REST framework's own

@@ -117,7 +117,7 @@ class JoinedSerializer(serializers.Serializer[Any]):
 
 
 class JoinView(APIView):
-    """Accepts an invitation. Who sends an access token joins with that account; who does not, names one to create."""
+    """Accept an invitation. Who sends an access token joins with that account; who does not, names one to create."""
 
     permission_classes = (AllowAny,)
     parser_classes = (BoundedJSONParser,)

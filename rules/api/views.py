@@ -163,7 +163,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         """The chain as a document, to keep or to import elsewhere."""
         return Response(import_export.exported(self.get_object()))
 
-    @extend_schema(request=ImportSerializer, responses={201: RuleChainDetailSerializer})
+    @extend_schema(summary="Import a rule chain", request=ImportSerializer, responses={201: RuleChainDetailSerializer})
     @action(detail=False, methods=["post"], url_path="import")
     def import_chain(self, request: Request, **_: Any) -> Response:
         """Makes a chain, switched off, from a document. A uuid that the organization does not have is a problem."""
@@ -183,7 +183,7 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
             raise ChainRefused(import_export.named(error.problems, wish["document"]), fields=error.fields) from error
         return Response(serializer.data, status=status.HTTP_201_CREATED)
 
-    @extend_schema(request=TrialSerializer, responses=TrialReportSerializer)
+    @extend_schema(summary="Try the rule chain", request=TrialSerializer, responses=TrialReportSerializer)
     @action(detail=True, methods=["post"])
     def execute(self, request: Request, **_: Any) -> Response:
         """Tries the chain, enabled or not, with the values given. Nothing is done; the answer shows every step."""
@@ -193,7 +193,10 @@ class RuleChainViewSet(EditViewSet[RuleChain]):
         return _tried(chain, list(chain.nodes.all()), serializer.given())
 
     @extend_schema(
-        operation_id="rule_chains_execute_unsaved", request=UnsavedTrialSerializer, responses=TrialReportSerializer
+        summary="Try a rule chain that is not saved",
+        operation_id="rule_chains_execute_unsaved",
+        request=UnsavedTrialSerializer,
+        responses=TrialReportSerializer,
     )
     @action(detail=False, methods=["post"], url_path="execute")
     def execute_unsaved(self, request: Request, **_: Any) -> Response:
@@ -354,7 +357,11 @@ class Vetoed(APIException):
     default_code = "vetoed"
 
 
-@extend_schema_view(create=extend_schema(request=StateCommandSerializer, responses={201: StateInstanceSerializer}))
+@extend_schema_view(
+    create=extend_schema(
+        summary="Switch a device", request=StateCommandSerializer, responses={201: StateInstanceSerializer}
+    )
+)
 class StateInstanceViewSet(ScopedViewSet[DeviceState]):
     """A person switches a device; the change goes out on all protocols."""
 
