@@ -1,4 +1,4 @@
-"""The site of the admin: open to whoever has a role in an organization, and to superusers."""
+"""The site of the admin: open to whoever has a role in an organization, to staff, and to superusers."""
 
 from __future__ import annotations
 

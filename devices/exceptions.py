@@ -63,7 +63,7 @@ class TooLarge(Refusal):
 
 
 class Overloaded(Refusal):
-    """The system cannot take it now. `retry_after` is in seconds; depth and threshold are in events.
+    """The system cannot take it now. `retry_after` is in seconds; depth and threshold are in events, the drain rate in events/s.
 
     `recorded` once the refused events are kept for the admin, and so need not be kept by whoever sent them.
     """
@@ -79,12 +79,16 @@ class Overloaded(Refusal):
         queue_depth: int | None = None,
         threshold: int | None = None,
         circuit_state: str = "",
+        drain_rate: float | None = None,
+        threshold_source: str = "",
     ) -> None:
         super().__init__(detail, reason=reason)
         self.retry_after = retry_after
         self.queue_depth = queue_depth
         self.threshold = threshold
         self.circuit_state = circuit_state
+        self.drain_rate = drain_rate
+        self.threshold_source = threshold_source
         self.recorded = False
 
 

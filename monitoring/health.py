@@ -76,6 +76,8 @@ def body_of(view: View) -> dict[str, Any]:
         "workers": view.workers,
         "circuitState": view.circuit,
         "backpressureEnabled": view.enabled,
+        "threshold": view.thresholds.critical,
+        "thresholdSource": view.threshold_source,
         "problems": problems_of(view),
     }
 
@@ -94,6 +96,8 @@ def problems_of(view: View) -> list[str]:
         problems.append("The database does not answer: the circuit stays in its last known state.")
     if not view.enabled:
         problems.append("Backpressure is switched off: ENABLE_BACKPRESSURE is false.")
+    if view.stored and (hold := view.stored.held(datetime.now(UTC))):
+        problems.append(f"{hold}: only urgent events are accepted.")
     if view.workers == 0:
         problems.append("No worker is running: events wait.")
     return problems

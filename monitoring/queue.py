@@ -84,6 +84,12 @@ class View:
         return self.known.snapshot.thresholds if self.known else self.configured
 
     @property
+    def threshold_source(self) -> str:
+        """Where the thresholds in force come from."""
+        lowered = self.known is not None and self.known.snapshot.limited_by_drain_rate
+        return "drain-rate" if lowered else "configured"
+
+    @property
     def circuit(self) -> State | None:
         return self.stored.state if self.stored else None
 

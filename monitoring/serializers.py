@@ -24,6 +24,8 @@ class HealthSerializer(serializers.Serializer[Any]):
     workers = serializers.IntegerField(allow_null=True)
     circuitState = serializers.CharField(allow_null=True, help_text=STATES)
     backpressureEnabled = serializers.BooleanField()
+    threshold = serializers.IntegerField(help_text="Events from which the circuit opens now.")
+    thresholdSource = serializers.CharField(help_text="configured, or drain-rate: what the workers finish in time.")
     problems = serializers.ListField(child=serializers.CharField())
 
 
@@ -67,11 +69,20 @@ class ThresholdsSerializer(serializers.Serializer[Any]):
 class BothThresholdsSerializer(serializers.Serializer[Any]):
     configured = ThresholdsSerializer()
     effective = ThresholdsSerializer()
+    source = serializers.CharField(help_text="Of the effective ones: configured, or drain-rate.")  # type: ignore[assignment]
+    drainRate = serializers.FloatField(allow_null=True, help_text="Events that the workers finish in a second.")
+
+
+class HoldSerializer(serializers.Serializer[Any]):
+    by = serializers.CharField(help_text="Who keeps the circuit open.")
+    until = serializers.DateTimeField(allow_null=True, help_text="null: until somebody closes it.")
+    note = serializers.CharField(help_text="Why.")
 
 
 class CircuitSerializer(serializers.Serializer[Any]):
     state = serializers.CharField(allow_null=True, help_text=STATES)
     thresholds = BothThresholdsSerializer()
+    hold = HoldSerializer(allow_null=True, help_text="null: nobody keeps it open.")
     rejectedCount = serializers.IntegerField(allow_null=True)
     rejectedByReason = serializers.DictField(child=serializers.IntegerField(), allow_null=True)
     lastStateChange = serializers.DateTimeField(allow_null=True)
@@ -164,9 +175,16 @@ def _lane(name: str, known: Known) -> dict[str, Any]:
 
 def _circuit(view: View) -> dict[str, Any]:
     changed_at, depth = view.changed_at, view.depth
+    hold = view.stored.held(datetime.now(UTC)) if view.stored else None
     return {
         "state": view.circuit,
-        "thresholds": {"configured": _thresholds(view.configured), "effective": _thresholds(view.thresholds)},
+        "thresholds": {
+            "configured": _thresholds(view.configured),
+            "effective": _thresholds(view.thresholds),
+            "source": view.threshold_source,
+            "drainRate": _finite(view.known.snapshot.total_drain_rate) if view.known else None,
+        },
+        "hold": {"by": hold.by, "until": hold.until, "note": hold.note} if hold else None,
         "rejectedCount": view.rejected,
         "rejectedByReason": dict(view.known.rejected) if view.known else None,
         "lastStateChange": changed_at,

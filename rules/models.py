@@ -365,6 +365,10 @@ class CircuitState(models.Model):
     state = models.CharField(max_length=10, default="CLOSED")
     version = models.PositiveBigIntegerField(default=0)
     changed_at = models.DateTimeField(default=timezone.now)
+    # Of a circuit that a person opened: it stays open until then, or until somebody closes it.
+    held_by = models.CharField(max_length=150, blank=True, default="")
+    held_until = models.DateTimeField(null=True, blank=True)
+    note = models.CharField(max_length=200, blank=True, default="")
 
     class Meta:
         constraints = [models.CheckConstraint(condition=models.Q(id=1), name="one_circuit")]

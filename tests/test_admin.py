@@ -192,7 +192,7 @@ def test_roles_limit_staff_like_the_api(role: str, changes_sensor: int, changes_
 
 
 def test_who_belongs_to_no_organization_stays_outside_and_reads_why() -> None:
-    person = builders.user(is_staff=True, password="correct-horse")
+    person = builders.user(password="correct-horse")
     assert logged_in(person).get(url(Sensor, "changelist")).status_code == 302
     page = Client().post("/admin/login/", {"username": person.username, "password": "correct-horse"})
     assert "You belong to no organization yet" in page.text

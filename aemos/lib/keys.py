@@ -95,6 +95,7 @@ def replay_pace(uuid: str) -> str:
     return f"aemos:replay-pace:{uuid}"
 
 
+RATES = "aemos:rates"  # JSON that expires: how fast the queue drains and fills, by lane
 BROKER_LOAD = "aemos:broker-load"  # hash that expires: messages that the MQTT broker holds, and has dropped
 UPKEEP_LOCK = "aemos:notifications:upkeep-lock"  # flag that expires: overdue deliveries were looked for a moment ago
 LIVE_READINGS = "aemos:live-readings"  # channel: readings that somebody watches, from workers to gateways

@@ -86,6 +86,10 @@ def _schemas() -> dict[str, Any]:
         "reason": _text("The same word as in code."),
         "queueDepth": {"type": "integer", "nullable": True},
         "threshold": {"type": "integer", "nullable": True},
+        "thresholdSource": _text(
+            "configured, or drain-rate: lowered to what the workers finish in time.", nullable=True
+        ),
+        "drainRate": {"type": "number", "nullable": True, "description": "Events that the workers finish in a second."},
         "circuitState": _text("CLOSED, HALF_OPEN or OPEN, where the circuit was asked.", nullable=True),
         "retryAfter": {"type": "integer", "description": "Seconds."},
     }

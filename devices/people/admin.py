@@ -36,7 +36,7 @@ class LoginForm(AdminAuthenticationForm):
 
 
 def may_enter(user: Any) -> bool:
-    """Superusers, and whoever has a role in an organization: what it allows is what its pages show."""
+    """Whoever has a role in an organization: what it allows is what its pages show. Superusers; and staff, for RQ's pages."""
     if not user.is_active:
         return False
-    return bool(user.is_superuser) or Membership.objects.filter(user_id=user.pk).exists()
+    return bool(user.is_superuser or user.is_staff) or Membership.objects.filter(user_id=user.pk).exists()

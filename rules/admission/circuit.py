@@ -39,6 +39,7 @@ class Reason(StrEnum):
     SHED = "low-priority-shed"
     CRITICAL = "queue-critical"
     OPEN = "circuit-open"
+    HELD = "circuit-held-open"  # by a person
     REOPENED = "circuit-reopened"
     HARD_LIMIT = "hard-limit"
     ENQUEUE_ERROR = "enqueue-error"
@@ -89,10 +90,20 @@ class Verdict:
 
 
 def decide(
-    state: State, priority: int, *, depth: int, thresholds: Thresholds, hard: int, enabled: bool = True
+    state: State,
+    priority: int,
+    *,
+    depth: int,
+    thresholds: Thresholds,
+    hard: int,
+    enabled: bool = True,
+    held: bool = False,
 ) -> Verdict:
-    """Whether an event may join `depth` others. `hard` is the cap from the configured, not the shrunken, threshold."""
+    """Whether an event may join `depth` others. `hard` is the cap from the configured, not the shrunken, threshold; `held`:
+    a person keeps the circuit open."""
     reason, threshold = _judged(state, priority, depth, thresholds, hard) if enabled else _capped(depth, hard)
+    if held and reason == Reason.OPEN:
+        reason = Reason.HELD
     accept = reason in (Reason.ACCEPTED, Reason.OVERRIDE, Reason.DISABLED)
     return Verdict(accept=accept, reason=reason, queue_depth=depth, threshold=threshold, circuit_state=state)
 

@@ -7,6 +7,7 @@ circuit's state is a row that processes change by compare-and-set. What is not k
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,10 +23,11 @@ from aemos.lib import redis
 from aemos.lib.per_process import per_process
 from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.exceptions import OverLimit, Overloaded
-from rules.admission import circuit, circuit_store, rates
+from rules.admission import circuit, circuit_store, rates, shared_rates
 from rules.admission.circuit import Reason, Samples, Thresholds, Verdict
-from rules.admission.circuit_store import Stored
+from rules.admission.circuit_store import Hold, Stored
 from rules.admission.rates import Rate
+from rules.admission.shared_rates import Measured
 from rules.events import Lane, lane_of
 from rules.journal import ledger
 from rules.journal.ledger import Counts
@@ -60,6 +62,12 @@ class Snapshot:
     enabled: bool
     memory_full: bool
     organizations: Mapping[int, int] = field(default_factory=dict)
+    hold: Hold | None = None
+
+    @property
+    def limited_by_drain_rate(self) -> bool:
+        """Whether the thresholds in force are lower than the configured ones, because the workers are slow."""
+        return self.thresholds != self.configured
 
 
 class Admission:
@@ -69,8 +77,10 @@ class Admission:
         self,
         counts: Callable[[], Counts] = ledger.counts,
         clock: Callable[[], float] = time.monotonic,
+        recall: Callable[[], Measured | None] = shared_rates.recall,
     ) -> None:
         self._counts = counts
+        self._recall = recall
         self._clock = clock
         self._taken_at = float("-inf")
         self._renewed = Event()
@@ -103,7 +113,13 @@ class Admission:
         now = self.snapshot()
         hard = 0 if now.memory_full else now.configured.hard
         verdict = circuit.decide(
-            now.circuit.state, priority, depth=now.depth, thresholds=now.thresholds, hard=hard, enabled=now.enabled
+            now.circuit.state,
+            priority,
+            depth=now.depth,
+            thresholds=now.thresholds,
+            hard=hard,
+            enabled=now.enabled,
+            held=now.hold is not None,
         )
         if not verdict.accept or priority <= circuit.URGENT or organization_id is None or not now.organizations:
             return verdict
@@ -135,7 +151,9 @@ class Admission:
             arrivals=now.arrivals if now else 0.0,
             budget_seconds=BUDGET_SECONDS[lane_of(priority)],
         )
-        kind, text = refusal_text(verdict)
+        if now and now.hold and verdict.reason == Reason.HELD:
+            wait = _seconds_of(now.hold, at_least=wait)
+        kind, text = refusal_text(verdict, now)
         return kind(
             text,
             reason=verdict.reason,
@@ -143,6 +161,16 @@ class Admission:
             queue_depth=verdict.queue_depth,
             threshold=verdict.threshold,
             circuit_state=verdict.circuit_state,
+            drain_rate=now.total_drain_rate if now else None,
+            threshold_source="drain-rate" if now and now.limited_by_drain_rate else "configured",
+        )
+
+    def measured(self) -> Measured:
+        """The rates as this process has seen them."""
+        return Measured(
+            drained={lane: self._drained[lane].value for lane in Lane},
+            arrived={lane: self._arrived[lane].value for lane in Lane},
+            total=self._drained_total.cautious,
         )
 
     def _renew(self) -> None:
@@ -169,18 +197,18 @@ class Admission:
 
     def _with_circuit(self, counts: Counts) -> Snapshot:
         configured = configured_thresholds()
-        rate = self._drained_total.cautious
+        measured = self._recall() or self.measured()
+        rate = measured.total
         budget = BUDGET_SECONDS[Lane.NORMAL]
         thresholds = configured if rate is None else configured.within(rate * budget)
         depth = counts.total + self._under_way
         stale = not self._step(depth, thresholds)
-        arrivals: dict[str, float | None] = {lane: self._arrived[lane].value for lane in Lane}
         return Snapshot(
             depth=depth,
             lanes=counts.depth,
-            drain_rate={lane: self._drained[lane].value for lane in Lane},
-            delays=rates.delays(tuple(Lane), depths=counts.depth, drain_rate=rate, arrivals=arrivals),
-            arrivals=sum(value or 0.0 for value in arrivals.values()),
+            drain_rate=measured.drained,
+            delays=rates.delays(tuple(Lane), depths=counts.depth, drain_rate=rate, arrivals=measured.arrived),
+            arrivals=sum(value or 0.0 for value in measured.arrived.values()),
             total_drain_rate=rate,
             thresholds=thresholds,
             configured=configured,
@@ -189,12 +217,15 @@ class Admission:
             enabled=settings.ENABLE_BACKPRESSURE,
             memory_full=counts.memory_full,
             organizations=counts.organizations if depth >= thresholds.warning else {},
+            hold=self._circuit.held(datetime.now(UTC)),
         )
 
     def _step(self, depth: int, thresholds: Thresholds) -> bool:
         """Takes the circuit one step on if the depth calls for it; False when the database is away and nothing moves."""
         try:
             self._circuit = circuit_store.load()
+            if self._circuit.held(datetime.now(UTC)):
+                return True
             self._samples = self._samples.seen(depth, thresholds=thresholds, now=self._taken_at)
             to, reason = circuit.next_state(
                 self._circuit.state,
@@ -231,9 +262,11 @@ class Admission:
 
 
 def advance_circuit() -> None:
-    """Lets the circuit move on while nobody sends anything: called by the scheduler, every second."""
+    """Lets the circuit move on while nobody sends anything, and tells all processes the rates: called by the scheduler, every
+    second. Raises RedisError."""
     try:
         shared().snapshot()
+        shared_rates.publish(shared().measured())
     except Overloaded as refusal:
         log.warning("the circuit is not watched: %s", refusal.detail)
 
@@ -260,11 +293,29 @@ def unavailable(error: RedisError) -> Overloaded:
     )
 
 
-def refusal_text(verdict: Verdict) -> tuple[type[Overloaded], str]:
+def refusal_text(verdict: Verdict, now: Snapshot | None = None) -> tuple[type[Overloaded], str]:
+    """One sentence that says why, with the numbers and where the limit comes from."""
     if verdict.reason == Reason.ORGANIZATION:
         text = f"The organization holds {verdict.queue_depth} events of the queue, its share is {verdict.threshold}."
         return OverLimit, text
-    return Overloaded, f"The queue holds {verdict.queue_depth} events, the limit is {verdict.threshold}."
+    if now and now.hold and verdict.reason == Reason.HELD:
+        return Overloaded, f"{now.hold}; only urgent events are accepted."
+    if now and now.memory_full:
+        return Overloaded, "The memory of Redis is nearly full; nothing is accepted until it has room."
+    text = f"The queue holds {verdict.queue_depth} events, the limit is {verdict.threshold}"
+    if now and now.limited_by_drain_rate and now.total_drain_rate is not None and verdict.reason != Reason.HARD_LIMIT:
+        text += (
+            f": workers finish {now.total_drain_rate:.3g} events a second, and nothing should wait for more than "
+            f"{BUDGET_SECONDS[Lane.NORMAL]:g} s (configured: {now.configured.critical})"
+        )
+    return Overloaded, f"{text}."
+
+
+def _seconds_of(hold: Hold, *, at_least: int) -> int:
+    longest = rates.RETRY_AFTER_SECONDS[1]
+    if hold.until is None:
+        return longest
+    return max(at_least, min(longest, math.ceil((hold.until - datetime.now(UTC)).total_seconds())))
 
 
 def _seconds_since(moment: datetime) -> float:

@@ -183,6 +183,8 @@ def members_of(refusal: Refusal) -> dict[str, Any]:
             "reason": refusal.reason,
             "queueDepth": refusal.queue_depth,
             "threshold": refusal.threshold,
+            "thresholdSource": refusal.threshold_source or None,
+            "drainRate": None if refusal.drain_rate is None else round(refusal.drain_rate, 3),
             "circuitState": refusal.circuit_state or None,
             "retryAfter": refusal.retry_after,
         }
