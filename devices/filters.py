@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import django_filters  # type: ignore[import-untyped]
 from django.core.exceptions import ValidationError
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django_filters import BooleanFilter, CharFilter, ChoiceFilter, UUIDFilter
 from django_filters.fields import IsoDateTimeField  # type: ignore[import-untyped]
 from django_filters.rest_framework import DjangoFilterBackend  # type: ignore[import-untyped]
@@ -46,9 +49,13 @@ class IsoDateTimeFilter(django_filters.IsoDateTimeFilter):
 
 
 class FilterSet(django_filters.FilterSet):
-    """Knows `from` and `to` (inclusive) if `span` names the column of the time."""
+    """Knows `from` and `to` (inclusive) if `span` names the column of the time, `ordering` by the columns of `ordered_by`, which
+    maps them to names of fields, and `search` for a part of what stands in the columns of `searched`.
+    """
 
     span: ClassVar[str] = ""
+    ordered_by: ClassVar[Mapping[str, str]] = {}
+    searched: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def get_filters(cls) -> dict[str, Any]:
@@ -57,7 +64,14 @@ class FilterSet(django_filters.FilterSet):
             # "from" is no name that a class body can assign to.
             filters["from"] = IsoDateTimeFilter(field_name=cls.span, lookup_expr="gte")
             filters["to"] = IsoDateTimeFilter(field_name=cls.span, lookup_expr="lte")
+        if cls.ordered_by:
+            filters["ordering"] = django_filters.OrderingFilter(fields=cls.ordered_by)
+        if cls.searched:
+            filters["search"] = CharFilter(method="filter_search", label="A part of the text.")
         return filters
+
+    def filter_search(self, rows: QuerySet[Any], _name: str, value: str) -> QuerySet[Any]:
+        return rows.filter(reduce(or_, (Q(**{f"{column}__icontains": value}) for column in self.searched)))
 
 
 def by_uuid(path: str) -> Any:

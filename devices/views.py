@@ -10,7 +10,7 @@ from django.utils import timezone
 from drf_spectacular.utils import extend_schema, extend_schema_view
 from rest_framework.decorators import action
 from rest_framework.exceptions import ValidationError
-from rest_framework.mixins import DestroyModelMixin, ListModelMixin
+from rest_framework.mixins import DestroyModelMixin
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
@@ -43,7 +43,7 @@ from devices.serializers import (
     StateChangeSerializer,
     VariableSerializer,
 )
-from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
+from devices.viewsets import EditViewSet, ListModelMixin, ReadViewSet, ScopedViewSet
 
 
 class OrganizationViewSet(EditViewSet[Organization]):
@@ -59,6 +59,8 @@ class OrganizationViewSet(EditViewSet[Organization]):
 
 
 class MembershipFilter(FilterSet):
+    ordered_by = {"user__username": "user", "role": "role"}
+    searched = ("user__username",)
     organization = by_uuid("organization")
     user = CharFilter(field_name="user__username")
     role = ChoiceFilter(choices=Role.choices)
@@ -82,6 +84,8 @@ class MembershipViewSet(EditViewSet[Membership]):
 class OrganizationFilter(FilterSet):
     """Of rows that have a name in an organization."""
 
+    ordered_by = {"name": "name", "created_at": "createdAt"}
+    searched = ("name",)
     organization = by_uuid("organization")
     name = CharFilter(lookup_expr="icontains")
 
@@ -96,6 +100,8 @@ class SensorViewSet(EditViewSet[Sensor]):
 
 
 class VariableFilter(FilterSet):
+    ordered_by = {"name": "name", "created_at": "createdAt"}
+    searched = ("name",)
     sensor = by_uuid("sensor")
     name = CharFilter()
 
@@ -112,6 +118,7 @@ class VariableViewSet(EditViewSet[Variable]):
 
 
 class DeviceFilter(OrganizationFilter):
+    ordered_by = {"name": "name", "created_at": "createdAt", "last_seen_at": "lastSeenAt"}
     connected = BooleanFilter()
 
 
@@ -125,6 +132,8 @@ class DeviceViewSet(EditViewSet[Device]):
 
 
 class DeviceStateFilter(FilterSet):
+    ordered_by = {"name": "name", "created_at": "createdAt", "changed_at": "changedAt"}
+    searched = ("name",)
     device = by_uuid("device")
     name = CharFilter()
     differs = BooleanFilter(
@@ -163,6 +172,8 @@ class DeviceStateViewSet(EditViewSet[DeviceState]):
 
 
 class DeviceTokenFilter(FilterSet):
+    ordered_by = {"created_at": "createdAt", "expires_at": "expiresAt"}
+    searched = ("name", "prefix")
     organization = by_uuid("organization")
     sensor = by_uuid("sensor")
     device = by_uuid("device")
@@ -207,6 +218,7 @@ class DeviceTokenViewSet(EditViewSet[DeviceToken]):
 
 
 class ReadingFilter(FilterSet):
+    ordered_by = {"timestamp": "timestamp"}
     span = "timestamp"
     variable = UUIDFilter(method="filter_variable")
     sensor = UUIDFilter(method="filter_sensor")
@@ -237,6 +249,8 @@ class ReadingViewSet(ListModelMixin, ScopedViewSet[Reading]):
 
 
 class DataProblemFilter(FilterSet):
+    ordered_by = {"last_seen_at": "lastSeenAt", "count": "count"}
+    searched = ("name", "detail")
     span = "last_seen_at"
     organization = by_uuid("organization")
     originator = UUIDFilter(field_name="originator_uuid")
@@ -256,6 +270,8 @@ class DataProblemViewSet(ListModelMixin, DestroyModelMixin, ScopedViewSet[DataPr
 
 
 class StateChangeFilter(FilterSet):
+    ordered_by = {"timestamp": "timestamp"}
+    searched = ("actor", "state__name")
     span = "timestamp"
     device = by_uuid("state__device")
     state = by_uuid("state")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
+import msgspec
 from django.db import transaction
 from django.db.models import Model, QuerySet
+from django.http import StreamingHttpResponse
 from rest_framework import mixins, viewsets
+from rest_framework.renderers import BaseRenderer
+from rest_framework.request import Request
 from rest_framework.serializers import BaseSerializer
 
+from aemos.lib.csv_lines import csv_lines
 from devices.models import Organization
 from devices.parsers import BoundedJSONParser
 from devices.permissions import Access, access_of, organization_of
 
 Row = TypeVar("Row", bound=Model)
+CHUNK_ROWS = 500
 
 
 class ScopedViewSet(viewsets.GenericViewSet[Row]):
@@ -36,7 +44,42 @@ class ScopedViewSet(viewsets.GenericViewSet[Row]):
         return organization_of(row, self.organization_path)
 
 
-class ReadViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, ScopedViewSet[Row]):
+class CsvRenderer(BaseRenderer):
+    """The whole list, all pages of it, as a file for spreadsheets: `?format=csv`, or `Accept: text/csv`."""
+
+    media_type = "text/csv"
+    format = "csv"
+
+    def render(self, data: Any, accepted_media_type: Any = None, renderer_context: Any = None) -> bytes:
+        """Only refusals come here: the list itself is streamed."""
+        return msgspec.json.encode(data)
+
+
+class ListModelMixin(mixins.ListModelMixin):
+    """Lists rows page by page as JSON, and whole as CSV."""
+
+    def get_renderers(self: Any) -> list[BaseRenderer]:
+        renderers: list[BaseRenderer] = super().get_renderers()  # type: ignore[misc]
+        return [*renderers, CsvRenderer()] if self.action == "list" else renderers
+
+    def _csv_rows(self: Any, rows: Iterator[Any]) -> Iterator[list[Any]]:
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            for row in self.get_serializer(chunk, many=True).data:
+                yield list(row.values())
+
+    def list(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if request.accepted_renderer.format != CsvRenderer.format:
+            return super().list(request, *args, **kwargs)
+        rows = self.filter_queryset(self.get_queryset()).iterator(chunk_size=CHUNK_ROWS)
+        name = self.queryset.model._meta.verbose_name_plural.replace(" ", "-")
+        return StreamingHttpResponse(
+            csv_lines(list(self.get_serializer().fields), self._csv_rows(rows)),
+            content_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": f'attachment; filename="{name}.csv"'},
+        )
+
+
+class ReadViewSet(ListModelMixin, mixins.RetrieveModelMixin, ScopedViewSet[Row]):
     """Lists and shows rows."""
 
 

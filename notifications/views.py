@@ -23,6 +23,8 @@ from notifications.serializers import NewNotificationSerializer, NotificationSer
 class NotificationFilter(FilterSet):
     """`state` and `protocol` together ask for one delivery that is both, such as failed over mqtt."""
 
+    ordered_by = {"published_at": "publishedAt", "timestamp": "timestamp", "priority": "priority"}
+    searched = ("event",)
     # When it was published, not when it happened: a client that was disconnected asks for what it has not received.
     span = "published_at"
     organization = by_uuid("organization")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -29,7 +30,7 @@ from devices.models import (
 )
 from devices.views import ReadingViewSet, SensorViewSet
 from tests import builders
-from tests.problems import wrong
+from tests.problems import problem, wrong
 
 pytestmark = pytest.mark.django_db
 API = "/api/v1"
@@ -178,6 +179,37 @@ def test_a_page_has_50_rows_and_at_most_500(farm: Organization, admin: Any) -> N
     assert sizes == [50, 500]
     assert wrong(admin.get(f"{API}/devices", {"pageSize": "501"})).keys() == {"pageSize"}
     assert admin.get(f"{API}/devices", {"page": "12"}).status_code == 404
+
+
+def test_lists_are_ordered_and_searched(farm: Organization, admin: Any) -> None:
+    for name in ("Basil", "Chives", "Anise"):
+        builders.sensor(farm, name)
+
+    def names(**query: str) -> list[str]:
+        return [row["name"] for row in admin.get(f"{API}/sensors", query).json()["results"]]
+
+    assert names(ordering="name") == ["Anise", "Basil", "Chives"]
+    assert names(ordering="-name") == ["Chives", "Basil", "Anise"]
+    assert names(ordering="-createdAt") == ["Anise", "Chives", "Basil"]
+    assert names(search="IV") == ["Chives"]
+    assert wrong(admin.get(f"{API}/sensors", {"ordering": "nmae"})).keys() == {"ordering"}
+
+
+def test_a_whole_list_is_a_file_for_spreadsheets(farm: Organization, admin: Any) -> None:
+    for number in range(60):
+        builders.sensor(farm, f"=Tank {number:02}", variables={})
+    stranger = builders.sensor(builders.organization(), "Secret")
+    for answer in (
+        admin.get(f"{API}/sensors", {"format": "csv", "ordering": "name"}),
+        admin.get(f"{API}/sensors", {"ordering": "name"}, headers={"Accept": "text/csv"}),
+    ):
+        assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
+        assert "sensors.csv" in answer.headers["Content-Disposition"]
+        rows = list(csv.DictReader(b"".join(answer.streaming_content).decode().splitlines()))
+        assert [row["name"] for row in rows] == [f"'=Tank {number:02}" for number in range(60)]
+        assert str(stranger.uuid) not in str(rows)
+    assert problem(admin.get(f"{API}/sensors", {"format": "csv", "nmae": "x"}), 400)["code"] == "invalid"
+    assert admin.get(f"{API}/sensors/{stranger.uuid}", {"format": "csv"}).status_code == 404
 
 
 def test_lists_are_filtered(farm: Organization, admin: Any) -> None:

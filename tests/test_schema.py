@@ -111,7 +111,7 @@ def test_a_login_is_described_with_its_tokens(document: dict[str, Any]) -> None:
 
 def test_filters_are_described(document: dict[str, Any]) -> None:
     names = {parameter["name"] for parameter in document["paths"]["/api/v1/readings"]["get"]["parameters"]}
-    assert names == {"from", "to", "sensor", "variable", "page", "pageSize"}
+    assert names == {"from", "to", "sensor", "variable", "ordering", "format", "page", "pageSize"}
 
 
 def test_telemetry_is_described_with_every_answer(document: dict[str, Any]) -> None:

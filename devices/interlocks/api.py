@@ -135,6 +135,8 @@ class RequirementViewSet(EditViewSet[Requirement]):
 
 
 class VetoFilter(FilterSet):
+    ordered_by = {"last_at": "lastAt", "count": "count"}
+    searched = ("detail", "actor")
     span = "last_at"
     device = by_uuid("state__device")
     state = by_uuid("state")

@@ -26,7 +26,7 @@ from devices.people.joining import join
 from devices.people.links import page_of
 from devices.people.models import CannotJoin
 from devices.serializers import CamelCaseSerializer, StrictMixin, organization_field
-from devices.viewsets import ScopedViewSet
+from devices.viewsets import ReadViewSet
 
 
 class ApiTokenScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
@@ -68,6 +68,8 @@ class IssuedInvitationSerializer(InvitationSerializer):
 
 
 class InvitationFilter(FilterSet):
+    ordered_by = {"created_at": "createdAt", "expires_at": "expiresAt"}
+    searched = ("note", "accepted_by")
     organization = by_uuid("organization")
 
 
@@ -77,10 +79,8 @@ class InvitationFilter(FilterSet):
 )
 class InvitationViewSet(
     mixins.CreateModelMixin,
-    mixins.ListModelMixin,
-    mixins.RetrieveModelMixin,
     mixins.DestroyModelMixin,
-    ScopedViewSet[Invitation],
+    ReadViewSet[Invitation],
 ):
     """Invitations to organizations, the newest first. Each is for one person, once; a member is removed under /memberships."""
 

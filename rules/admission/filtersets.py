@@ -18,6 +18,8 @@ Criteria = dict[str, Any]
 
 
 class RejectedEventFilter(FilterSet):
+    ordered_by = {"received_at": "receivedAt", "priority": "priority"}
+    searched = ("detail", "payload")
     span = "received_at"
     organization = by_uuid("organization")
     reason = CharFilter()
@@ -32,6 +34,8 @@ class RejectedEventFilter(FilterSet):
 
 
 class DeadLetterFilter(FilterSet):
+    ordered_by = {"created_at": "createdAt", "attempts": "attempts"}
+    searched = ("error", "node")
     span = "created_at"
     organization = by_uuid("organization")
     chain = by_uuid("chain")
@@ -59,7 +63,7 @@ def criteria(kind: str, named: Mapping[str, Any]) -> Criteria:
     Raises ValidationError with a message for each name whose value cannot be used, or that is none of a filter.
     """
     filters = FILTERS[kind]
-    known = filters.get_filters()
+    known = {name: found for name, found in filters.get_filters().items() if name not in ("ordering", "search")}
     unknown = {
         name: [f"There is no such filter; known here: {', '.join(known)}."] for name in named if name not in known
     }

@@ -55,6 +55,8 @@ class AlarmSerializer(CamelCaseSerializer[Alarm]):
 
 
 class AlarmFilter(FilterSet):
+    ordered_by = {"raised_at": "raisedAt", "severity": "severity", "type": "type"}
+    searched = ("type", "message")
     span = "raised_at"
     organization = by_uuid("organization")
     chain = by_uuid("chain")

@@ -59,6 +59,8 @@ from rules.processing import schedules
 
 
 class RuleChainFilter(FilterSet):
+    ordered_by = {"name": "name", "priority": "priority", "created_at": "createdAt"}
+    searched = ("name",)
     organization = by_uuid("organization")
     name = CharFilter(lookup_expr="icontains")
     enabled = BooleanFilter()
@@ -292,7 +294,7 @@ class RuleNodeViewSet(ReadViewSet[RuleNode]):
     def get_queryset(self) -> QuerySet[RuleNode]:
         return super().get_queryset().filter(chain__uuid=self.kwargs["chain_uuid"])
 
-    def list(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+    def list(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._chain()
         return super().list(request, *args, **kwargs)
 
