@@ -9,11 +9,13 @@ from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import django_filters  # type: ignore[import-untyped]
+from django import forms
 from django.core.exceptions import ValidationError
 from django.db.models import Q, QuerySet
-from django_filters import BooleanFilter, CharFilter, ChoiceFilter, UUIDFilter
+from django_filters import CharFilter, ChoiceFilter, UUIDFilter
 from django_filters.fields import IsoDateTimeField  # type: ignore[import-untyped]
 from django_filters.rest_framework import DjangoFilterBackend  # type: ignore[import-untyped]
+from django_filters.widgets import BooleanWidget  # type: ignore[import-untyped]
 from rest_framework.exceptions import ValidationError as BadRequest
 from rest_framework.request import Request
 
@@ -46,6 +48,28 @@ class IsoDateTimeFilter(django_filters.IsoDateTimeFilter):
     """A time with its zone."""
 
     field_class = _StorableTime
+
+
+class _StrictWidget(BooleanWidget):
+    def value_from_datadict(self, data: Any, files: Any, name: str) -> Any:
+        """What is neither true nor false comes as it was written; django-filter would take it for nothing said."""
+        value = super().value_from_datadict(data, files, name)
+        return data.get(name) or None if value is None else value
+
+
+class _StrictBoolean(forms.NullBooleanField):
+    widget = _StrictWidget
+
+    def clean(self, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValidationError("Must be true or false.", code="invalid")
+        return super().clean(value)
+
+
+class BooleanFilter(django_filters.BooleanFilter):
+    """true or false; a typo would otherwise return everything."""
+
+    field_class = _StrictBoolean
 
 
 class FilterSet(django_filters.FilterSet):

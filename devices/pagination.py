@@ -24,6 +24,11 @@ class Pagination(PageNumberPagination):
     def get_page_size(self, request: Request) -> int | None:
         return self._number(request, self.page_size_query_param, self.max_page_size) or self.page_size
 
+    def check(self, request: Request) -> None:
+        """Refuses what `paginate_queryset` would refuse."""
+        self.get_page_size(request)
+        self.get_page_number(request, None)
+
     def get_schema_operation_parameters(self, view: Any) -> list[dict[str, Any]]:
         page, size = super().get_schema_operation_parameters(view)
         page["schema"] |= {"minimum": 1, "maximum": MAXIMUM_PAGE}

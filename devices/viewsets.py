@@ -70,6 +70,7 @@ class ListModelMixin(mixins.ListModelMixin):
     def list(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.accepted_renderer.format != CsvRenderer.format:
             return super().list(request, *args, **kwargs)
+        self.paginator.check(request)
         rows = self.filter_queryset(self.get_queryset()).iterator(chunk_size=CHUNK_ROWS)
         name = self.queryset.model._meta.verbose_name_plural.replace(" ", "-")
         return StreamingHttpResponse(

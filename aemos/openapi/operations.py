@@ -79,12 +79,19 @@ def add_errors(result: dict[str, Any], **_: Any) -> dict[str, Any]:
     for path, operations in result["paths"].items():
         for method, operation in operations.items():
             for parameter in operation.get("parameters", []):
-                if parameter["in"] == "query" and parameter["schema"] == {"type": "string"}:
-                    parameter["schema"]["minLength"] = 1
+                if parameter["in"] == "query":
+                    _forbid_empty(parameter["schema"])
             for status in _statuses(path, method, operation):
                 operation["responses"].setdefault(status, response(ERRORS[status]))
             operation["responses"] = dict(sorted(operation["responses"].items()))
     return result
+
+
+def _forbid_empty(schema: dict[str, Any]) -> None:
+    if schema == {"type": "string"}:
+        schema["minLength"] = 1
+    elif schema.get("type") == "array":
+        schema["minItems"] = 1
 
 
 def add_words(result: dict[str, Any], **_: Any) -> dict[str, Any]:
