@@ -29,6 +29,7 @@ PACKAGES = {
     "coap": "libcoap3-bin",
     "postgresql": "postgresql-N",
     "wrk": "wrk",
+    "prometheus": "prometheus",
 }
 
 # Which directory below .servers/ holds a program once it has been unpacked there.
@@ -42,6 +43,7 @@ BUNDLES = {
     "initdb": "postgresql",
     "pg_ctl": "postgresql",
     "wrk": "wrk",
+    "promtool": "prometheus",
 }
 
 

@@ -195,7 +195,9 @@ def test_lists_are_ordered_and_searched(farm: Organization, admin: Any) -> None:
     assert wrong(admin.get(f"{API}/sensors", {"ordering": "nmae"})).keys() == {"ordering"}
     for typo in ("ture", "null", "2"):
         assert wrong(admin.get(f"{API}/devices", {"connected": typo})).keys() == {"connected"}
-    assert [admin.get(f"{API}/devices", {"connected": word}).status_code for word in ("true", "False", "1")] == [200] * 3
+    assert [admin.get(f"{API}/devices", {"connected": word}).status_code for word in ("true", "False", "1")] == [
+        200
+    ] * 3
 
 
 def test_a_whole_list_is_a_file_for_spreadsheets(farm: Organization, admin: Any) -> None:
