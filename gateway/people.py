@@ -9,11 +9,11 @@ from typing import NamedTuple
 from django.contrib.auth import get_user_model
 from rest_framework_simplejwt.authentication import JWTAuthentication
 from rest_framework_simplejwt.exceptions import AuthenticationFailed, InvalidToken, TokenError
-from rest_framework_simplejwt.tokens import AccessToken
 from rest_framework_simplejwt.utils import get_md5_hash_password
 
 from devices.exceptions import Unauthorized
 from devices.models import Membership
+from devices.people.jwt import AccessToken
 
 
 class Login(NamedTuple):

@@ -324,7 +324,8 @@ def access_token(*, user: int, seconds: float = 600) -> str:
     from datetime import timedelta
 
     from django.contrib.auth import get_user_model
-    from rest_framework_simplejwt.tokens import AccessToken
+
+    from devices.people.jwt import AccessToken
 
     token = AccessToken.for_user(get_user_model().objects.get(pk=user))
     token.set_exp(lifetime=timedelta(seconds=seconds))

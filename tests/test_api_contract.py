@@ -13,11 +13,11 @@ from django.conf import LazySettings
 from drf_spectacular.generators import SchemaGenerator
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
-from rest_framework_simplejwt.tokens import RefreshToken
 from schemathesis.checks import CHECKS
 from schemathesis.generation import GenerationMode
 
 from aemos.wsgi import application
+from devices.people.jwt import RefreshToken
 from tests.test_api_rights import make_farm
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]

@@ -13,8 +13,8 @@ from django.conf import LazySettings
 from django.contrib.auth.models import User
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
-from rest_framework_simplejwt.tokens import AccessToken, RefreshToken
 
+from devices.people.jwt import AccessToken, RefreshToken
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -81,7 +81,7 @@ def credentials() -> dict[str, str]:
         "alg none": f"Bearer {_encoded(alg='none', typ='JWT')}.{body}.",
         "another key": f"Bearer {jwt.encode(claims, 'x' * 48, algorithm='HS256')}",
         "another algorithm": f"Bearer {jwt.encode(claims, 'x' * 64, algorithm='HS512')}",
-        "changed claims": f"Bearer {head}.{_encoded(**claims | {'user_id': '1'})}.{signature}",
+        "changed claims": f"Bearer {head}.{_encoded(**claims | {'sub': '1'})}.{signature}",
         "refresh as access": f"Bearer {RefreshToken.for_user(user)}",
         "inactive user": f"Bearer {gone}",
         "token of a sensor": f"Bearer {builders.token(sensor)}",

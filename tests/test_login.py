@@ -101,6 +101,12 @@ def test_the_admin_is_closed_with_the_same_key(person: User) -> None:
     assert "Too many failed logins" in page.text
 
 
+def test_an_access_token_fits_into_a_query_of_coap(farm: Organization) -> None:
+    builders.member(farm, username="x" * 150, password="correct-horse", pk=2**31 - 1)
+    token = login(username="x" * 150).json()["access"]
+    assert len(f"token={token}") <= 255
+
+
 def test_a_refresh_token_is_good_for_once(person: User) -> None:
     first = login().json()["refresh"]
     second = APIClient().post(f"{API}/auth/refresh", {"refresh": first}).json()["refresh"]

@@ -21,13 +21,13 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from rest_framework_simplejwt.tokens import AccessToken
 from rq import suspension
 
 from aemos.lib import keys, per_process, redis
 from deploy import servers
 from deploy.programs import REPOSITORY
 from devices.models import Sensor
+from devices.people.jwt import AccessToken
 from monitoring.queue import Health, health_of
 from rules.admission import rejections
 from rules.admission.circuit import State, Thresholds

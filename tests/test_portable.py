@@ -160,7 +160,7 @@ def test_importing_takes_the_role_in_that_organization(farm: Farm) -> None:
         farm.client.post(
             f"{API}/import", {"organization": str(other.organization.uuid), "document": document}
         ).status_code
-        == 404
+        == 400
     )
     Membership.objects.create(user=person, organization=other.organization, role="viewer")
     answer = farm.client.post(f"{API}/import", {"organization": str(other.organization.uuid), "document": document})

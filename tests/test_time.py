@@ -235,7 +235,7 @@ def test_a_clock_that_was_never_set_is_refused_by_name(farm: Farm, moment: str) 
     farm.chain()
     answer = farm.post({"values": {"ph": 7.2}, "timestamp": moment}, status=400)
     assert "clock seems not to be set" in answer["detail"]
-    assert (answer["field"], Reading.objects.count(), farm.switched) == ("timestamp", 0, [])
+    assert (answer["errors"][0]["field"], Reading.objects.count(), farm.switched) == ("timestamp", 0, [])
 
 
 def test_what_a_sensor_without_a_clock_says_of_time_is_ignored(farm: Farm) -> None:

@@ -20,15 +20,20 @@ from rest_framework_simplejwt.views import TokenBlacklistView, TokenObtainPairVi
 
 from devices.parsers import BoundedJSONParser
 from devices.people import failures
+from devices.people.jwt import RefreshToken
 from devices.serializers import StrictMixin
 
 
 class LoginSerializer(StrictMixin, TokenObtainPairSerializer):
     """A user name and a password."""
 
+    token_class = RefreshToken
+
 
 class RefreshSerializer(StrictMixin, TokenRefreshSerializer):
     """A refresh token."""
+
+    token_class = RefreshToken
 
     def validate(self, attrs: dict[str, Any]) -> dict[str, str]:
         """Refused for a user who is gone, is not active, or has a new password since."""

@@ -33,6 +33,7 @@ from devices.exceptions import (
     Overloaded,
     Refusal,
     TooLarge,
+    TooManyFailures,
     Unauthorized,
     UnknownCoding,
 )
@@ -66,6 +67,7 @@ CODES: dict[type[Refusal], Code] = {
     TooLarge: Code.TOO_LARGE,
     UnknownCoding: Code.UNSUPPORTED_FORMAT,
     OverLimit: Code.TOO_MANY_REQUESTS,
+    TooManyFailures: Code.TOO_MANY_REQUESTS,
     Overloaded: Code.UNAVAILABLE,
 }
 
