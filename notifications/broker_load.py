@@ -23,9 +23,11 @@ class BrokerLoad:
     dropped_at: float | None = None
 
 
-def remember(*, held: int, dropped: int) -> None:
-    """Raises RedisError."""
+def remember(*, held: int, dropped: int | None) -> None:
+    """`dropped` None: the broker has not said it lately, so it has not grown. Raises RedisError."""
     before = _fields()
+    if dropped is None:
+        dropped = int(before.get("dropped", 0))
     fields: dict[str, float] = {"held": held, "dropped": dropped}
     if dropped > before.get("dropped", dropped):
         fields["dropped_at"] = time.time()

@@ -1,6 +1,9 @@
 """Listens to what the broker says of itself: how many messages it holds, how many it has dropped.
 
 Only what a session is full of does a device never hear of: the broker acknowledges a reading before it drops it.
+
+Mosquitto says a number when it has changed, and keeps it for a minute: who comes later hears only of what changes. What is stored
+and retained changes with every client that comes; what was dropped, as a rule, never does.
 """
 
 from __future__ import annotations
@@ -71,9 +74,9 @@ class BrokerStatistics:
 
     def _remember(self) -> None:
         said = dict(self._said)
-        if not self._connection.connected or len(said) < len(TOPICS):
+        if not self._connection.connected or not {STORED, RETAINED} <= said.keys():
             return
         try:
-            broker_load.remember(held=max(said[STORED] - said[RETAINED], 0), dropped=said[DROPPED])
+            broker_load.remember(held=max(said[STORED] - said[RETAINED], 0), dropped=said.get(DROPPED))
         except RedisError as error:
             self._log.log("redis", logging.WARNING, "What the broker holds is not noted: %s", redis.explain(error))
