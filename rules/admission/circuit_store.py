@@ -71,16 +71,18 @@ def move(
     return True
 
 
-def force(to: State, *, actor: str, queue_depth: int | None, reason: str = Reason.MANUAL) -> None:
-    """A person sets the state; written down also when it is the same. Automatic transitions continue from there."""
-    while not move(load(), to, reason, queue_depth=queue_depth, actor=actor):
+def force(
+    to: State, *, actor: str, queue_depth: int | None, reason: str = Reason.MANUAL, hold: Hold | None = None
+) -> None:
+    """A person sets the state; written down also when it is the same. Automatic transitions continue from there, or after the
+    hold."""
+    while not move(load(), to, reason, queue_depth=queue_depth, actor=actor, hold=hold):
         pass  # somebody was faster: look again
 
 
 def hold_open(hold: Hold, *, queue_depth: int | None) -> None:
     """A person opens the circuit, and it stays open."""
-    while not move(load(), State.OPEN, Reason.HELD, queue_depth=queue_depth, actor=hold.by, hold=hold):
-        pass
+    force(State.OPEN, actor=hold.by, queue_depth=queue_depth, reason=Reason.HELD, hold=hold)
 
 
 def reset(actor: str, queue_depth: int | None) -> None:
