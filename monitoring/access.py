@@ -16,6 +16,8 @@ from rest_framework.authentication import BaseAuthentication
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
+from aemos.lib.text import bearer_token
+
 if TYPE_CHECKING:
     from rest_framework.views import APIView
 
@@ -27,11 +29,9 @@ class MetricsTokenAuthentication(BaseAuthentication):
     """`Authorization: Bearer` with METRICS_TOKEN; whatever else stands there is for the next class to judge."""
 
     def authenticate(self, request: Request) -> tuple[AnonymousUser, str] | None:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         expected = settings.METRICS_TOKEN
-        if scheme.lower() != "bearer" or not expected:
-            return None
-        if not hmac.compare_digest(token.strip().encode(), expected.encode()):
+        token = bearer_token(request.headers.get("Authorization", ""))
+        if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
             return None
         return AnonymousUser(), SCRAPER
 

@@ -8,6 +8,7 @@ from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.request import Request
 
+from aemos.lib.text import bearer_token
 from devices.models import ApiToken
 from devices.people.models import PERSONAL
 
@@ -16,9 +17,8 @@ class ApiTokenAuthentication(BaseAuthentication):
     """`Authorization: Bearer aemosp_…`; every other bearer token is for the next class to judge."""
 
     def authenticate(self, request: Request) -> tuple[Any, ApiToken] | None:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        token = token.strip()
-        if scheme.lower() != "bearer" or not token.startswith(PERSONAL):
+        token = bearer_token(request.headers.get("Authorization", ""))
+        if not token.startswith(PERSONAL):
             return None
         found = ApiToken.objects.of(token)
         if found is None:

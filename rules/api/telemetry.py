@@ -19,6 +19,7 @@ from django.http.request import UnreadablePostError
 from django.views.decorators.csrf import csrf_exempt
 
 from aemos.lib import problems
+from aemos.lib.text import bearer_token
 from aemos.lib.turns import Turns
 from devices import catalogue
 from devices.catalogue import Credential
@@ -82,7 +83,7 @@ def view(request: HttpRequest) -> HttpResponse:
 def answer(environ: Mapping[str, Any], read_body: Callable[[], bytes]) -> Answer:
     """`environ` is that of WSGI. `read_body` raises TooLarge or BadPayload for a body that cannot be read."""
     try:
-        credential = catalogue.shared().credential(_bearer(environ.get("HTTP_AUTHORIZATION", "")))
+        credential = catalogue.shared().credential(bearer_token(environ.get("HTTP_AUTHORIZATION", "")))
         if credential is None:
             _count_failure(environ)
         payload = _payload(read_body, credential)
@@ -138,11 +139,6 @@ def _body(request: HttpRequest) -> bytes:
         raise too_large() from None
     except UnreadablePostError:
         raise incomplete() from None
-
-
-def _bearer(authorization: str) -> str:
-    scheme, _, token = authorization.partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _count_failure(environ: Mapping[str, Any]) -> None:
