@@ -30,6 +30,7 @@ PACKAGES = {
     "postgresql": "postgresql-N",
     "wrk": "wrk",
     "prometheus": "prometheus",
+    "caddy": "caddy",
 }
 
 # Which directory below .servers/ holds a program once it has been unpacked there.
@@ -42,8 +43,13 @@ BUNDLES = {
     "postgres": "postgresql",
     "initdb": "postgresql",
     "pg_ctl": "postgresql",
+    "psql": "postgresql",
+    "pg_dump": "postgresql",
+    "pg_restore": "postgresql",
+    "redis-cli": "redis",
     "wrk": "wrk",
     "promtool": "prometheus",
+    "caddy": "caddy",
 }
 
 
