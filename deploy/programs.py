@@ -31,6 +31,7 @@ PACKAGES = {
     "wrk": "wrk",
     "prometheus": "prometheus",
     "caddy": "caddy",
+    "systemd": "systemd",
 }
 
 # Which directory below .servers/ holds a program once it has been unpacked there.
@@ -50,6 +51,7 @@ BUNDLES = {
     "wrk": "wrk",
     "promtool": "prometheus",
     "caddy": "caddy",
+    "systemd-analyze": "systemd",
 }
 
 

@@ -183,8 +183,9 @@ def _configure(directory: Directory, *, host: str, places: Places) -> None:
     }
     for name in ("redis/redis.conf", "postgresql/aemos.sql", "mosquitto/mosquitto.conf", "caddy/Caddyfile"):
         directory.write(name, Template((TEMPLATES / Path(name).name).read_text()).substitute(words))
-    users = json.dumps(initial_security(GATEWAY_USERNAME, broker), indent=2)
-    directory.write("mosquitto/dynamic-security.json", f"{users}\n")
+    if not directory.read("mosquitto/dynamic-security.json"):
+        users = json.dumps(initial_security(GATEWAY_USERNAME, broker), indent=2)
+        directory.write("mosquitto/dynamic-security.json", f"{users}\n")
     if places.hosts is CONTAINERS.hosts:
         superuser = _kept(directory, "postgresql/superuser.env", "POSTGRES_PASSWORD")
         directory.write("postgresql/superuser.env", f"POSTGRES_PASSWORD={superuser}\n")
