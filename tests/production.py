@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -15,13 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import paho.mqtt.client as mqtt
+import psycopg
 import redis
 import requests
+from paho.mqtt.enums import CallbackAPIVersion
 
 from deploy.postgresql import start_postgresql
-from deploy.processes import Process, spawn, terminate
+from deploy.processes import Process, kill, spawn, terminate
 from deploy.programs import REPOSITORY, dynamic_security_plugin, get
 from deploy.servers import Server, free_port, tail
 from tests.waiting import until
@@ -29,7 +33,9 @@ from tests.waiting import until
 HOST = "farm.example.org"
 ADMIN_PASSWORD = "correct-horse-battery-staple"
 # Done once for a machine, with packages and users of the system; tests have the programs, and run as who they are.
-NOT_HERE = ("apt-get install", "adduser", "git clone", "python3 -m venv", ".venv/bin/pip install", "cd /opt/aemos")
+NOT_HERE = (
+    "apt-get install", "adduser", "git clone", "git fetch", "git checkout", "python3 -m venv", ".venv/bin/pip install", "chown",
+)  # fmt: skip
 MACHINE_FOLDERS = ("/etc", "/var/lib", "/var/backups")
 
 
@@ -42,13 +48,14 @@ class Machine:
         self.ports = {name: free_port() for name in names} | {"COAP_PORT": free_port(socket.SOCK_DGRAM)}
         for place in ("redis", "mosquitto/certs", "caddy", "systemd/system"):
             (folder / "etc" / place).mkdir(parents=True)
-        for place in ("redis", "mosquitto", "aemos"):
+        for place in ("redis/appendonlydir", "mosquitto", "aemos"):
             (folder / "var/lib" / place).mkdir(parents=True)
         (folder / "var/backups").mkdir(parents=True)
         self.postgresql: Server = start_postgresql(durable=True)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.skipped: list[str] = []
         self.said = ""
+        self._socket: socket.socket | None = None
         (folder / ".curlrc").write_text(
             f'connect-to = "{HOST}:443:127.0.0.1:{self.ports["HTTPS_PORT"]}"\nmax-time = 20\n'
             f'cacert = "{folder}/caddy/caddy/pki/authorities/local/root.crt"\n'
@@ -67,7 +74,7 @@ class Machine:
     def _run_block(self, block: str) -> None:
         script: list[str] = []
         for line in block.splitlines():
-            command = re.sub(r"^sudo (-u \w+ )?", "", line)
+            command = re.sub(r"\bsudo (-u \w+ )?", "", line)
             if any(command.startswith(each) for each in NOT_HERE):
                 self.skipped.append(command)
             elif command.startswith("systemctl "):
@@ -78,7 +85,7 @@ class Machine:
                 script.append(command)
         self.shell("\n".join(script))
 
-    def shell(self, script: str) -> str:
+    def shell(self, script: str, *, first_on_path: Path | None = None) -> str:
         """What the commands print. The last answer stays in `said`."""
         if not script.strip():
             return ""
@@ -91,7 +98,7 @@ class Machine:
             ["bash", "-euo", "pipefail", "-c", self._here(script)],
             cwd=REPOSITORY,
             env={
-                **self._programs(),
+                **self._programs(first_on_path),
                 "HOME": str(self.folder),
                 "CURL_HOME": str(self.folder),
                 "AEMOS_ETC": str(self.folder / "etc/aemos"),
@@ -100,7 +107,7 @@ class Machine:
                 "PGHOST": "127.0.0.1",
                 "PGPORT": str(self.postgresql.port),
                 "PGUSER": self.postgresql.username,
-                "PGPASSWORD": self.postgresql.password,
+                "PGPASSWORD": self._database_password(),
                 "PGDATABASE": "postgres",
             },
             capture_output=True,
@@ -119,11 +126,19 @@ class Machine:
             text = re.sub(rf"(?<![\w/.-]){place}/", f"{self.folder}{place}/", text)
         return text.replace("/opt/aemos", str(REPOSITORY))
 
-    def _programs(self) -> dict[str, str]:
+    def _database_password(self) -> str:
+        """That of PostgreSQL's superuser, who is called aemos here, until the guide gives the user aemos another."""
+        with suppress(psycopg.OperationalError, FileNotFoundError), self.database():
+            return self.variables("aemos.env")["DB_PASSWORD"]
+        return self.postgresql.password
+
+    def _programs(self, first: Path | None) -> dict[str, str]:
         """Where the shell finds psql and redis-cli, which may be unpacked beside the servers with libraries of their own."""
         programs = [get(name) for name in ("psql", "pg_dump", "redis-cli")]
         libraries = [each.environment["LD_LIBRARY_PATH"] for each in programs if "LD_LIBRARY_PATH" in each.environment]
-        path = dict.fromkeys([*(str(each.path.parent) for each in programs), os.environ["PATH"]])
+        path = dict.fromkeys(
+            [*([str(first)] if first else []), *(str(each.path.parent) for each in programs), os.environ["PATH"]]
+        )
         return {"PATH": ":".join(path), **({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {})}
 
     def _take_free_ports(self) -> None:
@@ -177,25 +192,52 @@ class Machine:
         return [name]
 
     def start(self, unit: str) -> None:
+        if unit == "aemos-web.socket":
+            return  # as for systemd, it is there before its service
         server = {"redis-server": self._redis, "mosquitto": self._mosquitto, "caddy": self._caddy}.get(unit)
         process = server() if server else self._service(unit)
         with self.log(unit).open("ab") as log:
-            self.running[unit] = spawn(process, output=log, directory=REPOSITORY)
+            how = self._start_with_socket if unit == "aemos-web" else spawn
+            self.running[unit] = how(process, output=log, directory=REPOSITORY)
         until(lambda: self._answers(unit, process.ready), seconds=40)
+
+    def _start_with_socket(
+        self, process: Process, *, output: int | IO[bytes], directory: Path
+    ) -> subprocess.Popen[bytes]:
+        """The port is open all the time, and given to each process that serves it."""
+        if self._socket is None:
+            self._socket = socket.create_server(("127.0.0.1", self.ports["PORT"]), backlog=1024)
+        number = self._socket.fileno()
+        script = f'exec 3<&{number}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+        return subprocess.Popen(
+            ("sh", "-c", script, "sh", *process.command),
+            pass_fds=[number],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def _answers(self, unit: str, ready: Callable[[], bool]) -> bool:
         assert self.running[unit].poll() is None, f"{unit} ended\n{tail(self.log(unit), lines=40)}"
         return ready()
 
-    def stop(self, unit: str, *, kill: bool = False) -> None:
+    def stop(self, unit: str) -> None:
         if unit in self.running:
-            how = signal.SIGKILL if kill else signal.SIGTERM
-            terminate(self.running.pop(unit), stop_signal=how, grace_seconds=20)
+            terminate(self.running.pop(unit), stop_signal=signal.SIGTERM, grace_seconds=20)
+
+    def crash(self) -> None:
+        """The power fails: everything but the database, which others of the machine may use, ends at once."""
+        for unit in list(self.running):
+            kill(self.running.pop(unit))
 
     def close(self) -> None:
         for unit in reversed(list(self.running)):
             self.stop(unit)
         self.postgresql.stop()
+        if self._socket:
+            self._socket.close()
 
     def _redis(self) -> Process:
         program = get("redis-server")
@@ -238,7 +280,10 @@ class Machine:
                 environment |= dict(word.split("=", 1) for word in value.split())
         environment["VAR_DIR"] = self._here(environment["VAR_DIR"] + "/").rstrip("/")
         command = next(value for name, _, value in settings if name == "ExecStart")
-        wrapped = ("env", "-i", *(f"{name}={value}" for name, value in environment.items()))
+        # systemd adds the number of the process and of its sockets.
+        words = [f"{name}={value}" for name, value in environment.items()]
+        clean = 'exec env -i ${LISTEN_PID:+LISTEN_PID=$LISTEN_PID LISTEN_FDS=1} "$@"'
+        wrapped = ("sh", "-c", clean, "sh", *words)
         port = {"aemos-web": "PORT", "aemos-gateway": "SOCKETIO_PORT"}.get(unit)
         return Process(
             name=unit,
@@ -267,6 +312,16 @@ class Machine:
         lines = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
         return dict(line.split("=", 1) for line in lines)
 
+    def database(self) -> psycopg.Connection[Any]:
+        """A connection of the database's superuser."""
+        return psycopg.connect(
+            host="127.0.0.1",
+            port=self.postgresql.port,
+            user=self.postgresql.username,
+            password=self.variables("aemos.env")["DB_PASSWORD"],
+            dbname="aemos",
+        )
+
     def redis(self, user: str) -> redis.Redis:
         """A client with the login of one of Redis' users."""
         file = "redis/operator.env" if user == "operator" else f"{user}.env"
@@ -280,6 +335,7 @@ class Sensor:
     """A sensor of the farm on a machine, made over REST; it reports over HTTP, and again after a refusal."""
 
     def __init__(self, machine: Machine, *, name: str) -> None:
+        self._machine = machine
         self._api = f"https://{HOST}:{machine.ports['HTTPS_PORT']}/api/v1"
         self._session = requests.Session()
         self._session.trust_env = False  # REQUESTS_CA_BUNDLE would go before `verify`
@@ -290,7 +346,8 @@ class Sensor:
         self._session.headers["Authorization"] = f"Bearer {login['access']}"
         farms = self._ask("GET", "organizations")["results"]
         farm = farms[0] if farms else self._ask("POST", "organizations", json={"name": "My farm"})
-        self.uuid = self._ask("POST", "sensors", json={"organization": farm["uuid"], "name": name})["uuid"]
+        self.organization = farm["uuid"]
+        self.uuid = self._ask("POST", "sensors", json={"organization": self.organization, "name": name})["uuid"]
         self._ask("POST", "variables", json={"sensor": self.uuid, "name": "ph", "datatype": "number"})
         self.token = self._ask("POST", "device-tokens", json={"sensor": self.uuid})["token"]
 
@@ -304,6 +361,7 @@ class Sensor:
     def reporting(self) -> Iterator[list[float]]:
         """Readings of rising values until the end of the block; those that were accepted are in the list."""
         accepted: list[float] = []
+        self.refused: list[int] = []
         stop = threading.Event()
 
         def report() -> None:
@@ -311,7 +369,8 @@ class Sensor:
                 if stop.is_set():
                     return
                 body = {"values": {"ph": number / 100}, "timestamp": datetime.now(UTC).isoformat()}
-                while self._status_of(body) != 202:
+                while (status := self.report(body)) != 202:
+                    self.refused.append(status)
                     time.sleep(0.1)
                 accepted.append(number / 100)
                 time.sleep(0.05)
@@ -324,17 +383,78 @@ class Sensor:
             stop.set()
             sender.join()
 
-    def _status_of(self, body: dict[str, Any]) -> int:
-        """0 without an answer."""
+    def report(self, body: dict[str, Any]) -> int:
+        """The status of the answer; 0 without one."""
         headers = {"Authorization": f"Bearer {self.token}"}
         with suppress(requests.RequestException):
-            return self._session.post(f"{self._api}/telemetry", json=body, headers=headers, timeout=10).status_code
+            return self._session.post(f"{self._api}/telemetry", json=body, headers=headers, timeout=20).status_code
         return 0
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         answer = self._session.request(method, f"{self._api}/{path}", timeout=20, **arguments)
         assert answer.ok, answer.text
         return answer.json()
+
+
+class Doser(Sensor):
+    """A sensor each of whose readings makes a pump dose, and the pump, which acknowledges each dose over MQTT."""
+
+    def __init__(self, machine: Machine, *, name: str) -> None:
+        super().__init__(machine, name=name)
+        pump = self._ask("POST", "devices", json={"organization": self.organization, "name": name})["uuid"]
+        dose = {"device": pump, "name": "dose", "kind": "momentary", "datatype": "number"}
+        self._ask("POST", "device-states", json=dose)
+        self._pump, self._token = pump, self._ask("POST", "device-tokens", json={"device": pump})["token"]
+        condition = {"sourceType": "sensor", "UUID": self.uuid, "key": "ph", "operator": ">", "value": 0}
+        command = {"type": "device_command", "deviceUuid": pump, "stateName": "dose", "value": 5}
+        nodes = [
+            {"name": "measured", "type": "filter", "config": condition, "next": "dose"},
+            {"name": "dose", "type": "action", "config": command},
+        ]
+        self._ask("POST", "rule-chains", json={"organization": self.organization, "name": name, "nodes": nodes})
+
+    def measure(self, first: int, last: int) -> None:
+        """Readings of these hundredths, all of them accepted."""
+        for number in range(first, last + 1):
+            body = {"values": {"ph": number / 100}, "timestamp": datetime.now(UTC).isoformat()}
+            assert self.report(body) == 202
+
+    def acknowledged(self) -> int:
+        """How many doses the pump has acknowledged, as the system knows."""
+        found = self._ask("GET", "state-changes", params={"device": self._pump, "pageSize": 500})
+        return sum(row["command"]["state"] == "applied" for row in found["results"])
+
+    @contextmanager
+    def dosing(self) -> Iterator[list[str]]:
+        """The ids of the commands that the pump gets until the end of the block."""
+        received: list[str] = []
+        username = self._token.split("_")[1]
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=username, clean_session=False)
+        client.username_pw_set(username, self._token)
+        commands = f"devices/{self._pump}/commands"
+
+        def act(_client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
+            command = json.loads(message.payload)["id"]
+            received.append(command)
+            client.publish(f"{commands}/ack", json.dumps({"id": command, "status": "applied"}), qos=1)
+
+        client.on_message = act
+        ready = threading.Event()
+        client.on_subscribe = lambda *_: ready.set()
+
+        def subscribe(*_: Any) -> None:
+            client.subscribe(commands, qos=2)
+
+        client.on_connect = subscribe
+        client.reconnect_delay_set(1, 1)
+        client.connect("127.0.0.1", self._machine.ports["MQTT_PORT"])
+        client.loop_start()
+        try:
+            assert ready.wait(40), "the broker does not know the pump"
+            yield received
+        finally:
+            client.disconnect()
+            client.loop_stop()
 
 
 class _ToLoopback(requests.adapters.HTTPAdapter):

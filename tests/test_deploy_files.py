@@ -51,9 +51,10 @@ def test_systemd_finds_nothing_wrong_and_little_exposed(tmp_path: Path) -> None:
     for file in folder.rglob("*.*"):
         if file.is_file():
             file.write_text(file.read_text().replace("/opt/aemos", str(REPOSITORY)))
+    sockets = [str(folder / "aemos-web.socket")]
     units = [str(folder / unit.name.replace("@.", "@1.")) for unit in UNITS]
     environment = {**program.environment, "SYSTEMD_UNIT_PATH": f"{folder}:"}
-    assert run(str(program.path), "verify", *units, str(folder / "aemos.target"), env=environment) == ""
+    assert run(str(program.path), "verify", *units, *sockets, str(folder / "aemos.target"), env=environment) == ""
     for unit in units:
         said = run(str(program.path), "security", "--offline=true", "--threshold=20", unit, env=environment)
         assert "Overall exposure level" in said
