@@ -44,7 +44,19 @@ def _set_up_django() -> None:
 _set_up_django()
 
 from django.conf import settings  # noqa: E402
+from gunicorn.glogging import Logger  # noqa: E402
 
+
+class LikeAllOthers(Logger):
+    """Gunicorn's lines take the way and the format of all others. Requests are logged by aemos.access_log."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+logger_class = LikeAllOthers
 bind = f"{settings.BIND_HOST}:{settings.PORT}"
 workers = settings.WEB_WORKERS
 worker_class = "gunicorn.workers.ggevent.GeventPyWSGIWorker"

@@ -10,6 +10,7 @@ from typing import Any
 
 from aemos.lib.env import Environment
 from aemos.lib.secrets import development_secret
+from aemos.logs import process_name
 from aemos.openapi.words import DESCRIPTION as API_DESCRIPTION
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -60,6 +61,13 @@ SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = BEHIND_TLS_PROXY
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = BEHIND_TLS_PROXY
 SESSION_COOKIE_HTTPONLY = True
 
+# Traces go to an OpenTelemetry collector, under the names that OpenTelemetry gives its settings; without one there are none.
+OTEL_EXPORTER_OTLP_ENDPOINT = _env.text("OTEL_EXPORTER_OTLP_ENDPOINT")
+OTEL_TRACES_SAMPLER_ARG = _env.ratio("OTEL_TRACES_SAMPLER_ARG", 1.0)
+PROCESS_NAME = process_name()
+
+ACCESS_LOG = _env.flag("ACCESS_LOG", default=AEMOS_ENV != "test")
+LOG_FORMAT = _env.choice("LOG_FORMAT", "json" if AEMOS_ENV in ("production", "staging") else "text", ("json", "text"))
 # Who may read metrics and health, and what an orchestrator sees of them
 METRICS_TOKEN = _env.secret("METRICS_TOKEN")
 METRICS_ALLOWED_NETWORKS = _env.networks("METRICS_ALLOWED_NETWORKS")
@@ -171,6 +179,7 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "django_prometheus.middleware.PrometheusBeforeMiddleware",
+    *(["aemos.access_log.access_log"] if ACCESS_LOG or OTEL_EXPORTER_OTLP_ENDPOINT else []),
     "aemos.middleware.security_headers",
     "aemos.middleware.problems_below_api",
     *(["corsheaders.middleware.CorsMiddleware"] if CORS_ALLOWED_ORIGINS else []),
@@ -287,7 +296,7 @@ LOG_LEVEL = _env.choice("LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+    "formatters": {"line": {"()": "aemos.logs.formatter", "kind": LOG_FORMAT}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     "loggers": {"rq.worker": {"level": "WARNING"}, "django.request": {"level": "ERROR"}},

@@ -14,11 +14,12 @@ from notifications.messages import Message
 
 
 class Item(NamedTuple):
-    """A message, the id of its entry in the stream, and how many bytes it took there."""
+    """A message, the id of its entry in the stream, and how many bytes it took there. `read_ns`: when, if it is traced."""
 
     entry_id: bytes
     message: Message
     size: int
+    read_ns: int = 0
 
 
 class Backlog:

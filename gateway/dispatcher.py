@@ -21,7 +21,7 @@ from django.db import DatabaseError
 from gevent.event import Event
 from redis.exceptions import RedisError
 
-from aemos.lib import keys, metrics, redis
+from aemos.lib import keys, metrics, redis, tracing
 from aemos.lib.leader import Leader
 from aemos.lib.rate_limited_log import RateLimitedLog
 from gateway.backlog import Backlog, Item
@@ -222,7 +222,8 @@ class Gateway:
         if message is None or run.protocol not in message.protocols:
             run.cursor.done(entry.id)
         else:
-            run.backlog.add(Item(entry.id, message, len(entry.message or b"")))
+            read_ns = tracing.now_ns() if message.trace and tracing.is_on() else 0
+            run.backlog.add(Item(entry.id, message, len(entry.message or b""), read_ns))
 
     def _open(self, run: TransportRun) -> None:
         try:
@@ -253,7 +254,7 @@ class Gateway:
         """True when it is too late: then the message becomes a dead letter instead of being sent."""
         if not messages.has_expired(item.message, time.time()):
             return False
-        log.info("%s did not send message %s: it has expired", run.protocol, item.message.id)
+        log.info("%s did not send message %s: it has expired", run.protocol, item.message.id, extra=_fields(run, item))
         self._dead_letter(run, item, Outcome(State.EXPIRED, attempts, TOO_LATE))
         return True
 
@@ -273,7 +274,13 @@ class Gateway:
             return self._failed(run, item, Outcome(State.PENDING, attempt, str(error)), final=error.permanent)
         except Exception as error:
             # Per item: a message that a transport chokes on must not stop those behind it.
-            log.exception("%s could not deliver message %s, attempt %d", run.protocol, item.message.id, attempt)
+            log.exception(
+                "%s could not deliver message %s, attempt %d",
+                run.protocol,
+                item.message.id,
+                attempt,
+                extra=_fields(run, item),
+            )
             metrics.GATEWAY_FAILURES.labels(run.protocol.value).inc()
             final = attempt >= self._maximum_attempts
             return self._failed(run, item, Outcome(State.PENDING, attempt, repr(error)), final=final)
@@ -286,12 +293,18 @@ class Gateway:
             self._give_up(run, item, outcome.attempts, outcome.error)
             return True
         if outcome.attempts == 1:
-            log.warning("%s cannot deliver message %s now: %s", run.protocol, item.message.id, outcome.error)
+            log.warning(
+                "%s cannot deliver message %s now: %s",
+                run.protocol,
+                item.message.id,
+                outcome.error,
+                extra=_fields(run, item),
+            )
         self._deliveries.record(item.message.id, run.protocol, outcome)
         return False
 
     def _give_up(self, run: TransportRun, item: Item, attempts: int, reason: str) -> None:
-        log.error("%s gave message %s up: %s", run.protocol, item.message.id, reason)
+        log.error("%s gave message %s up: %s", run.protocol, item.message.id, reason, extra=_fields(run, item))
         self._dead_letter(run, item, Outcome(State.FAILED, attempts, reason))
 
     def _dead_letter(self, run: TransportRun, item: Item, outcome: Outcome) -> None:
@@ -302,6 +315,12 @@ class Gateway:
         run.cursor.done(item.entry_id)
 
     def _on_report(self, run: TransportRun, item: Item, attempt: int, report: DeliveryReport) -> None:
+        if item.read_ns:
+            attributes = {"aemos.message_id": str(item.message.id), "aemos.attempt": attempt}
+            span = tracing.begin(
+                f"deliver {run.protocol}", parent=item.message.trace, start_ns=item.read_ns, attributes=attributes
+            )
+            span.end(error="" if report.status is Status.DELIVERED else report.reason or report.status)
         match report.status:
             case Status.REFUSED:
                 self._give_up(run, item, self._maximum_attempts, report.reason)
@@ -335,6 +354,17 @@ class Gateway:
             log.warning("The last delivery states could not be written: %s", error)
         if self._deliveries:
             log.warning("%d delivery states are not written", len(self._deliveries))
+
+
+def _fields(run: TransportRun, item: Item) -> dict[str, str | None]:
+    """For log lines."""
+    message = item.message
+    return {
+        "message_id": str(message.id),
+        "device": message.device_uuid,
+        "protocol": run.protocol.value,
+        **tracing.log_fields(message.trace),
+    }
 
 
 def _cursor(transport: Transport, shared_protocols: Collection[Protocol]) -> Cursor:

@@ -27,7 +27,8 @@ class Ingest(Protocol):
     Raises devices.exceptions.Refusal at once for what can be judged at once; every refusal is already counted and recorded.
     `credential` None means that nobody was recognised; `uuid` is the originator that the path or topic names. With `hold` an
     Overloaded is not recorded (its `recorded` is false): the caller keeps the payload and tries again. `after` is what the call
-    for the sender's request before this one gave, if nobody has waited for it: where that one fails, this one fails, too.
+    for the sender's request before this one gave, if nobody has waited for it: where that one fails, this one fails, too. `trace`
+    is the sender's W3C traceparent, if it sent one.
     """
 
     def __call__(
@@ -39,6 +40,7 @@ class Ingest(Protocol):
         uuid: str | None = None,
         hold: bool = False,
         after: Any = None,
+        trace: str = "",
     ) -> Pending: ...
 
 

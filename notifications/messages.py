@@ -48,7 +48,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     `device_uuid` addresses one device and those who watch it; without it the whole organization is addressed.
     `timestamp` is when it happened, RFC 3339 in UTC. `payload` is what clients receive under "data". `expires_at`, in epoch
     seconds, is from when on it comes too late: see `has_expired`. `position` is where it stands in the notification stream;
-    empty until it is published.
+    empty until it is published. `trace` is the W3C traceparent of what led to it, or empty.
     """
 
     id: UUID
@@ -62,6 +62,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     protocols: tuple[Protocol, ...] = ALL_PROTOCOLS
     expires_at: float | None = None
     position: str = ""
+    trace: str = ""
 
     @property
     def is_urgent(self) -> bool:

@@ -14,14 +14,15 @@ from django.conf import settings
 from gevent.event import AsyncResult
 from redis.exceptions import RedisError
 
-from aemos.lib import metrics
+from aemos.lib import metrics, tracing
 from aemos.lib.per_process import per_process
+from aemos.lib.tracing import OpenSpan
 from aemos.lib.turns import Turns
 from devices.catalogue import Credential, Originator
 from devices.exceptions import BadPayload, Forbidden, Overloaded, Refusal, Unauthorized
 from devices.quality import data_problems
 from devices.quality.data_problems import Kind
-from rules import events
+from rules import events, traces
 from rules.admission import control, rejections
 from rules.admission.circuit import Verdict
 from rules.events import Event, Problem
@@ -92,6 +93,7 @@ def submit(
     hold: bool = False,
     after: Pending | None = None,
     turns: Turns | None = None,
+    trace: str = "",
 ) -> Pending:
     """Takes in one request; `wait` on the result before acknowledging anything.
 
@@ -104,14 +106,23 @@ def submit(
     Raises devices.exceptions.Refusal, counted and recorded; then nothing of the request was accepted. With `hold` an
     Overloaded is neither counted nor recorded: the caller keeps the request and submits it again. `after` is the request of
     the same sender before this one, which was not waited for: this one fails where that one does, and cannot overtake it.
-    `turns`: where many requests come at once, decoding waits for its turn.
+    `turns`: where many requests come at once, decoding waits for its turn. `trace` is the sender's W3C traceparent, if any.
     """
+    began_ns = tracing.now_ns() if tracing.is_on() else 0
     request = Request(payload=payload, credential=credential, protocol=protocol, uuid=uuid)
     with turns.turn(short=len(payload) < SHORT_BYTES) if turns else nullcontext():
         batch, problems = read(request)
+    span = None
+    if began_ns:
+        batch, span = traces.begin_receiving(batch, parent=trace, start_ns=began_ns)
     decision = decide(batch, problems)
-    record(decision, hold=hold)
-    return commit(decision, hold=hold, after=after)
+    try:
+        record(decision, hold=hold)
+    except Overloaded as refusal:
+        if span:
+            span.end(error=refusal.detail)
+        raise
+    return commit(decision, hold=hold, after=after, span=span)
 
 
 def now() -> datetime:
@@ -203,23 +214,32 @@ def record(decision: Decision, *, hold: bool) -> None:
         raise decision.refusals[min(decision.refusals)]
 
 
-def commit(decision: Decision, *, hold: bool, after: Pending | None = None) -> Pending:
+def commit(decision: Decision, *, hold: bool, after: Pending | None = None, span: OpenSpan | None = None) -> Pending:
     """Sends the accepted events on their way into the journal."""
     # A sender may send its newest reading first: rules see them as they happened.
     accepted = sorted(decision.accepted, key=attrgetter("timestamp_us"))
     result = shared_commit().put(accepted, after=after.result if after else None)
     control.shared().admitted(len(decision.accepted), until=result)
-    return Pending(result, decision.accepted, receipt=_receipt(decision), hold=hold)
+    return Pending(result, decision.accepted, receipt=_receipt(decision), hold=hold, span=span)
 
 
 class Pending:
     """Events on their way into the journal."""
 
-    def __init__(self, result: AsyncResult[None], accepted: Sequence[Event], *, receipt: Receipt, hold: bool) -> None:
+    def __init__(
+        self,
+        result: AsyncResult[None],
+        accepted: Sequence[Event],
+        *,
+        receipt: Receipt,
+        hold: bool,
+        span: OpenSpan | None = None,
+    ) -> None:
         self.result = result
         self._accepted = accepted
         self._receipt = receipt
         self._hold = hold
+        self._span = span
 
     def wait(self) -> Receipt:
         """Returns once the journal has the events. Raises Overloaded, as `submit` does, when they may not be there."""
@@ -227,8 +247,12 @@ class Pending:
             self.result.get()
         except RedisError as error:
             refusal = control.unavailable(error)
+            if self._span:
+                self._span.end(error=refusal.detail)
             _refuse(self._accepted, refusal, hold=self._hold)
             raise refusal from error
+        if self._span:
+            self._span.end()
         metrics.INGESTED.labels(self._accepted[0].protocol, "accepted").inc(self._receipt.accepted)
         return self._receipt
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 
+import structlog
 from django.conf import settings
 from django.db import connection
 from redis.exceptions import RedisError
@@ -16,7 +17,7 @@ from rq.timeouts import BaseTimeoutException
 from aemos.lib import keys, metrics, redis
 from devices import latest
 from notifications import live_channel
-from rules import events
+from rules import events, traces
 from rules.effects import perform
 from rules.engine.exceptions import ErrorCode
 from rules.journal import tickets
@@ -60,6 +61,11 @@ def attend(slot: Slot, *, with_tickets: bool = False) -> int | None:
     lease = Lease(slot, uuid.uuid4().hex)
     if not lease.acquire():
         return None
+    with structlog.contextvars.bound_contextvars(slot=str(slot)):
+        return _attend(lease, with_tickets=with_tickets)
+
+
+def _attend(lease: Lease, *, with_tickets: bool) -> int:
     count = 0
     try:
         index.shared().refresh()
@@ -72,9 +78,7 @@ def attend(slot: Slot, *, with_tickets: bool = False) -> int | None:
         _wait(lease.slot, error)
     except BaseTimeoutException:
         metrics.RULE_TIMEOUTS.labels(ErrorCode.WORKER_TIMEOUT.value).inc()
-        log.error(
-            "%s/%d: %s, stopped after %d ms", *_of(lease.slot), ErrorCode.WORKER_TIMEOUT, settings.WORKER_TIMEOUT_MS
-        )
+        log.error("%s: %s, stopped after %d ms", lease.slot, ErrorCode.WORKER_TIMEOUT, settings.WORKER_TIMEOUT_MS)
         raise
     finally:
         _give_back(lease, with_tickets=with_tickets)
@@ -84,12 +88,27 @@ def attend(slot: Slot, *, with_tickets: bool = False) -> int | None:
 def _work(lease: Lease, *, deadline: float, until_empty: bool) -> int:
     count = 0
     while work := _next(lease):
-        _finish(lease, work, process_with_isolation(work.events, work, on_event_start=lease.renew_if_due))
+        _finish(lease, work, _process(lease, work))
         count += len(work.events)
         is_last = len(work.events) < BATCH_EVENTS and not until_empty
         if is_last or time.monotonic() > deadline or not lease.renew():
             break
     return count
+
+
+def _process(lease: Lease, work: Work) -> BatchResult:
+    if not traces.is_on():
+        return process_with_isolation(work.events, work, on_event_start=lease.renew_if_due)
+    spans = traces.begin_processing(work.events, slot=str(lease.slot))
+    try:
+        result = process_with_isolation(work.events, work, on_event_start=lease.renew_if_due)
+    except BaseException as error:
+        traces.end(spans, error=repr(error))
+        raise
+    traces.end(spans)
+    if carried := {event.id: event.trace for event in work.events if event.trace}:
+        result.applied.carry(carried)
+    return result
 
 
 def _next(lease: Lease) -> Work:
@@ -129,7 +148,7 @@ def _finish(lease: Lease, work: Work, result: BatchResult) -> None:
         delayed=delayed,
     )
     if not _acknowledge(lease, finished, work.memory):
-        log.warning("%s/%d was taken over while a batch ran; its events will be seen as duplicates", *_of(lease.slot))
+        log.warning("%s was taken over while a batch ran; its events will be seen as duplicates", lease.slot)
 
 
 def _acknowledge(lease: Lease, finished: Finished, memory: ConditionStateStore) -> bool:
@@ -150,7 +169,7 @@ def _finished_by_organization(work: Work, result: BatchResult) -> Counter[int]:
 
 def _wait(slot: Slot, error: Exception) -> None:
     reason = redis.explain(error) if isinstance(error, RedisError) else f"the database is away: {error}".strip()
-    log.warning("%s/%d waits: %s", *_of(slot), reason)
+    log.warning("%s waits: %s", slot, reason)
     connection.close()  # a broken connection must not be used again
     with contextlib.suppress(RedisError):  # the log has it
         redis.journal_client(slot.partition).set(keys.stalled(slot.lane, slot.partition), reason, ex=10)
@@ -165,12 +184,8 @@ def _give_back(lease: Lease, *, with_tickets: bool) -> None:
                 lease.slot, queue=tickets.queue_for(lease.slot, oldest_ms=lease.oldest_ms(), now_ms=_now_ms())
             )
     except RedisError as error:
-        log.warning("%s/%d could not be given back: %s", *_of(lease.slot), redis.explain(error))
+        log.warning("%s could not be given back: %s", lease.slot, redis.explain(error))
 
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def _of(slot: Slot) -> tuple[str, int]:
-    return slot.lane, slot.partition

@@ -139,7 +139,7 @@ asyncio.run(main())
 """
 
 
-def _aiocoap(system: LocalSystem, device: Device, stack: ExitStack) -> CoapObserver:
+def aiocoap_observer(system: LocalSystem, device: Device, stack: ExitStack) -> CoapObserver:
     return CoapObserver([sys.executable, "-u", "-c", AIOCOAP, _uri(system, device)], {}, stack)
 
 
@@ -155,7 +155,7 @@ SOCKETIO: dict[str, Callable[[LocalSystem, str, ExitStack], Listener]] = {
 }
 MQTT: dict[str, Callable[[LocalSystem, Device, ExitStack], Listener]] = {"paho": Paho, "mosquitto_sub": MosquittoSub}
 COAP: dict[str, Callable[[LocalSystem, Device, ExitStack], Listener]] = {
-    "aiocoap": _aiocoap,
+    "aiocoap": aiocoap_observer,
     "coap-client-notls": _libcoap,
 }
 LISTENERS = (*SOCKETIO, *MQTT, *COAP)

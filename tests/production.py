@@ -345,11 +345,46 @@ class Sensor:
         login = self._ask("POST", "auth/login", json={"username": "admin", "password": ADMIN_PASSWORD})
         self._session.headers["Authorization"] = f"Bearer {login['access']}"
         farms = self._ask("GET", "organizations")["results"]
-        farm = farms[0] if farms else self._ask("POST", "organizations", json={"name": "My farm"})
+        farm = farms[0] if farms else self._ask("POST", "organizations", json={"name": "Farm of tests"})
         self.organization = farm["uuid"]
         self.uuid = self._ask("POST", "sensors", json={"organization": self.organization, "name": name})["uuid"]
         self._ask("POST", "variables", json={"sensor": self.uuid, "name": "ph", "datatype": "number"})
         self.token = self._ask("POST", "device-tokens", json={"sensor": self.uuid})["token"]
+
+    def attempts(self, secrets: dict[str, str]) -> list[str]:
+        """The answers, with their headers, to requests that carry these secrets where secrets do and do not belong."""
+        login = {"username": "admin", "password": secrets["password"]}
+        bearer = {"Authorization": f"Bearer {secrets['bearer']}"}
+        query = {"token": secrets["query"], "api_key": secrets["query"]}
+        body = {"values": {"ph": secrets["body"]}, "password": secrets["body"]}
+        asked: list[tuple[str, str, dict[str, Any]]] = [
+            ("POST", "api/v1/auth/login", {"json": login}),
+            ("POST", "admin/login/", {"data": login}),
+            ("POST", "api/v1/auth/refresh", {"json": {"refresh": secrets["bearer"]}}),
+            ("GET", "api/v1/sensors", {"headers": bearer}),
+            ("GET", "api/v1/metrics/prometheus", {"headers": bearer}),
+            ("GET", "api/v1/health", {"headers": bearer}),
+            ("GET", "api/v1/sensors", {"params": query}),
+            ("POST", "api/v1/telemetry", {"json": {"values": {"ph": 1}}, "headers": bearer, "params": query}),
+            ("POST", "api/v1/telemetry", {"json": {"values": {"ph": 1}}, "headers": self._token_header()}),
+            ("POST", "api/v1/telemetry", {"json": body, "headers": self._token_header()}),
+            ("GET", f"join/{secrets['invite']}", {}),
+            ("POST", f"join/{secrets['invite']}", {"data": login}),
+            ("GET", f"nowhere?token={secrets['query']}", {}),
+            ("PATCH", "api/v1/device-tokens", {"json": body}),
+        ]
+        site = self._api.removesuffix("api/v1")
+        found = [self._session.request(method, site + path, timeout=20, **how) for method, path, how in asked]
+        return [
+            f"{answer.status_code} {answer.headers} {self._unquoted(answer.text, secrets['body'])}" for answer in found
+        ]
+
+    def _unquoted(self, text: str, body: str) -> str:
+        """A sender's own value may come back to it in the answer that says what is wrong with it."""
+        return text.replace(body, "")
+
+    def _token_header(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
 
     def values(self) -> list[float]:
         """All that are stored, in rising order."""
@@ -385,7 +420,7 @@ class Sensor:
 
     def report(self, body: dict[str, Any]) -> int:
         """The status of the answer; 0 without one."""
-        headers = {"Authorization": f"Bearer {self.token}"}
+        headers = self._token_header()
         with suppress(requests.RequestException):
             return self._session.post(f"{self._api}/telemetry", json=body, headers=headers, timeout=20).status_code
         return 0

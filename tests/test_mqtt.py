@@ -97,6 +97,7 @@ class Ingested:
         uuid: str | None = None,
         hold: bool = False,
         after: Any = None,
+        trace: str = "",
     ) -> Pending:
         assert protocol == "mqtt"
         self.holds.append(hold)

@@ -60,6 +60,18 @@ class Environment:
         )
         return default
 
+    def ratio(self, name: str, default: float) -> float:
+        """A number from 0 to 1."""
+        raw = self.text(name, str(default))
+        try:
+            value = float(raw)
+        except ValueError:
+            value = -1.0
+        if 0 <= value <= 1:
+            return value
+        self._wrong(name, f"is {raw!r}", f"Set it to a number from 0 to 1, or leave it out for {default}.")
+        return default
+
     def flag(self, name: str, *, default: bool) -> bool:
         raw = self.text(name, str(default)).lower()
         if raw in ("1", "true", "yes", "on"):

@@ -151,7 +151,10 @@ class CoapTransport(Transport):
         credential = catalogue.shared().credential(request.query.get("token", ""))
         if request.more and credential is not None and credential.originator.uuid == uuid:
             return CoapResponse(code=Code.CONTINUE)
-        pending = self._ingest(request.payload, credential=credential, protocol=str(self.protocol), uuid=uuid)
+        trace = request.query.get("traceparent", "")
+        pending = self._ingest(
+            request.payload, credential=credential, protocol=str(self.protocol), uuid=uuid, trace=trace
+        )
         return _changed(pending.wait(), request.accept)
 
     def _get(self, request: CoapRequest, uuid: str) -> CoapResponse:

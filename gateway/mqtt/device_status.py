@@ -25,7 +25,7 @@ def record(said: Mapping[UUID, bool]) -> None:
         outgoing = outbox.write([(_message(row), row.organization_id, row.pk) for row in changed])
     outbox.publish(outgoing)
     for row in changed:
-        log.info("%s is %s", row, "online" if row.connected else "offline")
+        log.info("%s is %s", row, "online" if row.connected else "offline", extra={"device": str(row.uuid)})
 
 
 def end(uuids: Collection[UUID]) -> None:

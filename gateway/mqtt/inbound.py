@@ -190,6 +190,7 @@ class Inbound:
             connection=self._connections,
             retained=message.retain,
             dup=message.dup,
+            trace=message.trace,
         )
         self._news.put(arrival)
 
@@ -372,7 +373,13 @@ class Telemetry:
             self._on_device(credential.originator.uuid)
         hold = time.monotonic() - arrival.held_since < HOLD_SECONDS
         return self._ingest(
-            arrival.payload, credential=credential, protocol=Protocol.MQTT.value, uuid=uuid, hold=hold, after=before
+            arrival.payload,
+            credential=credential,
+            protocol=Protocol.MQTT.value,
+            uuid=uuid,
+            hold=hold,
+            after=before,
+            trace=arrival.trace,
         )
 
 

@@ -281,7 +281,7 @@ class Outbound:
         if address.topic in self._refused:
             self._refused[address.topic][1].append(publication)
             return True
-        properties = _expiry(math.ceil(seconds)) if seconds is not None else None
+        properties = _properties(publication.content, seconds)
         sent = self._client.publish(
             address.topic, self._body(publication), qos=address.qos, retain=address.retain, properties=properties
         )
@@ -341,6 +341,17 @@ class Outbound:
             self.counts["callback-failed"] += 1
             metrics.GATEWAY_FAILURES.labels("mqtt").inc()
             log.exception("Message %s was delivered over MQTT, but could not be noted as such", message.id)
+
+
+def _properties(content: Message | bytes, seconds: float | None) -> Properties | None:
+    trace = content.trace if isinstance(content, Message) else ""
+    if trace:
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.UserProperty = ("traceparent", trace)
+        if seconds is not None:
+            properties.MessageExpiryInterval = math.ceil(seconds)
+        return properties
+    return _expiry(math.ceil(seconds)) if seconds is not None else None
 
 
 @lru_cache(maxsize=256)

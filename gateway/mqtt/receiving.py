@@ -19,10 +19,13 @@ from paho.mqtt.exception import MalformedPacket
 READ_BYTES = 65_536
 _PUBLISH, _RETAIN, _QOS_2, _DUP = 0x30, 0x01, 0x04, 0x08
 _PUBACK, _ACKNOWLEDGEMENT = 0x40, struct.Struct("!BBH")
+# A user property, as it begins on the wire, and how long the whole of it is.
+_TRACEPARENT = b"\x26\x00\x0btraceparent\x00\x37"
+_TRACEPARENT_BYTES = len(_TRACEPARENT) + 55
 
 
 class Publication(NamedTuple):
-    """What `on_message` is given, by paho's names. Properties are left out."""
+    """What `on_message` is given, by paho's names. Of properties there is only the traceparent."""
 
     topic: str
     payload: bytes
@@ -30,6 +33,7 @@ class Publication(NamedTuple):
     qos: int
     retain: bool
     dup: bool
+    trace: str = ""
 
 
 class _Malformed(Exception):
@@ -128,4 +132,14 @@ def _publication(command: int, body: bytes) -> Publication:
         raise _Malformed("a PUBLISH that ends too soon") from None
     if place + properties > len(body):
         raise _Malformed("properties that are longer than the packet")
-    return Publication(topic, body[place + properties :], mid, qos, bool(command & _RETAIN), bool(command & _DUP))
+    trace = _traceparent(body[place : place + properties]) if properties >= _TRACEPARENT_BYTES else ""
+    place += properties
+    return Publication(topic, body[place:], mid, qos, bool(command & _RETAIN), bool(command & _DUP), trace)
+
+
+def _traceparent(properties: bytes) -> str:
+    """The value of the user property (section 2.2.2.2) of that name; empty where there is none."""
+    place = properties.find(_TRACEPARENT)
+    if place < 0:
+        return ""
+    return properties[place + len(_TRACEPARENT) :][:55].decode(errors="replace")

@@ -13,7 +13,7 @@ from itertools import islice
 @dataclass(slots=True, eq=False)
 class Arrival:
     """A message as the broker gave it. `connection` counts connections: it can be acknowledged over that one only. `dup`: the
-    broker has sent it before, over this connection or the one before it.
+    broker has sent it before, over this connection or the one before it. `trace` is its sender's traceparent, if any.
     """
 
     topic: str
@@ -23,6 +23,7 @@ class Arrival:
     connection: int
     retained: bool = False
     dup: bool = False
+    trace: str = ""
     attempts: int = 0
     held_since: float = field(default_factory=time.monotonic)
 

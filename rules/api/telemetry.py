@@ -87,7 +87,8 @@ def answer(environ: Mapping[str, Any], read_body: Callable[[], bytes]) -> Answer
         if credential is None:
             _count_failure(environ)
         payload = _payload(read_body, credential)
-        receipt = ingest.submit(payload, credential=credential, protocol="http", turns=_turns).wait()
+        trace = environ.get("HTTP_TRACEPARENT", "")
+        receipt = ingest.submit(payload, credential=credential, protocol="http", turns=_turns, trace=trace).wait()
     except Refusal as refusal:
         return _refused(refusal)
     except DatabaseError:

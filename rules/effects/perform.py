@@ -7,9 +7,11 @@ Notification for every message. An alarm also knows by the event's time what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
+
+import msgspec
 
 from aemos.lib import bulk, metrics
 from devices import catalogue
@@ -56,6 +58,17 @@ class Applied:
     alarms: list[Message] = field(default_factory=list)
     suppressed: int = 0
     vetoed: int = 0
+
+    def carry(self, traces: Mapping[str, str]) -> None:
+        """Messages carry the trace of the event that led to them: `traces` by event id, with which effect keys begin."""
+
+        def carrying(message: Message) -> Message:
+            trace = traces.get(message.effect_key.partition(":")[0], "")
+            return msgspec.structs.replace(message, trace=trace) if trace else message
+
+        self.changes = [replace(change, message=carrying(change.message)) for change in self.changes]
+        self.notes = [carrying(message) for message in self.notes]
+        self.alarms = [carrying(message) for message in self.alarms]
 
     def __iadd__(self, other: Applied) -> Applied:
         self.changes += other.changes

@@ -20,7 +20,7 @@ from django.db import transaction
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from aemos.lib import bulk, metrics, redis
+from aemos.lib import bulk, metrics, redis, tracing
 from devices import commands, latest
 from devices.catalogue import Field
 from devices.interlocks.judge import NO_VALUES, Values, Vetoed
@@ -222,8 +222,17 @@ def publish(changes: Sequence[Change]) -> None:
     """
     for source, number in Counter(change.row.source for change in changes).items():
         metrics.STATE_CHANGES.labels(source).inc(number)
-    for row in (change.row for change in changes[:LOGGED_TOGETHER]):
-        log.info("state changed: %s: %s -> %s by %s %s", row.state, row.previous, row.value, row.source, row.actor)
+    for row, message in ((change.row, change.message) for change in changes[:LOGGED_TOGETHER]):
+        fields = {"device": message.device_uuid, "message_id": str(row.uuid), **tracing.log_fields(message.trace)}
+        log.info(
+            "state changed: %s: %s -> %s by %s %s",
+            row.state,
+            row.previous,
+            row.value,
+            row.source,
+            row.actor,
+            extra=fields,
+        )
     if len(changes) > LOGGED_TOGETHER:
         log.info("and %d more states changed in the same batch", len(changes) - LOGGED_TOGETHER)
     try:

@@ -28,7 +28,7 @@ def suspend(chain_id: int, reason: str) -> bool:
         left = "".join(f"; {each}" for each in chain_ends.left_on(chain))
         alarms.raise_for_chain(chain, f"{chain.name} is suspended: {reason}{left}")
     metrics.CHAINS_SUSPENDED.inc()
-    log.error("rule chain %s (%s) is suspended: %s", chain, chain.uuid, reason)
+    log.error("rule chain %s (%s) is suspended: %s", chain, chain.uuid, reason, extra={"chain": str(chain.uuid)})
     return True
 
 
@@ -41,4 +41,4 @@ def resume(chain: RuleChain, by: str) -> None:
         cleared = alarms.clear_for_chain(chain, by=by)
     chain.suspended_at = None
     if lifted or cleared:
-        log.info("rule chain %s (%s) runs again: lifted by %s", chain, chain.uuid, by)
+        log.info("rule chain %s (%s) runs again: lifted by %s", chain, chain.uuid, by, extra={"chain": str(chain.uuid)})

@@ -21,6 +21,9 @@ class Slot:
     lane: str
     partition: int
 
+    def __str__(self) -> str:
+        return f"{self.lane}/{self.partition}"
+
 
 def slots() -> Iterator[Slot]:
     for lane in Lane:

@@ -173,7 +173,13 @@ def _valid(ids: Collection[int]) -> Iterator[tuple[RuleChain, Chain]]:
     for row, result in compiled(ids):
         if isinstance(result, InvalidChain):
             # Saving refuses such a chain; one that got past it must not stop the others.
-            log.error("Rule chain %s (%s) does not run, it is not valid: %s", row.name, row.uuid, result)
+            log.error(
+                "Rule chain %s (%s) does not run, it is not valid: %s",
+                row.name,
+                row.uuid,
+                result,
+                extra={"chain": str(row.uuid)},
+            )
         else:
             yield row, result
 

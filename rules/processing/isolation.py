@@ -10,6 +10,7 @@ from django.db import InterfaceError, OperationalError, transaction
 from redis.exceptions import RedisError
 from rq.timeouts import BaseTimeoutException
 
+from aemos.lib import tracing
 from rules.events import Event
 from rules.processing import batch, failures
 from rules.processing.batch import BatchResult
@@ -53,7 +54,8 @@ def _alone(event: Event, work: Work, *, on_event_start: OnEventStart) -> BatchRe
     except (*AWAY, BaseTimeoutException):
         raise
     except Exception as error:
-        log.exception("event %s failed, attempt %d", event.id, event.attempt + 1)
+        fields = {"event_id": event.id, **tracing.log_fields(event.trace)}
+        log.exception("event %s failed, attempt %d", event.id, event.attempt + 1, extra=fields)
         return dead_letter(Failure.of(event, error), lane=work.lane)
 
 

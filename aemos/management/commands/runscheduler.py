@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 from django.db import Error as DatabaseError
 from django.db import close_old_connections
@@ -58,7 +59,10 @@ class Command(BaseCommand):
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        self.stdout.write("The scheduler is running; Ctrl-C stops it.")
+        if settings.LOG_FORMAT == "json":
+            log.info("The scheduler is running")
+        else:
+            self.stdout.write("The scheduler is running; Ctrl-C stops it.")
         _run(stop)
 
 

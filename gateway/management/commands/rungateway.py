@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 from argparse import ArgumentParser
 from typing import Any
@@ -17,6 +18,7 @@ from gateway.dispatcher import Gateway, StartError
 from gateway.transport import Ingest, Transport
 from notifications.messages import Protocol
 
+log = logging.getLogger(__name__)
 STOP_SECONDS = 6.0
 # In the order of the start. Socket.IO is last: whoever can connect to its port finds the others started.
 _TITLES = {Protocol.MQTT: "MQTT", Protocol.COAP: "CoAP", Protocol.SOCKETIO: "Socket.IO"}
@@ -83,6 +85,9 @@ class Command(BaseCommand):
         return False
 
     def _say(self, protocol: Protocol, text: str) -> None:
+        if settings.LOG_FORMAT == "json":
+            log.info("%s: %s", _TITLES[protocol], text)
+            return
         self.stdout.write(f"{_TITLES[protocol]}: {text}")
         self.stdout.flush()
 

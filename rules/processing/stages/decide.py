@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import msgspec
 from django.conf import settings
 
+from aemos.lib import tracing
 from devices.catalogue import Field
 from devices.latest import Key, Latest
-from rules import events
+from rules import events, traces
 from rules.effects import interlocks, perform, states
 from rules.effects.perform import Applied
 from rules.engine.bound import DeployedChain
@@ -307,13 +308,22 @@ def decide_event(event: Event, chains: Sequence[DeployedChain], progress: Progre
         except ChainFailed as error:
             progress.chain_runs.failed(bound, error, seconds=time.monotonic() - began, is_retry=event.attempt > 0)
             progress.failures.append(_failure(error, bound, event))
+            if event.trace and tracing.is_on():
+                traces.chain_ran(event, bound.name, seconds=time.monotonic() - began, error=error.cause)
             continue
         progress.chain_runs.completed(bound, outcome, seconds=time.monotonic() - began)
+        if event.trace and tracing.is_on():
+            traces.chain_ran(event, bound.name, seconds=time.monotonic() - began, effects=len(outcome.effects))
         if bound.timers:
             progress.next_timers.update(_next_timers(bound, outcome))
         if too_late:
             skipped = len(outcome.effects)
-            log.info("%s would have done %d actions for an event that is too old now", bound.name, skipped)
+            log.info(
+                "%s would have done %d actions for an event that is too old now",
+                bound.name,
+                skipped,
+                extra=_fields(bound, event),
+            )
 
 
 def _trigger(event: Event, known: KnownValues, vetoes: Callable[[str, str, Value], str]) -> Trigger:
@@ -402,8 +412,14 @@ def _not_run(event: Event, ran: Sequence[DeployedChain]) -> list[Failure]:
     ]
 
 
+def _fields(bound: DeployedChain, event: Event) -> dict[str, str]:
+    return {"chain": bound.uuid, "event_id": event.id, **tracing.log_fields(event.trace)}
+
+
 def _failure(error: ChainFailed, bound: DeployedChain, event: Event) -> Failure:
     text = f"{error.code}: {error.cause}" if error.code else error.cause
     if error.code:
-        log.warning("rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text)
+        log.warning(
+            "rule chain %s (%s) at %r: %s", bound.name, bound.uuid, error.node, text, extra=_fields(bound, event)
+        )
     return Failure(event=event, error=text, chain=bound, node=error.node, traceback=traceback.format_exc())
