@@ -23,6 +23,23 @@ def main() -> None:
         execute_from_command_line(sys.argv)
     except UnsafeConfiguration as refusal:
         sys.exit(str(refusal))
+    _note(sys.argv[1:])
+
+
+def _note(words: list[str]) -> None:
+    """What changes something stands in the audit log; a database that is away has said so before."""
+    from django.apps import apps
+
+    if not apps.ready:  # `help` and the like need no settings
+        return
+    from django.db import DatabaseError
+
+    from devices.audit.notes import note_command
+
+    try:
+        note_command(words)
+    except DatabaseError as error:
+        print(f"this is not in the audit log: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ COMMAND_EXPIRY_SECONDS = _env.integer("COMMAND_EXPIRY_SECONDS", 300, minimum=10)
 NOTIFICATION_RETENTION_DAYS = _env.integer("NOTIFICATION_RETENTION_DAYS", 30, minimum=1)
 REJECTED_RETENTION_DAYS = _env.integer("REJECTED_RETENTION_DAYS", 30, minimum=1)
 DEAD_LETTER_RETENTION_DAYS = _env.integer("DEAD_LETTER_RETENTION_DAYS", 90, minimum=1)
+AUDIT_RETENTION_DAYS = _env.integer("AUDIT_RETENTION_DAYS", 365)
 ALARM_RETENTION_DAYS = _env.integer("ALARM_RETENTION_DAYS", 90, minimum=1)
 ALARM_FLAPPING_TIMES = _env.integer("ALARM_FLAPPING_TIMES", 5, minimum=1, maximum=1_000)
 ALARM_FLAPPING_SECONDS = _env.integer("ALARM_FLAPPING_SECONDS", 600, minimum=1, maximum=86_400)
@@ -189,6 +190,7 @@ MIDDLEWARE = [
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "devices.audit.notes.audit",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "aemos.middleware.BoundedMetricsMiddleware",

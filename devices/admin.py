@@ -15,6 +15,7 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from devices import catalogue
+from devices.audit import admin as _audit_log  # noqa: F401  has a page of its own
 from devices.interlocks.admin import lock_for, unlock
 from devices.models import (
     DataProblem,

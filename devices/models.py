@@ -583,11 +583,13 @@ class CatalogueVersion(models.Model):
 
 
 # At the end: their keys lead to the tables above.
+from devices.audit.models import AuditEntry, AuditHead  # noqa: E402
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
 from devices.people.models import ApiToken, Invitation  # noqa: E402
 
 __all__ = [
-    "ApiToken", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken", "Interlock", "Invitation",
-    "Membership", "Organization", "Reading", "Requirement", "Role", "Sensor", "SensorClock", "StateChange", "StateRun",
+    "ApiToken", "AuditEntry", "AuditHead", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken",
+    "Interlock", "Invitation", "Membership", "Organization", "Reading", "Requirement", "Role", "Sensor", "SensorClock",
+    "StateChange", "StateRun",
     "Variable", "Veto",
 ]  # fmt: skip

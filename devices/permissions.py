@@ -6,7 +6,7 @@ RIGHTS is the one table of it. The REST API and the admin both ask it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -62,15 +62,17 @@ RIGHTS: Mapping[str, Rights] = {
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
     "replays": Rights(change=Role.OPERATOR),
+    "audit-log": Rights(view=Role.ADMIN),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What one person may do. `roles`: organization id -> role; a superuser needs none."""
+    """What one person may do. `roles`: organization id -> role; a superuser needs none. `demanded`: where a right was needed."""
 
     superuser: bool
     roles: Mapping[int, str]
+    demanded: set[int | None] = field(default_factory=set, compare=False)
 
     def may(self, verb: Verb, resource: str, organization_id: int | None) -> bool:
         if self.superuser:
@@ -94,6 +96,7 @@ class Access:
 
     def demand(self, verb: Verb, resource: str, organization_id: int | None) -> None:
         """Raises PermissionDenied with the roles held and needed; only for an organization the person may see."""
+        self.demanded.add(organization_id)
         if not self.may(verb, resource, organization_id):
             held = self.roles.get(organization_id) if organization_id is not None else None
             raise PermissionDenied(_refusal(verb, resource, held))
@@ -119,6 +122,8 @@ def access_of(request: Request | HttpRequest) -> Access:
     else:
         access = Access(superuser, {} if superuser or not user.is_authenticated else _roles_of(user.pk))
     request.aemos_access = access  # type: ignore[union-attr]
+    plain: Any = getattr(request, "_request", request)  # what middleware sees of it
+    plain.aemos_organizations, plain.aemos_token = access.demanded, token
     return access
 
 

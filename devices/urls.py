@@ -8,6 +8,7 @@ from django.urls import path
 from rest_framework.routers import SimpleRouter
 
 from devices import views
+from devices.audit import api as audit
 from devices.interlocks import api as interlocks
 from devices.people import api as people
 from devices.people import login
@@ -27,6 +28,7 @@ router.register("device-tokens", views.DeviceTokenViewSet)
 router.register("readings", views.ReadingViewSet)
 router.register("data-problems", views.DataProblemViewSet)
 router.register("state-changes", views.StateChangeViewSet)
+router.register("audit-log", audit.AuditViewSet)
 
 Actions = dict[str, Any]
 MEMBERSHIPS: Actions = {"get": "list", "post": "create"}

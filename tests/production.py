@@ -210,7 +210,7 @@ class Machine:
         number = self._socket.fileno()
         script = f'exec 3<&{number}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
         return subprocess.Popen(
-            ("sh", "-c", script, "sh", *process.command),
+            ("bash", "-c", script, "bash", *process.command),
             pass_fds=[number],
             cwd=directory,
             stdin=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from django.urls import URLResolver, get_resolver
 from rest_framework.test import APIClient
 
 from devices.models import (
+    AuditEntry,
     DataProblem,
     Device,
     DeviceState,
@@ -110,11 +111,12 @@ def names_of(farm: Farm) -> dict[str, Any]:
     newcomer = builders.user()
     token, _ = DeviceToken.objects.issue(farm.sensor)
     invitation, _ = Invitation.objects.issue(organization=organization, created_by="x")
+    entry = AuditEntry.objects.create(organization=organization, kind="request", actor="x", action="POST sensors")
     rows: dict[str, Any] = {
         "organization": organization, "sensor": farm.sensor, "variable": variable, "problem": problem, "device": farm.device,
         "state": state, "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
         "replay": replay, "alarm": alarm, "interlock": interlock, "doser": doser, "pulse": pulse,
-        "requirement": requirement, "veto": veto, "invitation": invitation,
+        "requirement": requirement, "veto": veto, "invitation": invitation, "entry": entry,
     }  # fmt: skip
     return {name: str(row.uuid) for name, row in rows.items()} | {
         "dead": str(dead.uuid),
@@ -197,6 +199,8 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("PUT", "interlock-requirements/{requirement}", REQUIREMENT, "admin", 200),
     ("PATCH", "interlock-requirements/{requirement}", {"maximum": 7}, "admin", 200),
     ("DELETE", "interlock-requirements/{requirement}", None, "admin", 204),
+    ("GET", "audit-log", None, "admin", 200),
+    ("GET", "audit-log/{entry}", None, "admin", 200),
     ("GET", "vetoes", None, "viewer", 200),
     ("GET", "vetoes/{veto}", None, "viewer", 200),
     ("GET", "device-tokens", None, "viewer", 200),

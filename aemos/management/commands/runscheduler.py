@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
+from devices.audit import chain as audit
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
@@ -36,6 +37,8 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     control.advance_circuit,
     replay.queue_steps,
     alarms.end_flapping,
+    audit.seal,
+    audit.delete_old,
     retention.delete_expired,
     upkeep.delete_old,
 )
@@ -44,8 +47,8 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
 class Command(BaseCommand):
     help = (
         "Run the periodic tasks: schedules and timers of rule chains, lost drain tickets, notifications that a crash left in "
-        "the outbox, the circuit, replays, flapping alarms, retention. Run two or more: one leads, and another takes over "
-        "within five seconds when it dies."
+        "the outbox, the circuit, replays, flapping alarms, the audit log, retention. Run two or more: one leads, and another "
+        "takes over within five seconds when it dies."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
