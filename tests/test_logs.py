@@ -14,6 +14,7 @@ from django.test import Client
 from aemos import logs
 from aemos.lib import tracing
 
+pytestmark = pytest.mark.usefixtures("empty_redis")
 log = logging.getLogger("tests.logs")
 
 
