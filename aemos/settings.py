@@ -165,6 +165,9 @@ INSTALLED_APPS = [
     "devices.apps.DevicesConfig",
     "rest_framework",
     "rest_framework_simplejwt.token_blacklist",
+    "django_otp",
+    "django_otp.plugins.otp_totp",
+    "django_otp.plugins.otp_static",
     "django_filters",
     "drf_spectacular",
     "drf_spectacular_sidecar",
@@ -223,6 +226,8 @@ WHITENOISE_ALLOW_ALL_ORIGINS = False
 WHITENOISE_USE_FINDERS = True  # serves the admin's files from the packages, so that there is nothing to collect
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # 1 MB, the largest request the telemetry endpoint takes
 DATA_UPLOAD_MAX_NUMBER_FIELDS = 10_000  # admin actions on a full page of rows
+
+OTP_TOTP_ISSUER = "AEMOS"
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [

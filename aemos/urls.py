@@ -5,13 +5,16 @@ from __future__ import annotations
 from django.contrib import admin
 from django.urls import include, path
 from django.views.generic import RedirectView
+from django_otp.plugins.otp_static.models import StaticDevice
+from django_otp.plugins.otp_totp.models import TOTPDevice
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 from rest_framework_simplejwt.token_blacklist.models import BlacklistedToken, OutstandingToken
 
-from devices.people.pages import join_page
+from devices.people.pages import join_page, second_factor_page
 from gateway.views import GatewayView
 
-admin.site.unregister([BlacklistedToken, OutstandingToken])  # nothing that a person could use
+# Nothing that a person could use, and nobody else's secrets: /account/second-factor is everybody's own.
+admin.site.unregister([BlacklistedToken, OutstandingToken, StaticDevice, TOTPDevice])
 
 # A page for everybody, whatever token comes along; it has no form of answer but HTML, OPTIONS and refusals of tokens included.
 documentation = SpectacularSwaggerSplitView.as_view(
@@ -21,6 +24,7 @@ documentation = SpectacularSwaggerSplitView.as_view(
 urlpatterns = [
     path("", RedirectView.as_view(pattern_name="admin:index"), name="home"),
     path("admin/", admin.site.urls),
+    path("account/second-factor", second_factor_page, name="second-factor"),
     path("join/<str:token>", join_page, name="join-page"),
     path("api/v1/schema", SpectacularAPIView.as_view(), name="schema"),
     path("api/v1/docs", documentation, name="docs"),

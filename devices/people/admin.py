@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from django import forms
 from django.contrib.admin.forms import AdminAuthenticationForm
 from django.contrib.auth.forms import AuthenticationForm
 from django.core.exceptions import ValidationError
 
 from devices.models import Membership
-from devices.people import failures
+from devices.people import failures, second_factor
 from devices.people.login import tried
 
 
 class LoginForm(AdminAuthenticationForm):
     """Closed to whoever failed too often, as the login of the API is."""
+
+    otp = forms.CharField(
+        required=False,
+        label="Code, if you use a second factor",
+        widget=forms.TextInput(attrs={"inputmode": "numeric", "autocomplete": "one-time-code"}),
+    )
 
     def clean(self) -> dict[str, Any]:
         attempt = tried(self.request, self.cleaned_data.get("username"))
@@ -22,10 +29,19 @@ class LoginForm(AdminAuthenticationForm):
         if closed:
             raise ValidationError(f"Too many failed logins. Try again in {closed} seconds.", code="throttled")
         try:
-            return super().clean()
+            cleaned = super().clean()
+            self._check_second_factor()
+            return cleaned
         except ValidationError:
             failures.count(attempt)
             raise
+
+    def _check_second_factor(self) -> None:
+        user, code = self.user_cache, self.cleaned_data.get("otp") or ""
+        if user is not None and second_factor.is_on(user) and not (code and second_factor.accepts(user, code)):
+            raise ValidationError(
+                "The code is missing, wrong or used: take the newest of your app.", code="second-factor"
+            )
 
     def confirm_login_allowed(self, user: Any) -> None:
         AuthenticationForm.confirm_login_allowed(self, user)

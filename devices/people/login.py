@@ -19,15 +19,28 @@ from rest_framework_simplejwt.serializers import (
 from rest_framework_simplejwt.views import TokenBlacklistView, TokenObtainPairView, TokenRefreshView
 
 from devices.parsers import BoundedJSONParser
-from devices.people import failures
+from devices.people import failures, second_factor
 from devices.people.jwt import RefreshToken
 from devices.serializers import StrictMixin
 
 
 class LoginSerializer(StrictMixin, TokenObtainPairSerializer):
-    """A user name and a password."""
+    """A user name and a password, and a code for who has a second factor."""
 
     token_class = RefreshToken
+    otp = serializers.CharField(
+        required=False,
+        write_only=True,
+        max_length=32,
+        help_text="A code of the authenticator app, or a recovery code. Without it, who needs one gets 401 second-factor.",
+    )
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        code = attrs.pop("otp", "")
+        tokens: dict[str, Any] = super().validate(attrs)
+        if second_factor.is_on(self.user) and not (code and second_factor.accepts(self.user, code)):
+            raise AuthenticationFailed("The code (otp) is missing, wrong or used.", code="second-factor")
+        return tokens
 
 
 class RefreshSerializer(StrictMixin, TokenRefreshSerializer):

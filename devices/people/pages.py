@@ -7,6 +7,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin
 from django.contrib.auth import login
+from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -14,8 +15,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods
 
 from devices.models import Invitation, Role
-from devices.people import failures
+from devices.people import failures, second_factor
 from devices.people.joining import join
+from devices.people.login import tried
 from devices.people.models import CannotJoin
 
 
@@ -45,6 +47,33 @@ def join_page(request: HttpRequest, token: str) -> HttpResponse:
             for text in texts:
                 form.add_error(field if field in form.fields else None, text)
     return _page(request, {"invitation": invitation, "role": Role(invitation.role).label, "form": form})
+
+
+@never_cache
+@login_required(login_url="admin:login")
+@require_http_methods(["GET", "HEAD", "POST"])
+def second_factor_page(request: HttpRequest) -> HttpResponse:
+    """Switch one's own second factor on or off."""
+    attempt = tried(request, request.user.get_username())
+    context: dict[str, Any] = {"title": "Second factor"}
+    if request.method == "POST":
+        code = request.POST.get("code", "")
+        if closed := failures.seconds_closed(attempt):
+            context["problem"] = f"Too many attempts; try again in {closed} seconds."
+        elif second_factor.is_on(request.user):
+            if second_factor.accepts(request.user, code):
+                second_factor.remove(request.user)
+                return redirect("second-factor")
+        elif codes := second_factor.confirm(request.user, code):
+            context["codes"] = codes
+        if not (context.get("codes") or context.get("problem")):
+            failures.count(attempt)
+            context["problem"] = "This is not the code of now. Is the clock of your phone right?"
+    context["is_on"] = second_factor.is_on(request.user)
+    if not context["is_on"]:
+        device = second_factor.proposed(request.user)
+        context |= {"picture": second_factor.picture(device), "text": second_factor.as_text(device)}
+    return render(request, "devices/second_factor.html", {**admin.site.each_context(request), **context})
 
 
 def _joined(request: HttpRequest, form: AccountForm, token: str) -> HttpResponse:
