@@ -34,6 +34,18 @@ class Organization(Identified):
     """A farm or a company: the boundary that nothing and nobody sees across."""
 
     name = models.CharField(max_length=200, unique=True)
+    keep_readings_days = models.PositiveIntegerField(
+        "keep readings, days",
+        null=True,
+        blank=True,
+        help_text="Single readings are deleted after so many days; what they were in each hour and day stays. Empty: never.",
+    )
+    keep_hours_days = models.PositiveIntegerField(
+        "keep hours, days",
+        null=True,
+        blank=True,
+        help_text="What readings were in each hour is deleted after so many days; each day stays. Empty: never.",
+    )
 
     class Meta:
         ordering = ["name"]
@@ -96,6 +108,12 @@ class Variable(Identified):
     name = models.CharField(max_length=100)
     datatype = models.CharField(max_length=10, choices=Datatype.choices, default=Datatype.NUMBER)
     unit = models.CharField(max_length=20, blank=True)
+    keep_readings_days = models.PositiveIntegerField(
+        "keep readings, days",
+        null=True,
+        blank=True,
+        help_text="Another number of days than the organization's, for this one.",
+    )
     minimum = models.FloatField(
         null=True, blank=True, help_text="A number below this is suspect: kept and shown, and not believed by rules."
     )
@@ -584,12 +602,12 @@ class CatalogueVersion(models.Model):
 
 # At the end: their keys lead to the tables above.
 from devices.audit.models import AuditEntry, AuditHead  # noqa: E402
+from devices.history.models import Rollup, RollupState  # noqa: E402
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
 from devices.people.models import ApiToken, Invitation  # noqa: E402
 
 __all__ = [
     "ApiToken", "AuditEntry", "AuditHead", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken",
-    "Interlock", "Invitation", "Membership", "Organization", "Reading", "Requirement", "Role", "Sensor", "SensorClock",
-    "StateChange", "StateRun",
-    "Variable", "Veto",
+    "Interlock", "Invitation", "Membership", "Organization", "Reading", "Requirement", "Role", "Rollup", "RollupState", "Sensor",
+    "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
 ]  # fmt: skip

@@ -167,7 +167,7 @@ class OrganizationSerializer(CamelCaseSerializer[Organization]):
 
     class Meta:
         model = Organization
-        fields = ["uuid", "name", "created_at"]
+        fields = ["uuid", "name", "keep_readings_days", "keep_hours_days", "created_at"]
 
 
 class MembershipSerializer(CamelCaseSerializer[Membership]):
@@ -213,7 +213,7 @@ class VariableSerializer(CamelCaseSerializer[Variable]):
         model = Variable
         fields = [
             "uuid", "sensor", "name", "datatype", "unit", "minimum", "maximum", "maximum_step", "maximum_step_seconds",
-            "stuck_after_seconds", "maximum_age_seconds", "created_at",
+            "stuck_after_seconds", "maximum_age_seconds", "keep_readings_days", "created_at",
         ]  # fmt: skip
         immutable = ["sensor"]
 

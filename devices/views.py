@@ -16,6 +16,7 @@ from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
+from devices.history.api import HistoryMixin
 from devices.interlocks.api import LockSerializer
 from devices.models import (
     DataProblem,
@@ -90,7 +91,7 @@ class OrganizationFilter(FilterSet):
     name = CharFilter(lookup_expr="icontains")
 
 
-class SensorViewSet(EditViewSet[Sensor]):
+class SensorViewSet(HistoryMixin, EditViewSet[Sensor]):
     """What measures."""
 
     resource = "sensors"

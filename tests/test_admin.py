@@ -41,6 +41,7 @@ from tests.test_api_rights import Farm, make_farm
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 PAGES = [model for model, page in admin.site._registry.items() if isinstance(page, ScopedAdmin)]
 RECORDS = {
+    "auditentry",
     "reading",
     "statechange",
     "notification",
@@ -80,6 +81,7 @@ def test_every_table_that_people_use_has_a_page() -> None:
         "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
         "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification", "Alarm",
         "ActionCooldown", "DataProblem", "Interlock", "Veto", "Invitation",
+        "AuditEntry",
     }  # fmt: skip
 
 

@@ -164,6 +164,7 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("GET", "sensors", None, "viewer", 200),
     ("POST", "sensors", {"organization": "{organization}", "name": "New"}, "admin", 201),
     ("GET", "sensors/{sensor}", None, "viewer", 200),
+    ("GET", "sensors/{sensor}/history", None, "viewer", 200),
     ("PUT", "sensors/{sensor}", {"organization": "{organization}", "name": "Renamed"}, "admin", 200),
     ("PATCH", "sensors/{sensor}", {"name": "Renamed"}, "admin", 200),
     ("DELETE", "sensors/{sensor}", None, "admin", 204),

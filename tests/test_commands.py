@@ -38,6 +38,8 @@ TESTED_IN = {
     "sync_broker": "test_broker.py",
     "rebuild_rule_index": "test_commands.py",
     "audit_rule_chains": "test_commands.py",
+    "audit": "test_audit.py",
+    "second_factor": "test_second_factor.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
 

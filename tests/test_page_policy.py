@@ -16,7 +16,13 @@ WATCH = """
     window.refused = [];
     addEventListener("securitypolicyviolation", (event) => refused.push(`${event.effectiveDirective} ${event.blockedURI}`));
 """
-PAGES = ["/api/v1/docs", "/static/notifications/socketio.html", "/admin/login/", "/account/second-factor", "/no-such-page"]
+PAGES = [
+    "/api/v1/docs",
+    "/static/notifications/socketio.html",
+    "/admin/login/",
+    "/account/second-factor",
+    "/no-such-page",
+]
 
 
 @pytest.fixture(scope="module")

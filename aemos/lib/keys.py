@@ -111,4 +111,8 @@ def failures(limit: str, digest: str) -> str:
 
 RETENTION_LOCK = "aemos:retention-lock"  # flag that expires: what is too old was deleted within the last hour
 NOTIFICATION_RETENTION_LOCK = "aemos:notifications:retention-lock"  # the same for notifications
+ROLLUPS_LOCK = "aemos:rollups-lock"  # flag that expires: readings were rolled up within the last minute
+HISTORY_RETENTION_LOCK = (
+    "aemos:history-retention-lock"  # flag that expires: old readings were looked for within the last hour
+)
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted

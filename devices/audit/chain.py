@@ -10,7 +10,7 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Exists, OuterRef
+from django.db.models import Exists, OuterRef, QuerySet
 from django.utils import timezone
 
 from devices.audit.models import AuditEntry, AuditHead
@@ -25,6 +25,8 @@ Record = Mapping[str, Any]
 
 def seal() -> int:
     """Gives commands to devices their entries, then seals what is not sealed yet; how many. Called by the scheduler."""
+    if not _has_news():
+        return 0
     with transaction.atomic():
         AuditHead.objects.get_or_create(pk=1)
         head = AuditHead.objects.select_for_update().get(pk=1)
@@ -39,16 +41,26 @@ def seal() -> int:
     return len(entries)
 
 
-def _add_commands(head: AuditHead) -> None:
-    """Transactions end in another order than they begin, so that a lower id may come later: the newest are looked at again."""
-    news = (
+def _has_news() -> bool:
+    """Whether there is anything to write: the scheduler asks each second, and a disk wears out by what is written."""
+    head = AuditHead.objects.filter(pk=1).first() or AuditHead()
+    newest = StateChange.objects.order_by("-pk").values_list("pk", flat=True).first() or 0
+    to_look_again = newest > head.state_changes and timezone.now() - head.seen_at > LONGEST_TRANSACTION
+    return to_look_again or AuditEntry.objects.filter(position=None).exists() or _commands(head).exists()
+
+
+def _commands(head: AuditHead) -> QuerySet[StateChange]:
+    """Those without an entry. Transactions end in another order than they begin, so that a lower id may come later: the newest
+    are looked at again."""
+    return (
         StateChange.objects.filter(pk__gt=head.state_changes)
         .exclude(source=StateChange.Source.DEVICE)
         .exclude(Exists(AuditEntry.objects.filter(uuid=OuterRef("uuid"))))
-        .select_related("state__device__organization")
-        .order_by("pk")[:AT_ONCE]
     )
-    found = list(news)
+
+
+def _add_commands(head: AuditHead) -> None:
+    found = list(_commands(head).select_related("state__device__organization").order_by("pk")[:AT_ONCE])
     AuditEntry.objects.bulk_create([_of_command(row) for row in found], ignore_conflicts=True)
     now = timezone.now()
     if len(found) < AT_ONCE and now - head.seen_at > LONGEST_TRANSACTION:
@@ -141,6 +153,9 @@ def delete_old() -> int:
     if not settings.AUDIT_RETENTION_DAYS:
         return 0
     oldest_kept = timezone.now() - timedelta(days=settings.AUDIT_RETENTION_DAYS)
+    oldest = AuditEntry.objects.exclude(position=None).order_by("position").first()
+    if oldest is None or oldest.at >= oldest_kept:
+        return 0
     with transaction.atomic():
         head = AuditHead.objects.select_for_update().filter(pk=1).first()
         if head is None:

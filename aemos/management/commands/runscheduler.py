@@ -17,6 +17,8 @@ from redis.exceptions import RedisError
 from aemos.lib import keys, metrics, redis
 from aemos.lib.leader import Leader
 from devices.audit import chain as audit
+from devices.history import retention as history_retention
+from devices.history import rollups
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
@@ -39,6 +41,8 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     alarms.end_flapping,
     audit.seal,
     audit.delete_old,
+    rollups.roll_up,
+    history_retention.delete_old,
     retention.delete_expired,
     upkeep.delete_old,
 )

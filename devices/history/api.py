@@ -1,0 +1,198 @@
+"""History over REST: points of a sensor's variables for charts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any, ClassVar
+
+import msgspec
+from django.core.exceptions import ValidationError
+from django.http import StreamingHttpResponse
+from django.utils import timezone
+from drf_spectacular.utils import OpenApiParameter, extend_schema
+from rest_framework import serializers
+from rest_framework.decorators import action
+from rest_framework.renderers import BaseRenderer
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from aemos.lib.csv_lines import csv_lines
+from devices.filters import IsoDateTimeFilter
+from devices.history import series
+from devices.history.series import INTERVALS, RAW, TooManyPoints
+from devices.models import Sensor, Variable
+from devices.viewsets import CsvRenderer
+
+# Without "from", the last day.
+DEFAULT_SPAN = timedelta(days=1)
+AUTO = "auto"
+_HEADER = ("at", "variable", "value", "count", "minimum", "maximum", "mean", "last", "suspect")
+
+
+class PointSerializer(serializers.Serializer[Any]):
+    """A reading (`value`), or the good readings of one interval."""
+
+    at = serializers.DateTimeField(help_text="When it was measured, or when the interval begins.")
+    value = serializers.JSONField(required=False, help_text="Of a single reading: a number, a text, true or false.")
+    suspect = serializers.CharField(required=False, help_text="Of a single reading: why rules do not believe it.")
+    count = serializers.IntegerField(required=False, help_text="Readings in the interval.")
+    minimum = serializers.FloatField(required=False, help_text="The lowest of them.")
+    maximum = serializers.FloatField(required=False, help_text="The highest of them.")
+    mean = serializers.FloatField(required=False, help_text="Their mean.")
+    last = serializers.FloatField(required=False, allow_null=True, help_text="The newest of them.")
+
+
+class SeriesSerializer(serializers.Serializer[Any]):
+    """One variable."""
+
+    name = serializers.CharField(help_text="Its name.")
+    unit = serializers.CharField(help_text="Its unit; may be empty.")
+    points = PointSerializer(many=True, help_text="In the order of time; intervals without readings are left out.")
+    truncated = serializers.BooleanField(
+        help_text="Whether there are more readings than fit; only where the interval is raw."
+    )
+
+
+class HistorySerializer(serializers.Serializer[Any]):
+    """What a sensor measured in a span of time."""
+
+    sensor = serializers.UUIDField(help_text="uuid of the sensor.")
+    interval = serializers.CharField(
+        help_text="raw: single readings; otherwise the length of the interval of each point."
+    )
+    variables = SeriesSerializer(many=True, help_text="Those that were asked for.")
+
+
+class _Query(serializers.Serializer[Any]):
+    variables = serializers.CharField(required=False)
+    interval = serializers.ChoiceField(choices=[AUTO, RAW, *INTERVALS], default=AUTO)
+    format = serializers.CharField(required=False)
+
+    def to_internal_value(self, data: Any) -> Any:
+        if unknown := sorted(set(data) - {"from", "to", "variables", "interval", "format"}):
+            text = "There is no such parameter; there are: from, interval, to, variables."
+            raise serializers.ValidationError({name: [text] for name in unknown})
+        found = super().to_internal_value(data)
+        for name in ("from", "to"):
+            found[name] = self._moment(data.get(name), name)
+        return found
+
+    def _moment(self, text: str | None, name: str) -> datetime | None:
+        if text is None:
+            return None
+        try:
+            moment: datetime | None = IsoDateTimeFilter().field.clean(text)
+        except ValidationError as error:
+            raise serializers.ValidationError({name: error.messages}) from None
+        return moment
+
+    def validate(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        end = attrs["to"] or timezone.now()
+        begin = attrs["from"] or end - DEFAULT_SPAN
+        if begin >= end:
+            raise serializers.ValidationError({"from": ["It is not before the end of the span."]})
+        return {**attrs, "from": begin, "to": end}
+
+
+class NdjsonRenderer(BaseRenderer):
+    """One JSON object a line: `?format=ndjson`, or `Accept: application/x-ndjson`."""
+
+    media_type = "application/x-ndjson"
+    format = "ndjson"
+
+    def render(self, data: Any, accepted_media_type: Any = None, renderer_context: Any = None) -> bytes:
+        """Only refusals come here: what is asked for is streamed."""
+        return msgspec.json.encode(data)
+
+
+class HistoryMixin:
+    """`GET /sensors/{uuid}/history`."""
+
+    history_formats: ClassVar = (CsvRenderer, NdjsonRenderer)
+
+    def get_renderers(self: Any) -> list[BaseRenderer]:
+        renderers: list[BaseRenderer] = super().get_renderers()  # type: ignore[misc]
+        return [*renderers, *(each() for each in self.history_formats)] if self.action == "history" else renderers
+
+    @extend_schema(
+        summary="History of a sensor for charts and tables",
+        description="At most 2,000 points of each variable. Without an interval, one is chosen of which a chart has enough. "
+        "Hours and days are in UTC. Suspect readings are left out of all but raw. As CSV or NDJSON, one line for each point.",
+        parameters=[
+            OpenApiParameter("variables", description="Names, separated by commas; without it all of the sensor."),
+            OpenApiParameter("from", datetime, description="Begin, with its zone; without it a day before the end."),
+            OpenApiParameter("to", datetime, description="End, not included; without it now."),
+            OpenApiParameter(
+                "interval",
+                enum=[AUTO, RAW, *INTERVALS],
+                description="auto, raw for single readings, or the length of an interval.",
+            ),
+        ],
+        responses=HistorySerializer,
+        filters=False,
+    )
+    @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
+    def history(self: Any, request: Request, uuid: str) -> Any:
+        """Points of the variables of a sensor."""
+        sensor: Sensor = self.get_object()
+        query = _Query(data=request.query_params.dict())
+        query.is_valid(raise_exception=True)
+        asked = query.validated_data
+        found = list(_series(sensor, asked))
+        if request.accepted_renderer.format == CsvRenderer.format:
+            lines = csv_lines(list(_HEADER), ([row.get(name) for name in _HEADER] for row in _flat(found)))
+            return _stream(lines, "text/csv; charset=utf-8", f"{sensor.name}.csv")
+        if request.accepted_renderer.format == NdjsonRenderer.format:
+            rows = (msgspec.json.encode(row) + b"\n" for row in _flat(found))
+            return _stream(rows, NdjsonRenderer.media_type, f"{sensor.name}.ndjson")
+        interval = found[0]["interval"] if found else asked["interval"]
+        variables = [{name: each[name] for name in ("name", "unit", "points", "truncated")} for each in found]
+        return Response({"sensor": sensor.uuid, "interval": interval, "variables": variables})
+
+
+def _series(sensor: Sensor, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    begin, end, interval = asked["from"], asked["to"], asked["interval"]
+    interval = series.interval_for(begin, end) if interval == AUTO else interval
+    try:
+        series.check(begin, end, interval)
+    except TooManyPoints as problem:
+        raise serializers.ValidationError({"interval": [f"{problem}."]}) from None
+    for variable in _variables(sensor, asked.get("variables")):
+        if interval == RAW:
+            values = series.values(variable, begin, end)
+            truncated = len(values) > series.MAXIMUM_POINTS
+            points = list(series.as_rows(values[: series.MAXIMUM_POINTS]))
+        else:
+            truncated, points = False, list(series.as_rows(series.points(variable, begin, end, interval)))
+        yield {
+            "name": variable.name,
+            "unit": variable.unit,
+            "points": points,
+            "truncated": truncated,
+            "interval": interval,
+        }
+
+
+def _variables(sensor: Sensor, names: str | None) -> list[Variable]:
+    known = {variable.name: variable for variable in sensor.variables.order_by("name")}
+    if names is None:
+        return list(known.values())
+    wanted = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        text = f"{', '.join(map(repr, unknown))}: not a variable of this sensor (known: {', '.join(known) or 'none'})."
+        raise serializers.ValidationError({"variables": [text]})
+    return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def _flat(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for each in found:
+        for point in each["points"]:
+            yield {"variable": each["name"], **point}
+
+
+def _stream(lines: Iterator[Any], content_type: str, name: str) -> StreamingHttpResponse:
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    return StreamingHttpResponse(
+        lines, content_type=content_type, headers={"Content-Disposition": f'attachment; filename="{plain}"'}
+    )
