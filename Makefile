@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak lock clean
+.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak bench-history lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-notify   measure 3,000 notifications a second over all three protocols"
 	@echo "make bench-growth   measure whether a reading costs more beside many chains, sensors, organizations and readings"
 	@echo "make bench-overload five minutes of many times more than can be processed: are the promises kept?"
+	@echo "make bench-history measure how long charts wait beside five million readings (ARGS=--readings=50000000: fifty)"
 	@echo "make bench-soak     ten minutes under load with two of everything: is memory flat?"
 	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
 	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
@@ -70,6 +71,9 @@ bench-growth: $(VENV)/.dev
 
 bench-overload: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.overload $(ARGS)
+
+bench-history: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.history $(ARGS)
 
 bench-soak: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -6,13 +6,12 @@ An hour is made whole, of its readings, however often; so late and repeated work
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
-from django.db import models, transaction
-from django.db.models import Count, Max, Min, OuterRef, Q, Subquery, Sum
-from django.db.models.functions import TruncDay, TruncHour
+from django.db import connection, transaction
+from django.db.models import Max, Min, OuterRef, Q, Subquery
+from django.db.models.functions import TruncHour
 from django.utils import timezone
 
 from aemos.lib import keys, redis
@@ -29,7 +28,6 @@ VARIABLES_AT_ONCE = 500
 # Of hours that late readings belong to, in one turn.
 LATE_AT_ONCE = 2_000
 GOOD = Q(number__isnull=False, suspect=None)
-_MEASURES = ["count", "minimum", "maximum", "total", "last_at"]
 
 
 def roll_up() -> int:
@@ -74,7 +72,7 @@ def _next(state: RollupState, now: datetime) -> int:
         return 0
     end = min(state.until + (DAY if over - state.until > DAY else HOUR), over)
     variables = list(Variable.objects.order_by("pk").values_list("pk", flat=True))
-    made = sum(_make(chunk, state.until, end) for chunk in batched(variables, VARIABLES_AT_ONCE))
+    made = sum(make(chunk, state.until, end) for chunk in batched(variables, VARIABLES_AT_ONCE))
     state.until = end
     return made
 
@@ -91,7 +89,7 @@ def _late(state: RollupState, now: datetime) -> int:
     hours: defaultdict[datetime, list[int]] = defaultdict(list)
     for variable, hour in rows:
         hours[hour].append(variable)
-    made = sum(_make(variables, hour, hour + HOUR) for hour, variables in hours.items())
+    made = sum(make(variables, hour, hour + HOUR) for hour, variables in hours.items())
     if sum(map(len, hours.values())) < LATE_AT_ONCE and now - state.seen_at > LONGEST_TRANSACTION:
         state.readings, state.newest_seen, state.seen_at = state.newest_seen, _newest_id(), now
     return made
@@ -105,63 +103,50 @@ def _hour(moment: datetime) -> datetime:
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
-def _make(variables: Sequence[int], start: datetime, end: datetime) -> int:
-    """The hours from `start` to `end` of these variables, and the days that they are in."""
-    readings = Reading.objects.filter(GOOD, variable_id__in=variables, timestamp__gte=start, timestamp__lt=end)
-    hours = (
-        readings.annotate(start=TruncHour("timestamp"))
-        .values("variable_id", "start")
-        .annotate(of=Count("pk"), low=Min("number"), high=Max("number"), sum=Sum("number"), newest=Max("timestamp"))
-        .order_by()
-    )
-    made = _save(Rollup.Interval.HOUR, hours)
-    _note_last(
-        Rollup.objects.filter(interval=Rollup.Interval.HOUR, variable_id__in=variables, start__gte=start, start__lt=end)
-    )
-    first = start.replace(hour=0)
-    of_days = Rollup.objects.filter(interval=Rollup.Interval.HOUR, variable_id__in=variables, start__gte=first)
-    days = (
-        of_days.filter(
-            start__lt=(end - timedelta(microseconds=1)).replace(hour=0, minute=0, second=0, microsecond=0) + DAY
-        )
-        .annotate(day=TruncDay("start"))
-        .values("variable_id", "day")
-        .annotate(of=Sum("count"), low=Min("minimum"), high=Max("maximum"), sum=Sum("total"), newest=Max("last_at"))
-        .order_by()
-    )
-    made += _save(Rollup.Interval.DAY, ({**row, "start": row["day"]} for row in days))
-    _note_last(
-        Rollup.objects.filter(interval=Rollup.Interval.DAY, variable_id__in=variables, start__gte=first, start__lt=end)
-    )
-    return made
+def make(variables: Sequence[int], start: datetime, end: datetime) -> int:
+    """The hours from `start` to `end` of these variables, and the days that they are in; how many rows."""
+    midnight = start.replace(hour=0)
+    days_end = (end - timedelta(microseconds=1)).replace(hour=0, minute=0, second=0, microsecond=0) + DAY
+    hours = _insert(_OF_READINGS, variables, Rollup.Interval.HOUR, start, end)
+    return hours + _insert(_OF_HOURS, variables, Rollup.Interval.DAY, midnight, days_end)
 
 
-def _save(interval: str, rows: Iterable[Mapping[str, Any]]) -> int:
-    found = [
-        Rollup(
-            variable_id=row["variable_id"],
-            interval=interval,
-            start=row["start"],
-            count=row["of"],
-            minimum=row["low"],
-            maximum=row["high"],
-            total=row["sum"],
-            last_at=row["newest"],
-        )
-        for row in rows
-    ]
-    Rollup.objects.bulk_create(
-        found,
-        batch_size=1_000,
-        update_conflicts=True,
-        unique_fields=["variable", "interval", "start"],
-        update_fields=_MEASURES,
-    )
-    return len(found)
+_TRUNC = {
+    "postgresql": "date_trunc('{unit}', {column}, 'UTC')",
+    "sqlite": "strftime('{format}', {column})",
+}
+_FORMATS = {"hour": "%%Y-%%m-%%d %%H:00:00", "day": "%%Y-%%m-%%d 00:00:00"}
+_OF_READINGS = """
+    SELECT variable_id, {start} AS start, count(*) AS of, min(number) AS low, max(number) AS high, sum(number) AS sum,
+        max(timestamp) AS newest
+    FROM devices_reading
+    WHERE variable_id IN ({variables}) AND timestamp >= %s AND timestamp < %s AND number IS NOT NULL AND suspect IS NULL
+    GROUP BY 1, 2
+"""
+_OF_HOURS = """
+    SELECT variable_id, {start} AS start, sum(count) AS of, min(minimum) AS low, max(maximum) AS high, sum(total) AS sum,
+        max(last_at) AS newest
+    FROM devices_rollup
+    WHERE "interval" = 'hour' AND variable_id IN ({variables}) AND start >= %s AND start < %s
+    GROUP BY 1, 2
+"""
+# The newest of a span is the reading at its newest time. SQLite takes ON for that of a join without the WHERE.
+_INSERT = """
+    INSERT INTO devices_rollup (variable_id, "interval", start, count, minimum, maximum, total, last_at, last)
+    SELECT b.variable_id, %s, b.start, b.of, b.low, b.high, b.sum, b.newest, r.number
+    FROM ({source}) b JOIN devices_reading r ON r.variable_id = b.variable_id AND r.timestamp = b.newest
+    WHERE true
+    ON CONFLICT (variable_id, "interval", start) DO UPDATE SET count = excluded.count, minimum = excluded.minimum,
+        maximum = excluded.maximum, total = excluded.total, last_at = excluded.last_at, last = excluded.last
+"""
 
 
-def _note_last(rows: models.QuerySet[Rollup]) -> None:
-    newest = Reading.objects.filter(variable=OuterRef("variable_id"), timestamp=OuterRef("last_at")).values("number")[
-        :1
-    ]
-    rows.update(last=Subquery(newest))
+def _insert(source: str, variables: Sequence[int], interval: str, start: datetime, end: datetime) -> int:
+    column = "timestamp" if source is _OF_READINGS else "start"
+    begins = _TRUNC[connection.vendor].format(unit=interval, format=_FORMATS[interval], column=column)
+    places = ", ".join(["%s"] * len(variables))
+    sql = _INSERT.format(source=source.format(start=begins, variables=places))
+    span = [connection.ops.adapt_datetimefield_value(moment) for moment in (start, end)]
+    with connection.cursor() as cursor:
+        cursor.execute(sql, [interval, *variables, *span])
+        return max(int(cursor.rowcount), 0)

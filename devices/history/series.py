@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from django.db import connection
@@ -84,7 +85,7 @@ def points(variable: Variable, begin: datetime, end: datetime, interval: str) ->
     length = INTERVALS[interval]
     begin = _floor(begin, length)
     if length < INTERVALS["1h"]:
-        return list(_of_readings(variable, begin, end, length))
+        return list(of_readings(variable, begin, end, length))
     kind = Rollup.Interval.DAY if length >= INTERVALS["1d"] else Rollup.Interval.HOUR
     state = RollupState.objects.filter(pk=1).first()
     until = state.until if state else begin
@@ -92,49 +93,68 @@ def points(variable: Variable, begin: datetime, end: datetime, interval: str) ->
     rolled = min(max(until, begin), end)
     if kind == Rollup.Interval.DAY:
         rolled = _floor(rolled, INTERVALS["1d"])
-    parts = [*_of_rollups(variable, begin, rolled, kind), *_of_readings(variable, rolled, end, INTERVALS["1h"])]
-    return [_together(at, list(group)) for at, group in groupby(parts, key=lambda point: _floor(point.at, length))]
+    parts = [*_of_rollups(variable, begin, rolled, length, kind), *of_readings(variable, rolled, end, length)]
+    return [_together(at, list(group)) for at, group in groupby(parts, key=attrgetter("at"))]
 
 
-def _of_rollups(variable: Variable, begin: datetime, end: datetime, kind: str) -> Iterator[Point]:
-    rows = Rollup.objects.filter(variable=variable, interval=kind, start__gte=begin, start__lt=end).order_by("start")
-    for at, count, low, high, total, last in rows.values_list("start", "count", "minimum", "maximum", "total", "last"):
-        yield Point(at=at, count=count, minimum=low, maximum=high, mean=total / count, last=last)
-
-
+# Number of the interval since 1970, from a time and a length in seconds.
 _BUCKETS = {
-    "postgresql": "floor(extract(epoch FROM timestamp) / %s)::bigint",
-    "sqlite": "CAST(strftime('%%s', timestamp) AS INTEGER) / %s",
+    "postgresql": "floor(extract(epoch FROM {column}) / %s)::bigint",
+    "sqlite": "CAST(strftime('%%s', {column}) AS INTEGER) / %s",
 }
+_READINGS = """
+    SELECT b.bucket, b.of, b.low, b.high, b.sum, r.number FROM (
+        SELECT {bucket} AS bucket, count(*) AS of, min(number) AS low, max(number) AS high, sum(number) AS sum,
+            max(timestamp) AS newest
+        FROM devices_reading
+        WHERE variable_id = %s AND timestamp >= %s AND timestamp < %s AND number IS NOT NULL AND suspect IS NULL
+        GROUP BY 1
+    ) b JOIN devices_reading r ON r.variable_id = %s AND r.timestamp = b.newest
+    ORDER BY b.bucket
+"""
+_ROLLUPS = """
+    SELECT b.bucket, b.of, b.low, b.high, b.sum, r.last FROM (
+        SELECT {bucket} AS bucket, sum(count) AS of, min(minimum) AS low, max(maximum) AS high, sum(total) AS sum,
+            max(start) AS newest
+        FROM devices_rollup
+        WHERE variable_id = %s AND start >= %s AND start < %s AND "interval" = '{interval}'
+        GROUP BY 1
+    ) b JOIN devices_rollup r ON r.variable_id = %s AND r.start = b.newest AND r."interval" = '{interval}'
+    ORDER BY b.bucket
+"""
 
 
-def _of_readings(variable: Variable, begin: datetime, end: datetime, length: timedelta) -> Iterator[Point]:
+def of_readings(variable: Variable, begin: datetime, end: datetime, length: timedelta) -> Iterator[Point]:
     """Aggregated in the database; the newest of each interval comes with it, as the value at its newest time."""
+    return _points(
+        _READINGS.format(bucket=_BUCKETS[connection.vendor].format(column="timestamp")), variable, begin, end, length
+    )
+
+
+def _of_rollups(variable: Variable, begin: datetime, end: datetime, length: timedelta, kind: str) -> Iterator[Point]:
+    bucket = _BUCKETS[connection.vendor].format(column="start")
+    return _points(_ROLLUPS.format(bucket=bucket, interval=kind), variable, begin, end, length)
+
+
+def _points(sql: str, variable: Variable, begin: datetime, end: datetime, length: timedelta) -> Iterator[Point]:
     if begin >= end:
         return
-    seconds = int(length.total_seconds())
-    bucket = _BUCKETS[connection.vendor]
-    sql = f"""
-        SELECT b.bucket, b.of, b.low, b.high, b.mean, r.number FROM (
-            SELECT {bucket} AS bucket, count(*) AS of, min(number) AS low, max(number) AS high, avg(number) AS mean,
-                max(timestamp) AS newest
-            FROM devices_reading
-            WHERE variable_id = %s AND timestamp >= %s AND timestamp < %s AND number IS NOT NULL AND suspect IS NULL
-            GROUP BY 1
-        ) b JOIN devices_reading r ON r.variable_id = %s AND r.timestamp = b.newest
-        ORDER BY b.bucket
-    """  # noqa: S608  constants
+    span = [connection.ops.adapt_datetimefield_value(moment) for moment in (begin, end)]
     with connection.cursor() as cursor:
-        span = [connection.ops.adapt_datetimefield_value(moment) for moment in (begin, end)]
-        cursor.execute(sql, [seconds, variable.pk, *span, variable.pk])
-        for number, count, low, high, mean, last in cursor.fetchall():
-            at = _EPOCH + number * length
-            yield Point(at=at, count=count, minimum=low, maximum=high, mean=mean, last=last)
+        cursor.execute(sql, [int(length.total_seconds()), variable.pk, *span, variable.pk])
+        for number, count, low, high, total, last in cursor.fetchall():
+            yield Point(
+                at=_EPOCH + number * length,
+                count=int(count),
+                minimum=low,
+                maximum=high,
+                mean=total / float(count),
+                last=last,
+            )
 
 
 def _together(at: datetime, parts: Sequence[Point]) -> Point:
-    if len(parts) == 1 and parts[0].at == at:
-        return parts[0]
+    """What is rolled up and what is not yet, of one interval."""
     count = sum(part.count for part in parts)
     return Point(
         at=at,
