@@ -160,6 +160,7 @@ INSTALLED_APPS = [
     "aemos.apps.AemosConfig",
     "monitoring.apps.MonitoringConfig",
     "gateway.apps.GatewayConfig",
+    "pages.apps.PagesConfig",
     "rules.apps.RulesConfig",
     "notifications.apps.NotificationsConfig",
     "devices.apps.DevicesConfig",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from django.contrib import admin
 from django.urls import include, path
-from django.views.generic import RedirectView
 from django_otp.plugins.otp_static.models import StaticDevice
 from django_otp.plugins.otp_totp.models import TOTPDevice
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
@@ -22,7 +21,7 @@ documentation = SpectacularSwaggerSplitView.as_view(
 )
 
 urlpatterns = [
-    path("", RedirectView.as_view(pattern_name="admin:index"), name="home"),
+    path("", include("pages.urls")),
     path("admin/", admin.site.urls),
     path("account/second-factor", second_factor_page, name="second-factor"),
     path("join/<str:token>", join_page, name="join-page"),

@@ -145,7 +145,8 @@ def _summary(installation: Installation, *, mqtt: bool) -> str:
     ports, hosts = installation.ports, {name: _reachable(host) for name, host in installation.hosts.items()}
     web = f"http://{hosts['BIND_HOST']}:{ports['PORT']}"
     rows = {
-        "Admin": f"{web}/admin/   log in as {admin['username']} with {admin['password']}",
+        "Farm": f"{web}/   log in as {admin['username']} with {admin['password']}",
+        "Admin": f"{web}/admin/   the same login",
         "API": f"{web}/api/v1/docs",
         "Live page": f"{web}/static/notifications/socketio.html   the same login",
         "Health": f"{web}/api/v1/health",

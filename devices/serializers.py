@@ -62,6 +62,8 @@ class StrictMixin(serializers.Serializer[Any]):
         # REST framework would take the number 7 for the text "7".
         texts = [name for name in data if isinstance(self.fields.get(name), serializers.CharField)]
         errors |= {name: ["Must be a text."] for name in texts if isinstance(data[name], int | float)}
+        wholes = [name for name in data if isinstance(self.fields.get(name), serializers.IntegerField)]
+        errors |= {name: ["Must be a whole number."] for name in wholes if isinstance(data[name], bool | float | str)}
         read_only = [name for name in data if name in self.fields and self.fields[name].read_only]
         if read_only:
             current = self.to_representation(self.instance) if isinstance(self.instance, Model) else {}

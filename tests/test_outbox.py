@@ -295,6 +295,24 @@ def test_what_an_emptied_redis_held_is_published_again_to_the_broker_alone(box: 
     assert upkeep.publish_lost(timezone.now()) == 0
 
 
+@pytest.mark.parametrize("answer", ["acknowledged", "applied", "failed"])
+def test_a_command_that_its_device_has_answered_is_not_published_again(box: Outbox, answer: str) -> None:
+    """A gateway that died, or a backup, may know of the answer and not of the delivery."""
+    answered, waiting = box.change("on"), box.change("off")
+    box.publish(answered, waiting)
+    state = DeviceState.objects.get(device__uuid=answered.device_uuid)
+    StateChange.objects.create(
+        uuid=answered.id, effect_key="answered", state=state, source="rule", actor="x", timestamp=timezone.now(),
+        command_state=answer,
+    )  # fmt: skip
+    redis.client().flushdb()
+    for message in (answered, waiting):
+        published_ago(message, 120)
+    assert upkeep.publish_lost(timezone.now()) == 1
+    assert [each.id for each in stream()] == [waiting.id]
+    assert states_of(answered)[Protocol.MQTT] == State.ACKNOWLEDGED
+
+
 def test_what_redis_lost_in_mid_stream_is_published_again_once_gateways_idle(
     box: Outbox,
 ) -> None:

@@ -120,8 +120,8 @@ def test_every_line_of_a_log_is_json(machine: Machine) -> None:
     machine.follow("production-deployment.md", "7. Is it well?")
     for file in machine.folder.glob("aemos-*.log"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert lines
-        assert {line["process"] for line in lines} == {file.stem.removeprefix("aemos-").partition("@")[0]}
+        assert lines or "worker" in file.stem  # which says nothing while all is well
+        assert {line["process"] for line in lines} <= {file.stem.removeprefix("aemos-").partition("@")[0]}
         assert all(line["message"] and line["timestamp"] for line in lines)
 
 

@@ -1,0 +1,150 @@
+"""What the overview shows: an organization in; tiles of values, devices and open alarms out, in a few queries for any farm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from django.utils import timezone
+
+from devices import latest
+from devices.latest import Latest
+from devices.models import Device, DeviceState, Organization, Sensor, Variable
+from devices.permissions import Access
+from devices.values import Datatype
+from rules.models import Alarm
+
+ALARMS_SHOWN = 50
+# A sensor that said nothing for so long is shown as silent.
+SILENT_AFTER = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One variable: its newest good value as text, empty without one, and how old that is."""
+
+    variable: Variable
+    text: str
+    age: timedelta | None
+    suspicion: str
+    has_chart: bool
+
+    @property
+    def is_silent(self) -> bool:
+        return self.age is not None and self.age > SILENT_AFTER
+
+    @property
+    def age_text(self) -> str:
+        """In the largest unit that fits: 5 minutes, 3 hours, 2 days."""
+        seconds = int(self.age.total_seconds()) if self.age else 0
+        for length, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+            if seconds >= length:
+                count = seconds // length
+                return f"{count} {unit}{'s' if count > 1 else ''}"
+        return f"{seconds} seconds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensorTiles:
+    sensor: Sensor
+    tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRow:
+    """One state of a device: what it should be, and what a person may switch it to."""
+
+    state: DeviceState
+    text: str
+    choices: Sequence[str]
+    is_locked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCard:
+    device: Device
+    rows: Sequence[StateRow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    sensors: Sequence[SensorTiles]
+    devices: Sequence[DeviceCard]
+    alarms: Sequence[Alarm]
+    may_switch: bool
+    may_acknowledge: bool
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.sensors or self.devices)
+
+
+def organizations(access: Access) -> list[Organization]:
+    return list(access.limit(Organization.objects.all(), "pk", resource="organizations"))
+
+
+def of(organization: Organization, access: Access) -> Overview:
+    """Raises RedisError when newest values cannot be read."""
+    return Overview(
+        sensors=_sensors(organization),
+        devices=_devices(organization),
+        alarms=_alarms(organization),
+        may_switch=access.may("add", "state-changes", organization.pk),
+        may_acknowledge=access.may("change", "alarms", organization.pk),
+    )
+
+
+def _sensors(organization: Organization) -> list[SensorTiles]:
+    rows = Sensor.objects.filter(organization=organization).prefetch_related("variables")
+    sensors = [(sensor, sorted(sensor.variables.all(), key=lambda each: each.name)) for sensor in rows]
+    wanted = [("sensor", str(sensor.uuid), variable.name) for sensor, variables in sensors for variable in variables]
+    known = latest.recall(wanted)
+    return [
+        SensorTiles(
+            sensor=sensor,
+            tiles=[_tile(variable, known.get(("sensor", str(sensor.uuid), variable.name))) for variable in variables],
+        )
+        for sensor, variables in sensors
+    ]
+
+
+def _tile(variable: Variable, found: Latest | None) -> Tile:
+    has_value = found is not None and found.value is not None
+    return Tile(
+        variable=variable,
+        text=as_text(found.value) if found and has_value else "",
+        age=timezone.now() - datetime.fromtimestamp(found.heard_us / 1e6, UTC) if found and has_value else None,
+        suspicion=found.suspicion if found else "",
+        has_chart=variable.datatype != Datatype.STRING,
+    )
+
+
+def as_text(value: Any) -> str:
+    """A number with four digits that count, as a display would show it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _devices(organization: Organization) -> list[DeviceCard]:
+    rows = Device.objects.filter(organization=organization).prefetch_related("states").order_by("name")
+    return [DeviceCard(device=device, rows=[_state(state) for state in device.states.all()]) for device in rows]
+
+
+def _state(state: DeviceState) -> StateRow:
+    is_level = state.kind == DeviceState.Kind.LEVEL
+    value, _ = state.newest if is_level else (None, None)
+    choices = [as_text(each) for each in state.allowed_values] if is_level else []
+    if is_level and not choices and state.datatype == Datatype.BOOLEAN:
+        choices = ["yes", "no"]
+    locked = state.locked_until is not None and state.locked_until > timezone.now()
+    return StateRow(
+        state=state, text="" if value is None else as_text(value), choices=() if locked else choices, is_locked=locked
+    )
+
+
+def _alarms(organization: Organization) -> list[Alarm]:
+    rows = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
+    return list(rows.select_related("chain").order_by("-raised_at")[:ALARMS_SHOWN])

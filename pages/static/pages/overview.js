@@ -1,0 +1,87 @@
+// The overview: lines of the last day in the tiles, buttons that ask the API, and the newest state of all every ten seconds.
+"use strict";
+
+const live = document.getElementById("live");
+const message = document.getElementById("message");
+const RENEW_MS = 10000;
+const lines = new Map(); // "sensor variable" -> points, so that a renewed page does not ask again for a while
+const LINES_MS = 300000;
+
+function say(text) {
+  message.textContent = text;
+  message.hidden = !text;
+}
+
+async function points(sensor, variable) {
+  const key = `${sensor} ${variable}`;
+  const known = lines.get(key);
+  if (known && Date.now() - known.at < LINES_MS) return known.points;
+  const answer = await fetch(`/api/v1/sensors/${sensor}/history?interval=15m&variables=${encodeURIComponent(variable)}`);
+  const found = answer.ok ? (await answer.json()).variables[0].points : [];
+  lines.set(key, { at: Date.now(), points: found });
+  return found;
+}
+
+async function draw(canvas) {
+  const found = await points(canvas.dataset.sensor, canvas.dataset.variable);
+  if (!canvas.isConnected || found.length < 2) return;
+  const color = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+  new Chart(canvas, {
+    type: "line",
+    data: { datasets: [{ data: found.map((p) => ({ x: Date.parse(p.at), y: p.mean })), borderColor: color, borderWidth: 1.5, pointRadius: 0 }] },
+    options: { animation: false, responsive: true, maintainAspectRatio: false, events: [], plugins: { legend: { display: false } }, scales: { x: { type: "linear", display: false }, y: { display: false } } },
+  });
+}
+
+// Only what is on the screen is drawn: a farm may have a thousand sensors.
+const seen = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    seen.unobserve(entry.target);
+    draw(entry.target);
+  }
+});
+
+function watch() {
+  for (const canvas of live.querySelectorAll("canvas")) seen.observe(canvas);
+}
+
+async function renew() {
+  try {
+    const answer = await fetch(location.href);
+    if (answer.redirected) return location.reload(); // the session has ended
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const held = document.activeElement && live.contains(document.activeElement) ? document.activeElement.dataset : null;
+    live.replaceChildren(...page.getElementById("live").childNodes);
+    watch();
+    if (held && held.post) [...live.querySelectorAll("button")].find((b) => b.dataset.post === held.post && b.dataset.value === held.value && b.dataset.device === held.device)?.focus();
+    say("");
+  } catch {
+    say("The server does not answer. What you see may be old.");
+  }
+}
+
+function body(data) {
+  if (!data.device) return undefined;
+  const value = data.datatype === "number" ? Number(data.value) : data.datatype === "boolean" ? data.value === "yes" : data.value;
+  return JSON.stringify({ deviceUuid: data.device, stateName: data.state, value });
+}
+
+live.addEventListener("click", async (event) => {
+  const button = event.target.closest("button[data-post]");
+  if (!button || (button.dataset.ask && !confirm(button.dataset.ask))) return;
+  button.disabled = true;
+  const headers = { "Content-Type": "application/json", "X-CSRFToken": document.querySelector("meta[name=csrf-token]").content };
+  try {
+    const answer = await fetch(button.dataset.post, { method: "POST", headers, body: body(button.dataset) });
+    await renew();
+    if (!answer.ok) say((await answer.json()).detail);
+  } catch {
+    say("The server does not answer. Nothing was done, as far as is known: look again before you try again.");
+    button.disabled = false;
+  }
+});
+
+document.getElementById("organization")?.addEventListener("change", (event) => event.target.form.requestSubmit());
+watch();
+setInterval(() => document.hidden || renew(), RENEW_MS);

@@ -1,0 +1,91 @@
+// The charts of a sensor: the mean with lowest and highest around it, for a span that one chooses.
+"use strict";
+
+const place = document.getElementById("charts");
+const message = document.getElementById("message");
+const charts = new Map();
+const RENEW_MS = 60000;
+let hours = Number(new URLSearchParams(location.search).get("hours")) || 24;
+
+function color(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function moment(ms, long) {
+  const options = long ? { dateStyle: "medium", timeStyle: "short" } : hours <= 24 ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric" };
+  return new Intl.DateTimeFormat(undefined, options).format(ms);
+}
+
+// At whole hours and days of the person's own time.
+function ticks(begin, end) {
+  const steps = [10, 20, 60, 240, 480, 1440, 2880, 7200, 14400, 86400, 129600].map((minutes) => minutes * 60000);
+  const most = place.clientWidth < 500 ? 4 : 9;
+  const step = steps.find((each) => (end - begin) / each <= most) ?? steps.at(-1);
+  const shift = new Date(begin).getTimezoneOffset() * 60000;
+  const found = [];
+  for (let at = Math.ceil((begin - shift) / step) * step + shift; at <= end; at += step) found.push({ value: at });
+  return found;
+}
+
+function number(value) {
+  return new Intl.NumberFormat(undefined, { maximumSignificantDigits: 4 }).format(value);
+}
+
+function line(points, key, more) {
+  return { data: points.map((p) => ({ x: Date.parse(p.at), y: p[key] })), pointRadius: 0, borderWidth: 1, ...more };
+}
+
+function show(variable, begin, end) {
+  const { name, unit, points } = variable;
+  const accent = color("--accent");
+  const datasets = [
+    line(points, "maximum", { borderColor: "transparent", backgroundColor: accent + "33", fill: 1 }),
+    line(points, "minimum", { borderColor: "transparent" }),
+    line(points, "mean", { borderColor: accent, borderWidth: 2 }),
+  ];
+  const labels = { color: color("--soft") };
+  const grid = { color: color("--line") };
+  charts.get(name)?.destroy();
+  charts.set(name, new Chart(document.querySelector(`[data-chart="${CSS.escape(name)}"]`), {
+    type: "line",
+    data: { datasets },
+    options: {
+      animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
+      plugins: { legend: { display: false }, tooltip: { callbacks: { title: (items) => moment(items[0].parsed.x, true), label: (item) => `${["highest", "lowest", "mean"][item.datasetIndex]} ${number(item.parsed.y)} ${unit}` } } },
+      scales: { x: { type: "linear", min: begin, max: end, grid, afterBuildTicks: (axis) => { axis.ticks = ticks(begin, end); }, ticks: { ...labels, maxRotation: 0, callback: (ms) => moment(ms) } }, y: { grid, ticks: labels } },
+    },
+  }));
+  const text = points.length
+    ? `now ${number(points.at(-1).last)} ${unit} · lowest ${number(Math.min(...points.map((p) => p.minimum)))} · highest ${number(Math.max(...points.map((p) => p.maximum)))}`
+    : "no readings in this time";
+  document.querySelector(`[data-numbers="${CSS.escape(name)}"]`).textContent = text;
+}
+
+async function load() {
+  const end = new Date();
+  const begin = new Date(end - hours * 3600000);
+  const span = `from=${begin.toISOString()}&to=${end.toISOString()}`;
+  const url = `/api/v1/sensors/${place.dataset.sensor}/history?${span}`;
+  for (const link of document.querySelectorAll("[data-csv]")) link.href = `${url}&variables=${encodeURIComponent(link.dataset.csv)}&format=csv`;
+  for (const button of document.querySelectorAll("[data-hours]")) button.setAttribute("aria-pressed", String(Number(button.dataset.hours) === hours));
+  try {
+    const answer = await fetch(url);
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.detail);
+    for (const variable of found.variables) if (document.querySelector(`[data-chart="${CSS.escape(variable.name)}"]`)) show(variable, +begin, +end);
+    message.hidden = true;
+  } catch (error) {
+    message.textContent = `The charts cannot be shown: ${error.message}`;
+    message.hidden = false;
+  }
+}
+
+for (const button of document.querySelectorAll("[data-hours]")) {
+  button.addEventListener("click", () => {
+    hours = Number(button.dataset.hours);
+    history.replaceState(null, "", `?hours=${hours}${location.hash}`);
+    load();
+  });
+}
+load();
+setInterval(() => document.hidden || load(), RENEW_MS);

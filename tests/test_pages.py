@@ -1,0 +1,176 @@
+"""Pages for growers: what they show to whom, and that their buttons do what they say, in a real browser."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.test import Client
+from django.utils import timezone
+from pytest_django.live_server_helper import LiveServer
+
+from devices import latest
+from devices.models import DeviceState, Organization, Reading, StateChange, Variable
+from pages import overview
+from rules.models import Alarm
+from tests import builders
+from tests.browser import browser
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
+PASSWORD = "tomatoes-are-red"
+
+
+@pytest.fixture
+def farm() -> Organization:
+    return builders.organization("Basil Farm")
+
+
+def client_of(user: User) -> Client:
+    client = Client()
+    client.force_login(user)
+    return client
+
+
+def raised(farm: Organization, sensor: Any, **fields: Any) -> Alarm:
+    now = timezone.now()
+    about = {"source_type": "sensor", "originator_uuid": sensor.uuid, "type": "pH low", "message": "below 5.5"}
+    return Alarm.objects.create(organization=farm, raised_at=now, last_raised_at=now, **{**about, **fields})
+
+
+def measured(variable: Variable, *numbers: float, age: timedelta = timedelta(minutes=5)) -> None:
+    now = timezone.now() - age
+    for number, value in enumerate(reversed(numbers)):
+        Reading.objects.create(variable=variable, timestamp=now - timedelta(minutes=10 * number), number=value)
+
+
+def test_a_grower_sees_values_devices_and_alarms_of_the_farm(farm: Organization) -> None:
+    sensor = builders.sensor(farm, "Tank 1", variables={"ph": "number", "mode": "string", "leak": "boolean"})
+    measured(Variable.objects.get(sensor=sensor, name="ph"), 6.1, 6.12345)
+    builders.device(farm, "Pump", states={"power": ["on", "off"]})
+    raised(farm, sensor)
+    page = client_of(builders.member(farm, "operator")).get("/").text
+    for text in ("Basil Farm", "Tank 1", "6.123", "5 minutes ago", "no value yet", "Pump", "pH low", "Acknowledge"):
+        assert text in page, text
+
+
+def test_what_is_suspect_or_silent_says_so(farm: Organization) -> None:
+    sensor = builders.sensor(farm, "Tank 1")
+    ph = Variable.objects.get(sensor=sensor)
+    measured(ph, 6.0, age=timedelta(hours=5))
+    seen = overview.of(farm, _access(farm)).sensors[0].tiles[0]
+    assert (seen.is_silent, seen.age_text) == (True, "5 hours")
+
+
+def _access(farm: Organization) -> Any:
+    from devices.permissions import Access
+
+    return Access(False, {farm.pk: "admin"})
+
+
+def test_a_viewer_has_no_buttons(farm: Organization) -> None:
+    sensor = builders.sensor(farm)
+    builders.device(farm, states={"power": ["on", "off"]})
+    raised(farm, sensor)
+    assert "data-post" not in client_of(builders.member(farm, "viewer")).get("/").text
+
+
+def test_a_locked_state_has_no_buttons_and_says_who_holds_it(farm: Organization) -> None:
+    state = DeviceState.objects.get(device=builders.device(farm, states={"power": ["on", "off"]}))
+    state.lock(timezone.now() + timedelta(hours=1), by="jo", reason="tank is cleaned")
+    page = client_of(builders.member(farm, "operator")).get("/").text
+    assert "locked by jo: tank is cleaned" in page
+    assert "data-device" not in page
+
+
+def test_who_belongs_to_several_chooses_and_strangers_see_nothing(farm: Organization) -> None:
+    other, foreign = builders.organization("Cress Farm"), builders.organization("Dill Farm")
+    person = builders.member(farm, "viewer")
+    person.memberships.create(organization=other, role="viewer")
+    client = client_of(person)
+    assert "Cress Farm" in client.get("/").text
+    assert client.get("/", {"organization": str(other.uuid)}).status_code == 200
+    for wrong in (str(foreign.uuid), "x"):
+        assert client.get("/", {"organization": wrong}).status_code == 404
+    sensor = builders.sensor(foreign)
+    assert client.get(f"/sensors/{sensor.uuid}").status_code == 404
+    assert client.get(f"/sensors/{builders.sensor(farm).uuid}").status_code == 200
+
+
+def test_empty_places_say_what_to_do_next(farm: Organization) -> None:
+    assert "Add a sensor" in client_of(builders.member(farm, "admin")).get("/").text
+    assert "ask its admin for an invitation" in client_of(builders.user()).get("/").text
+    Organization.objects.all().delete()
+    assert "add an organization" in client_of(builders.user(is_superuser=True)).get("/").text
+
+
+def test_strangers_are_asked_to_log_in() -> None:
+    for path in ("/", "/sensors/9b0a6e0e-0000-4000-8000-000000000000"):
+        answer = Client().get(path)
+        assert (answer.status_code, answer.headers["Location"].startswith("/admin/login/")) == (302, True)
+        assert Client().post(path).status_code in (302, 405)
+
+
+def test_names_that_people_write_are_text(farm: Organization) -> None:
+    builders.sensor(farm, "<script>alert(1)</script>")
+    assert "<script>alert" not in client_of(builders.member(farm, "viewer")).get("/").text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(6.12345, "6.123"), (1234.5, "1234"), (True, "yes"), ("on", "on"), (7, "7")]
+)
+def test_values_are_written_as_a_display_would(value: Any, text: str) -> None:
+    assert overview.as_text(value) == text
+
+
+def test_a_large_farm_costs_a_few_queries(farm: Organization, django_assert_max_num_queries: Any) -> None:
+    for _ in range(30):
+        sensor = builders.sensor(farm)
+        measured(Variable.objects.get(sensor=sensor), 6.0)
+        builders.device(farm)
+    client = client_of(builders.member(farm, "operator"))
+    with django_assert_max_num_queries(14):
+        client.get("/")
+    assert latest.recall([]) == {}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_buttons_in_a_browser(farm: Organization, live_server: LiveServer, tmp_path: Path) -> None:
+    """Log in, see a value and its line, acknowledge an alarm, switch the pump, look at a year, get it as CSV."""
+    sensor = builders.sensor(farm, "Tank 1")
+    measured(Variable.objects.get(sensor=sensor), *(6.0 + number / 100 for number in range(30)))
+    pump = builders.device(farm, "Pump", states={"power": ["on", "off"]})
+    alarm = raised(farm, sensor)
+    builders.member(farm, "operator", username="ada", password=PASSWORD)
+    with browser(tmp_path) as page:
+        page.before_each(
+            "window.wrong = []; addEventListener('securitypolicyviolation', e => wrong.push(e.violatedDirective));"
+            "addEventListener('error', e => wrong.push(e.message));"
+            "window.confirm = text => { window.asked = text; return true; }"
+        )
+        page.open(f"{live_server.url}/")
+        page.evaluate(
+            f"document.querySelector('#id_username').value = 'ada'; document.querySelector('#id_password').value = '{PASSWORD}';"
+            "document.querySelector('#login-form').submit()"
+        )
+        page.until("!!document.querySelector('#live')")
+        assert "6.29" in page.evaluate("document.querySelector('.tile .value').innerText")
+        page.until("typeof Chart !== 'undefined' && !!Chart.getChart(document.querySelector('.tile canvas'))")
+        page.evaluate("[...document.querySelectorAll('button')].find(b => b.innerText === 'Acknowledge').click()")
+        page.until("document.body.innerText.includes('acknowledged by ada')")
+        page.evaluate("[...document.querySelectorAll('button[data-device]')].find(b => b.innerText === 'on').click()")
+        page.until("document.querySelector('button[aria-pressed=true]')?.innerText === 'on'")
+        assert page.evaluate("window.asked") == "Switch Pump: power to on?"
+        page.open(f"{live_server.url}/sensors/{sensor.uuid}")
+        page.until("document.querySelector('.numbers').innerText.startsWith('now 6.29')")
+        page.evaluate("document.querySelector('[data-hours=\"8760\"]').click()")
+        page.until("location.search === '?hours=8760'")
+        page.until("Chart.getChart(document.querySelector('canvas')).data.datasets[2].data.length")
+        csv = page.evaluate("fetch(document.querySelector('[data-csv]').href).then(answer => answer.text())")
+        assert csv.startswith("at,variable,value")
+        assert page.evaluate("window.wrong") == []
+    alarm.refresh_from_db()
+    assert alarm.acknowledged_by == "ada"
+    assert StateChange.objects.get(state__device=pump).actor == "ada"
