@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import bulk, redis
 from devices import row_locks
-from devices.models import Device, Organization
+from devices.models import Device, Organization, StateChange
 from notifications import messages
 from notifications.messages import Message, Protocol
 from notifications.models import Delivery, Notification, Unpublished
@@ -34,6 +34,7 @@ SWEEP_AGE = timedelta(seconds=2)
 SWEEP_BATCH = 500
 # Somebody who selects more is asked to do it in parts.
 RESEND_MAXIMUM = 500
+_ANSWERED = [StateChange.CommandState.ACKNOWLEDGED, StateChange.CommandState.APPLIED, StateChange.CommandState.FAILED]
 
 
 def write(outgoing: Sequence[tuple[Message, int, int | None]]) -> list[Message]:
@@ -196,7 +197,26 @@ def sweep(now: datetime | None = None, *, first: Callable[[Sequence[Notification
         Notification.objects.filter(pk__in=list(due.order_by("pk").values_list("pk", flat=True)[:SWEEP_BATCH]))
     )
     first(rows)
+    note_answered(rows)
     return publish_late(rows)
+
+
+def note_answered(rows: Sequence[Notification]) -> set[UUID]:
+    """The uuids of commands that their device has answered, whose delivery is noted now, if it was not before.
+
+    Whoever writes of the answer may write before whoever writes of the delivery, and a crash or a backup may come in between. The
+    device has such a command, and a dose must not be sent to it again.
+    """
+    uuids = [row.uuid for row in rows if row.event == messages.DEVICE_STATE_CHANGE]
+    found = StateChange.objects.filter(uuid__in=uuids, command_state__in=_ANSWERED).values_list("uuid", flat=True)
+    answered = set(found) if uuids else set()
+    if answered:
+        Delivery.objects.filter(
+            notification__in=[row for row in rows if row.uuid in answered],
+            protocol=Protocol.MQTT,
+            state=Delivery.State.PENDING,
+        ).update(state=Delivery.State.ACKNOWLEDGED, updated_at=timezone.now())
+    return answered
 
 
 def oldest(rows: QuerySet[Notification], *, maximum: int = SWEEP_BATCH) -> list[Notification]:

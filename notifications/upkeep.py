@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,15 +13,12 @@ from redis.exceptions import ResponseError
 
 from aemos.lib import keys, metrics, redis
 from aemos.lib.retention import delete_in_chunks
-from devices.commands import State
-from devices.models import StateChange
 from notifications import messages, outbox
 from notifications.messages import Protocol
 from notifications.models import Delivery, Notification
 
 log = logging.getLogger(__name__)
 EVERY_SECONDS = 10
-ANSWERED = (State.ACKNOWLEDGED, State.APPLIED, State.FAILED)
 CHUNK_ROWS = 1_000
 CHUNKS_PER_TURN = 5
 # Before, a gateway may still have the message; it also covers clocks that differ.
@@ -57,27 +53,12 @@ def publish_lost(now: datetime) -> int:
         lost = lost.filter(published_at__lt=min(begin, now - LOST_AGE)) | lost.filter(
             published_at__gt=end + LOST_AGE, published_at__lt=now - LOST_AGE
         )
-    rows = _unanswered(outbox.oldest(_unexpired(lost, now=now)), now=now)
+    rows = outbox.oldest(_unexpired(lost, now=now))
+    answered = outbox.note_answered(rows)
+    rows = [row for row in rows if row.uuid not in answered]
     if rows:
         log.warning("%d notifications are not in the stream any more and are published again", len(rows))
     return outbox.publish_late(rows, protocols=(Protocol.MQTT,), again=True)
-
-
-def _unanswered(rows: Sequence[Notification], *, now: datetime) -> list[Notification]:
-    """Without commands that a device has answered: it got them, whatever was noted of their delivery before a crash, and a dose
-    must not be sent again. Their delivery is noted now."""
-    answered = set(
-        StateChange.objects.filter(uuid__in=[row.uuid for row in rows], command_state__in=ANSWERED).values_list(
-            "uuid", flat=True
-        )
-    )
-    if answered:
-        Delivery.objects.filter(
-            notification__in=[row for row in rows if row.uuid in answered],
-            protocol=Protocol.MQTT,
-            state=Delivery.State.PENDING,
-        ).update(state=Delivery.State.ACKNOWLEDGED, updated_at=now)
-    return [row for row in rows if row.uuid not in answered]
 
 
 def _unexpired(rows: QuerySet[Notification], *, now: datetime) -> QuerySet[Notification]:

@@ -300,7 +300,7 @@ def test_a_command_that_its_device_has_answered_is_not_published_again(box: Outb
     """A gateway that died, or a backup, may know of the answer and not of the delivery."""
     answered, waiting = box.change("on"), box.change("off")
     box.publish(answered, waiting)
-    state = DeviceState.objects.get(device__uuid=answered.device_uuid)
+    state = DeviceState.objects.get(device=box.device)
     StateChange.objects.create(
         uuid=answered.id, effect_key="answered", state=state, source="rule", actor="x", timestamp=timezone.now(),
         command_state=answer,
