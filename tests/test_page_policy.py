@@ -17,6 +17,7 @@ WATCH = """
     addEventListener("securitypolicyviolation", (event) => refused.push(`${event.effectiveDirective} ${event.blockedURI}`));
 """
 PAGES = [
+    "/",
     "/api/v1/docs",
     "/static/notifications/socketio.html",
     "/admin/login/",
