@@ -276,6 +276,7 @@ SPECTACULAR_SETTINGS = {
         "aemos.openapi.operations.add_errors",
         "aemos.openapi.telemetry.add_telemetry",
         "aemos.openapi.operations.add_words",
+        "aemos.openapi.examples.add_examples",
     ],
 }
 

@@ -179,3 +179,41 @@ def test_answers_of_the_api_are_as_described(document: dict[str, Any]) -> None:
     for path, name in (("sensors", "Sensor"), ("device-states", "DeviceState"), ("rule-chains", "RuleChain")):
         row = client.get(f"/api/v1/{path}").json()["results"][0]
         assert row.keys() == document["components"]["schemas"][name]["properties"].keys()
+
+
+def test_every_body_and_answer_has_an_example_that_is_one(document: dict[str, Any]) -> None:
+    """As its schema says; bodies of no fields at all have the empty one."""
+    contents = [
+        (f"{method} {path} {status}", content)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        for status, each in [("body", operation.get("requestBody", {})), *operation["responses"].items()]
+        for kind, content in each.get("content", {}).items()
+        if "json" in kind and "ndjson" not in kind
+    ]
+    assert len(contents) > 400
+    assert [name for name, content in contents if not {"example", "examples"} & content.keys()] == []
+    problems = []
+    for name, content in contents:
+        examples = (
+            [content["example"]] if "example" in content else [each["value"] for each in content["examples"].values()]
+        )
+        for example in examples:
+            schema = {**_as_json_schema(content["schema"]), "components": _as_json_schema(document["components"])}
+            error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(example))
+            problems += [f"{name}: {error.json_path}: {error.message[:200]}"] if error else []
+    assert problems == []
+
+
+def _as_json_schema(schema: Any) -> Any:
+    """OpenAPI 3.0 writes null in its own way, and formats are no matter of the form."""
+    if isinstance(schema, list):
+        return [_as_json_schema(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {
+        name: _as_json_schema(value)
+        for name, value in schema.items()
+        if name not in ("nullable", "example", "discriminator")
+    }
+    return {"anyOf": [plain, {"type": "null"}]} if schema.get("nullable") is True else plain
