@@ -13,6 +13,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 from django.utils import timezone
 
+from aemos.lib import bulk
 from devices.audit.models import AuditEntry, AuditHead
 from devices.models import StateChange
 
@@ -36,7 +37,8 @@ def seal() -> int:
             head.position += 1
             entry.position = head.position
             entry.hash = head.hash = digest(head.hash, as_record(entry))
-        AuditEntry.objects.bulk_update(entries, ["position", "hash"])
+        columns = {"id": "bigint", "position": "bigint", "hash": "text"}
+        bulk.update("devices_auditentry", columns, [(each.pk, each.position, each.hash) for each in entries])
         head.save()
     return len(entries)
 
