@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 help:
 	@echo "make run            set everything up and run the whole system (ARGS=--help for its options)"
 	@echo "make test           set everything up and run the tests (ARGS= goes to pytest)"
-	@echo "make check          format, lint, types, import contracts, settings and migrations"
+	@echo "make check          format, lint, types, import contracts, settings, deployment files and migrations"
 	@echo "make format         format the code and mend what the linter can"
 	@echo "make bench          measure readings a second through a whole system, beside what the machine can do (ARGS=--short: a minute)"
 	@echo "make bench-latency  measure the time from reading to notification"
@@ -47,6 +47,9 @@ check: $(VENV)/.dev
 	SECRET_KEY=$$(secret) JWT_SECRET=$$(secret) DEVICE_TOKEN_KEY=$$(secret) REDIS_PASSWORD=$$(secret) MQTT_PASSWORD=$$(secret) \
 	AEMOS_ENV=production ALLOWED_HOSTS=aemos.test \
 	$(BIN)/python manage.py check --deploy --fail-level WARNING
+	@echo "deployment files"
+	$(BIN)/hadolint deploy/docker/Dockerfile
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %kustomization.yaml %keda.yaml,$(wildcard deploy/kubernetes/*.yaml))
 	@echo "manage.py makemigrations --check"
 	@AEMOS_ENV=test $(BIN)/python manage.py makemigrations --check --dry-run
 
