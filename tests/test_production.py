@@ -20,7 +20,7 @@ from tests import production
 from tests.production import Doser, Machine, Sensor
 from tests.waiting import until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -191,26 +191,29 @@ def test_a_restored_system_judges_what_was_accepted_and_sends_nothing_twice(mach
     slow.chmod(0o755)
     with doser.dosing() as received:
         doser.measure(1, 10)
-        until(lambda: len(received) == 10)
+        until(lambda: len(received) == 10, seconds=60)
         machine.stop("aemos-worker@1")
         doser.measure(11, 20)
         with ThreadPoolExecutor() as pool:
             copied = pool.submit(machine.shell, "deploy/backup /var/backups/aemos", first_on_path=tmp_path)
-            until(lambda: [*backups.glob("*.unfinished/redis.rdb")] and not [*backups.glob("*.unfinished/redis.log")])
+            until(
+                lambda: [*backups.glob("*.unfinished/redis.rdb")] and not [*backups.glob("*.unfinished/redis.log")],
+                seconds=60,
+            )
             machine.start("aemos-worker@1")
-            until(lambda: len(received) == 20)
-            until(lambda: doser.acknowledged() == 20)
+            until(lambda: len(received) == 20, seconds=60)
+            until(lambda: doser.acknowledged() == 20, seconds=60)
             go_on.touch()
             copied.result()
         doser.measure(21, 25)
-        until(lambda: len(received) == 25)
+        until(lambda: len(received) == 25, seconds=60)
         machine.crash()
         machine.start("mosquitto")
         machine.start("caddy")
         machine.follow("backup.md", "Come back")
         assert doser.values() == [number / 100 for number in range(1, 21)]
         doser.measure(26, 27)
-        until(lambda: len(received) == 27)
+        until(lambda: len(received) == 27, seconds=60)
         time.sleep(2)
         assert received == list(dict.fromkeys(received))
     assert doser.values() == [*(number / 100 for number in range(1, 21)), 0.26, 0.27]
