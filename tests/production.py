@@ -486,6 +486,7 @@ class Doser(Sensor):
         client.loop_start()
         try:
             assert ready.wait(40), "the broker does not know the pump"
+            time.sleep(3)  # until every worker has noticed the rule chain
             yield received
         finally:
             client.disconnect()
