@@ -219,6 +219,12 @@ class Machine:
             start_new_session=True,
         )
 
+    def restart_ended(self) -> None:
+        """As Restart=always of the units does: a worker ends when Redis is away for long."""
+        for unit in [unit for unit, child in self.running.items() if child.poll() is not None]:
+            del self.running[unit]
+            self.start(unit)
+
     def _answers(self, unit: str, ready: Callable[[], bool]) -> bool:
         assert self.running[unit].poll() is None, f"{unit} ended\n{tail(self.log(unit), lines=40)}"
         return ready()
@@ -336,6 +342,7 @@ class Sensor:
 
     def __init__(self, machine: Machine, *, name: str) -> None:
         self._machine = machine
+        machine.restart_ended()
         self._api = f"https://{HOST}:{machine.ports['HTTPS_PORT']}/api/v1"
         self._session = requests.Session()
         self._session.trust_env = False  # REQUESTS_CA_BUNDLE would go before `verify`
