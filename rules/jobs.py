@@ -14,7 +14,7 @@ from django.db import connection
 from redis.exceptions import RedisError
 from rq.timeouts import BaseTimeoutException
 
-from aemos.lib import keys, metrics, redis
+from aemos.lib import keys, metrics, redis, tracing
 from devices import latest
 from notifications import live_channel
 from rules import events, traces
@@ -97,7 +97,7 @@ def _work(lease: Lease, *, deadline: float, until_empty: bool) -> int:
 
 
 def _process(lease: Lease, work: Work) -> BatchResult:
-    if not traces.is_on():
+    if not tracing.is_on():
         return process_with_isolation(work.events, work, on_event_start=lease.renew_if_due)
     spans = traces.begin_processing(work.events, slot=str(lease.slot))
     try:

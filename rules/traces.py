@@ -1,6 +1,6 @@
 """Spans of the event path: receive, queue, process, rule chain. Events and messages carry the traceparent of what led to them.
 
-All functions but `is_on` are for when it is true.
+For when `tracing.is_on`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import msgspec
 
 from aemos.lib import tracing
-from aemos.lib.tracing import OpenSpan, is_on, now_ns
+from aemos.lib.tracing import OpenSpan
 from rules.events import Event
 
-__all__ = ["begin_processing", "begin_receiving", "chain_ran", "end", "is_on", "now_ns"]
 MICROSECOND_NS = 1_000
 
 
@@ -33,7 +32,7 @@ def begin_receiving(batch: Sequence[Event], *, parent: str, start_ns: int) -> tu
 
 def begin_processing(batch: list[Event], *, slot: str) -> list[OpenSpan]:
     """One span for each trace in the batch; its events carry that from now on. What they waited before has a span of its own."""
-    now = now_ns()
+    now = tracing.now_ns()
     spans: dict[str, OpenSpan] = {}
     for number, event in enumerate(batch):
         if not event.trace:
@@ -53,7 +52,7 @@ def end(spans: Sequence[OpenSpan], *, error: str = "") -> None:
 
 
 def chain_ran(event: Event, name: str, *, seconds: float, effects: int = 0, error: str = "") -> None:
-    now = now_ns()
+    now = tracing.now_ns()
     attributes = {"aemos.chain": name, "aemos.effects": effects}
     span = tracing.begin("rule chain", parent=event.trace, start_ns=now - int(seconds * 1e9), attributes=attributes)
     span.end(error=error, at_ns=now)

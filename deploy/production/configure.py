@@ -34,13 +34,17 @@ _HOST = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?\Z")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where the servers are: the host of each, the address they listen on, and where they keep their data."""
+    """Where the servers are: the host of each, the address they listen on, and where their data is.
+
+    `has_superuser`: PostgreSQL is to be given a password of its superuser.
+    """
 
     hosts: Mapping[str, str]
     listen: str
     redis_data: str
     broker_data: str
     broker_plugin: str = ""
+    has_superuser: bool = False
 
 
 MACHINE = Places(
@@ -55,6 +59,7 @@ CONTAINERS = Places(
     redis_data="/data",
     broker_data="/mosquitto/data",
     broker_plugin="/usr/lib/mosquitto_dynamic_security.so",
+    has_superuser=True,
 )
 """On one machine, from Debian's packages, and in containers, from the images of deploy/docker/compose.yml."""
 
@@ -186,7 +191,7 @@ def _configure(directory: Directory, *, host: str, places: Places) -> None:
     if not directory.read("mosquitto/dynamic-security.json"):
         users = json.dumps(initial_security(GATEWAY_USERNAME, broker), indent=2)
         directory.write("mosquitto/dynamic-security.json", f"{users}\n")
-    if places.hosts is CONTAINERS.hosts:
+    if places.has_superuser:
         superuser = _kept(directory, "postgresql/superuser.env", "POSTGRES_PASSWORD")
         directory.write("postgresql/superuser.env", f"POSTGRES_PASSWORD={superuser}\n")
     _certificates(directory, host)
