@@ -9,14 +9,17 @@ from math import ceil
 from typing import Any
 
 from django.conf import settings
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from rq import Queue, SimpleWorker
 from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
-from aemos.lib import metrics
+from aemos.lib import metrics, redis
+from aemos.lib.rate_limited_log import RateLimitedLog
 from devices.quality import data_problems, sensor_clocks
 from rules import jobs
 from rules.journal import tickets
@@ -29,13 +32,24 @@ log = logging.getLogger(__name__)
 LISTEN_SECONDS = 0.5
 # After another worker was faster, before the next look: under load that would otherwise happen all the time.
 PAUSE_SECONDS = 0.02
+# While Redis is away, so often RQ's calls look whether it is back.
+RETRY_SECONDS = 1.0
+FOR_EVER = -1
 
 
 class DrainWorker(SimpleWorker):
     """Runs jobs in this process, without a fork for each: the compiled rules and the connections stay warm."""
 
-    # After Redis was away, look again soon: RQ's own pause grows to a minute.
-    max_connection_wait_time = 3.0
+    def work(self, burst: bool = False, **options: Any) -> bool:
+        """RQ ends a worker when a call to Redis fails. Here the call waits until Redis is back, or a stop is asked for."""
+        if not burst:
+            self.connection.set_retry(Retry(ExponentialBackoff(cap=RETRY_SECONDS, base=0.1), FOR_EVER))
+        return bool(super().work(burst, **options))
+
+    def handle_warm_shutdown_request(self) -> None:
+        super().handle_warm_shutdown_request()
+        self._stop_requested = True
+        self.connection.set_retry(Retry(NoBackoff(), 1))
 
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
@@ -55,7 +69,9 @@ class DrainWorker(SimpleWorker):
                     raise StopRequested
                 self._listen()
             except RedisError as error:
-                log.debug("not listening: %s", error)  # the next look for a job says so, and waits
+                self._log.log("redis", logging.WARNING, "waiting for Redis: %s", redis.explain(error))
+            else:
+                self._log.recovered("redis", "Redis is back")
 
     def _listen(self) -> None:
         """Drains what arrives, for half a second."""
@@ -91,19 +107,31 @@ class DrainWorker(SimpleWorker):
             log.debug("still listening: %s", error)
 
     @cached_property
+    def _log(self) -> RateLimitedLog:
+        return RateLimitedLog(log)
+
+    @cached_property
     def _listener(self) -> Listener:
         return Listener(self.name, self.queue_names())
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """Between two jobs, and every half a second of a worker that listens: counts do not wait for the next event."""
-        super().heartbeat(timeout, pipeline)
+        try:
+            super().heartbeat(timeout, pipeline)
+        except RedisError as error:
+            if self._stop_requested:
+                raise StopRequested from error
+            raise
         if pipeline is None:
             _flush()
 
     def teardown(self) -> None:
         self._stop_listening()
         _flush(force=True)
-        super().teardown()
+        try:
+            super().teardown()
+        except RedisError as error:
+            log.warning("ends without taking its name off the list of workers: %s", redis.explain(error))
 
 
 def _flush(*, force: bool = False) -> None:

@@ -220,7 +220,7 @@ class Machine:
         )
 
     def restart_ended(self) -> None:
-        """As Restart=always of the units does: a worker ends when Redis is away for long."""
+        """As Restart=always of the units does: who starts while Redis is away says so, and ends."""
         for unit in [unit for unit, child in self.running.items() if child.poll() is not None]:
             del self.running[unit]
             self.start(unit)
