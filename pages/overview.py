@@ -81,10 +81,6 @@ class Overview:
         return not (self.sensors or self.devices)
 
 
-def organizations(access: Access) -> list[Organization]:
-    return list(access.limit(Organization.objects.all(), "pk", resource="organizations"))
-
-
 def of(organization: Organization, access: Access) -> Overview:
     """Raises RedisError when newest values cannot be read."""
     return Overview(

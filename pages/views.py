@@ -11,9 +11,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 from redis.exceptions import RedisError
 
-from devices.models import Organization, Sensor
+from devices.models import Sensor
 from devices.permissions import access_of
-from pages import overview
+from pages import organizations, overview
 
 # Spans of the charts: what it says, and its hours.
 SPANS = (("1 hour", 1), ("6 hours", 6), ("1 day", 24), ("7 days", 168), ("30 days", 720), ("1 year", 8_760))
@@ -24,8 +24,8 @@ SPANS = (("1 hour", 1), ("6 hours", 6), ("1 day", 24), ("7 days", 168), ("30 day
 @require_safe
 def overview_page(request: HttpRequest) -> HttpResponse:
     access = access_of(request)
-    known = overview.organizations(access)
-    chosen = _chosen(request, known)
+    known = organizations.known_to(access)
+    chosen = organizations.chosen(request, known)
     context: dict[str, Any] = {"organizations": known, "organization": chosen}
     if chosen is not None:
         try:
@@ -35,14 +35,6 @@ def overview_page(request: HttpRequest) -> HttpResponse:
                 "Redis does not answer: newest values are not known now. This page tries again by itself."
             )
     return render(request, "pages/overview.html", context, status=503 if "problem" in context else 200)
-
-
-def _chosen(request: HttpRequest, known: list[Organization]) -> Organization | None:
-    wanted = request.GET.get("organization", "")
-    found = [each for each in known if str(each.uuid) == wanted]
-    if wanted and not found:
-        raise Http404("There is no such organization.")
-    return next(iter(found or known), None)
 
 
 @never_cache

@@ -1,0 +1,1 @@
+"""Pages on which a grower makes, tries and switches rules."""

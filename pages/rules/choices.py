@@ -1,0 +1,154 @@
+"""What the form of a rule offers: variables and states by name, operators in words, times of a day."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from devices.models import DeviceState, Organization, Variable
+from devices.values import Datatype
+from rules.engine.operators import OPERATORS, RANGE
+
+_SHOWN_FIRST = (">", ">=", "<", "<=", "between", "==", "!=", "olderThan", "valueOlderThan")
+_UNITS = {"s": "s", "m": "m", "h": "h", "d": "d"}
+_DURATION = re.compile(r"\s*(\d+)\s*([a-z]+)\s*", re.IGNORECASE)
+WEEKDAYS = (("1", "Mon"), ("2", "Tue"), ("3", "Wed"), ("4", "Thu"), ("5", "Fri"), ("6", "Sat"), ("0", "Sun"))
+_LISTS = frozenset({"in", "notIn", "hasAll", "hasAny", "hasNone"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A variable of a sensor or a state of a device; `key` is "sensor|uuid|name" or "device|uuid|name"."""
+
+    key: str
+    group: str
+    name: str
+    unit: str = ""
+    datatype: str = Datatype.NUMBER
+    allowed: list[Any] = field(default_factory=list)
+    is_momentary: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        allowed = ["yes", "no"] if self.datatype == Datatype.BOOLEAN else [as_text(each) for each in self.allowed]
+        return {"key": self.key, "group": self.group, "name": self.name, "unit": self.unit, "allowed": allowed}
+
+    def typed(self, text: str) -> Any:
+        """The value of the choice's datatype that a person has written; the text itself where it is none of them."""
+        text = text.strip()
+        if self.datatype == Datatype.NUMBER:
+            return as_number(text)
+        if self.datatype == Datatype.BOOLEAN:
+            return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+        return text
+
+
+class Choices:
+    """All of one organization, in two queries."""
+
+    def __init__(self, organization: Organization) -> None:
+        self._organization = organization
+
+    @cached_property
+    def variables(self) -> Mapping[str, Choice]:
+        rows = Variable.objects.filter(sensor__organization=self._organization).select_related("sensor")
+        return {
+            choice.key: choice
+            for row in rows.order_by("sensor__name", "name")
+            for choice in [
+                Choice(
+                    key=f"sensor|{row.sensor.uuid}|{row.name}",
+                    group=row.sensor.name,
+                    name=row.name,
+                    unit=row.unit,
+                    datatype=row.datatype,
+                )
+            ]
+        }
+
+    @cached_property
+    def states(self) -> Mapping[str, Choice]:
+        rows = DeviceState.objects.filter(device__organization=self._organization).select_related("device")
+        return {
+            choice.key: choice
+            for row in rows.order_by("device__name", "name")
+            for choice in [
+                Choice(
+                    key=f"device|{row.device.uuid}|{row.name}",
+                    group=row.device.name,
+                    name=row.name,
+                    datatype=row.datatype,
+                    allowed=row.allowed_values,
+                    is_momentary=row.is_momentary,
+                )
+            ]
+        }
+
+    @cached_property
+    def sources(self) -> Mapping[str, Choice]:
+        """What conditions may ask for."""
+        return {**self.variables, **self.states}
+
+
+def operators() -> list[tuple[str, str]]:
+    """Every operator with words for it, those that growers need most first."""
+    rest = [symbol for symbol in OPERATORS if symbol not in _SHOWN_FIRST]
+    return [(symbol, _words(symbol)) for symbol in (*_SHOWN_FIRST, *rest)]
+
+
+def operands() -> dict[str, list[str]]:
+    """Which fields go with an operator: value, upper, duration."""
+    return {symbol: list(_fields(symbol)) for symbol in OPERATORS}
+
+
+def _fields(symbol: str) -> Iterator[str]:
+    operator = OPERATORS[symbol]
+    if operator.operand is not None:
+        yield "value"
+    if operator.operand is RANGE:
+        yield "upper"
+    if operator.takes_duration:
+        yield "duration"
+
+
+def _words(symbol: str) -> str:
+    predicate = OPERATORS[symbol].predicate
+    return predicate.format(value="…", duration="…")
+
+
+def operand_of(symbol: str, source: Choice | None, value: str, upper: str) -> Any:
+    """What the operator compares with, from the texts of a form."""
+    typed = source.typed if source else as_number
+    if OPERATORS[symbol].operand is RANGE:
+        return [as_number(value), as_number(upper)]
+    if symbol in _LISTS:
+        return [typed(each) for each in value.split(",") if each.strip()]
+    return as_number(value) if OPERATORS[symbol].is_numeric else typed(value)
+
+
+def as_number(text: str) -> Any:
+    """A number as people write it, with a point or a comma; the text where it is none."""
+    plain = text.strip().replace(",", ".")
+    try:
+        number = float(plain)
+    except ValueError:
+        return text.strip()
+    return int(number) if number.is_integer() and "e" not in plain.lower() and "." not in plain else number
+
+
+def as_text(value: Any) -> str:
+    """What a form shows for a value."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(as_text(each) for each in value)
+    return "" if value is None else str(value)
+
+
+def as_duration(text: str) -> str:
+    """5m of "5 min", "5 minutes" or "5m"; what cannot be read stays as it is, and the rule says what is wrong with it."""
+    match = _DURATION.fullmatch(text)
+    unit = _UNITS.get(match[2][0].lower()) if match else None
+    return f"{int(match[1])}{unit}" if match and unit else text.strip()

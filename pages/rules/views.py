@@ -1,0 +1,246 @@
+"""The pages of rules: the list, the form with its preview, and a rule with what it would have done."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from django.contrib import messages
+from django.contrib.auth.decorators import login_required
+from django.core.exceptions import PermissionDenied
+from django.db import IntegrityError
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import redirect, render
+from django.template.loader import render_to_string
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.safestring import mark_safe
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_POST, require_safe
+
+from devices.models import Organization
+from devices.permissions import Verb, access_of
+from pages import organizations
+from pages.rules import choices
+from pages.rules.choices import Choices
+from pages.rules.forms import RuleForm, initial_of
+from pages.rules.starters import STARTERS
+from rules.authoring import backtest, describe, editing, lint, validation, when_then
+from rules.engine.exceptions import InvalidChain
+from rules.models import RuleChain, RuleNode
+
+BLANK = "blank"
+# Spans of the trial: what it says, and its hours.
+SPANS = (("1 day", 24), ("3 days", 72), ("7 days", 168))
+
+
+def _page(view: Any) -> Any:
+    return never_cache(login_required(login_url="admin:login")(view))
+
+
+@_page
+@require_safe
+def list_page(request: HttpRequest) -> HttpResponse:
+    access = access_of(request)
+    known = organizations.known_to(access)
+    organization = organizations.chosen(request, known)
+    rows = []
+    if organization is not None:
+        chains = RuleChain.objects.filter(organization=organization).select_related("statistics")
+        for chain in chains.prefetch_related("nodes").order_by("name"):
+            rows.append({"chain": chain, "sentence": describe.sentence_of(chain, chain.nodes.all())})
+    context = {
+        "organizations": known,
+        "organization": organization,
+        "rows": rows,
+        "may_add": organization is not None and access.may("add", "rule-chains", organization.pk),
+        "page": "rules",
+    }
+    return render(request, "pages/rules/list.html", context)
+
+
+@_page
+def new_page(request: HttpRequest) -> HttpResponse:
+    organization = _organization(request, "add")
+    wanted = request.GET.get("template", "")
+    if not wanted:
+        context = {"organization": organization, "starters": STARTERS.values(), "page": "rules"}
+        return render(request, "pages/rules/starters.html", context)
+    if wanted != BLANK and wanted not in STARTERS:
+        raise Http404("There is no such template.")
+    offered = Choices(organization)
+    chain = RuleChain(organization=organization, enabled=False)
+    head = {"execution_type": RuleChain.ExecutionType.EVENT_TRIGGERED, "needed": "all"}
+    initial = STARTERS[wanted].initial(offered) if wanted in STARTERS else {"head": head, "when": [{}], "then": [{}]}
+    form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
+    if request.method == "POST" and _saved(request, form, []):
+        messages.success(request, "Saved, and still off. Look at what it would have done, then switch it on.")
+        return redirect("rule-page", uuid=chain.uuid)
+    return _form_page(request, form, organization)
+
+
+@_page
+def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
+    chain = _chain(request, uuid, "change")
+    nodes = list(chain.nodes.all())
+    shape = when_then.read(nodes)
+    initial = initial_of(chain, shape) if shape else None
+    if initial is None:
+        return redirect("admin:rules_rulechain_change", chain.pk)
+    form = RuleForm(Choices(chain.organization), chain, data=request.POST or None, initial=initial)
+    if request.method == "POST" and _saved(request, form, nodes):
+        messages.success(request, "Saved.")
+        return redirect("rule-page", uuid=chain.uuid)
+    return _form_page(request, form, chain.organization)
+
+
+@_page
+@require_POST
+def preview(request: HttpRequest) -> HttpResponse:
+    """What the form says so far: sentence, graph, next times, and each problem with its field. Saves nothing."""
+    organization = _organization(request, "add")
+    form = RuleForm(Choices(organization), RuleChain(organization=organization, name="New rule"), data=request.POST)
+    nodes = form.build()
+    context: dict[str, Any] = {"problems": form.problems}
+    if nodes is not None:
+        context |= {
+            "sentence": describe.sentence_of(form.chain, nodes),
+            "graph": _graph(form.chain, nodes),
+            "next_runs": form.next_runs(),
+            "warnings": form.in_words(lint.warnings_of(form.chain, nodes)),
+        }
+    wrong = [
+        (field, " ".join(str(error) for error in field.errors))
+        for part in (form.head, *form.conditions.rows, *form.then.rows, *form.otherwise.rows)
+        for field in part
+        if field.errors
+    ]
+    context["missing"] = [(field.label, error) for field, error in wrong]
+    errors = {field.html_name: error for field, error in wrong}
+    return JsonResponse({"html": render_to_string("pages/rules/preview.html", context), "errors": errors})
+
+
+@_page
+@require_safe
+def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
+    chain = _chain(request, uuid, "view")
+    nodes = list(chain.nodes.all())
+    shape = when_then.read(nodes)
+    hours = _hours(request)
+    context = {
+        "chain": chain,
+        "organization": chain.organization,
+        "sentence": describe.sentence_of(chain, nodes),
+        "graph": _graph(chain, nodes),
+        "may_change": access_of(request).may("change", "rule-chains", chain.organization_id),
+        "is_plain": shape is not None and initial_of(chain, shape) is not None,
+        "spans": SPANS,
+        "hours": hours,
+        "page": "rules",
+    }
+    end = timezone.now()
+    try:
+        context["trial"] = backtest.run(chain, nodes, begin=end - timedelta(hours=hours), end=end)
+    except InvalidChain as error:
+        context["problems"] = [f"{problem.path}: {problem.message}" for problem in error.problems]
+    context["drawn"] = _drawn(nodes)
+    return render(request, "pages/rules/rule.html", context)
+
+
+@_page
+@require_POST
+def switch(request: HttpRequest, uuid: UUID) -> HttpResponse:
+    chain = _chain(request, uuid, "change")
+    try:
+        editing.switch(chain, enabled=request.POST.get("enabled") == "yes", by=request.user.get_username())
+    except InvalidChain as error:
+        messages.error(request, f"It cannot be switched on: {error}")
+    return redirect("rule-page", uuid=chain.uuid)
+
+
+@_page
+@require_POST
+def delete(request: HttpRequest, uuid: UUID) -> HttpResponse:
+    chain = _chain(request, uuid, "delete")
+    organization, name = chain.organization, chain.name
+    editing.delete(chain)
+    messages.success(request, f"{name} is deleted.")
+    return redirect(f"{reverse('rules-page')}?organization={organization.uuid}")
+
+
+def _organization(request: HttpRequest, verb: Verb) -> Organization:
+    access = access_of(request)
+    organization = organizations.chosen(request, organizations.known_to(access))
+    if organization is None:
+        raise Http404("You belong to no organization.")
+    _demand(request, verb, organization.pk)
+    return organization
+
+
+def _chain(request: HttpRequest, uuid: UUID, verb: Verb) -> RuleChain:
+    rows = access_of(request).limit(
+        RuleChain.objects.select_related("organization", "statistics"), "organization", resource="rule-chains"
+    )
+    chain = rows.filter(uuid=uuid).first()
+    if chain is None:
+        raise Http404("There is no such rule.")
+    _demand(request, verb, chain.organization_id)
+    return chain
+
+
+def _demand(request: HttpRequest, verb: Verb, organization_id: int) -> None:
+    access = access_of(request)
+    access.demanded.add(organization_id)
+    if not access.may(verb, "rule-chains", organization_id):
+        raise PermissionDenied(f"Your role does not let you {verb} rules here.")
+
+
+def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool:
+    nodes = form.build(before)
+    if nodes is None:
+        return False
+    try:
+        editing.save(form.chain, nodes, by=request.user.get_username())
+    except IntegrityError:
+        form.head.add_error("name", "is the name of another rule of this farm")
+    except InvalidChain as error:
+        form.problems.append(str(error))
+    else:
+        return True
+    return False
+
+
+def _form_page(request: HttpRequest, form: RuleForm, organization: Organization) -> HttpResponse:
+    offered = Choices(organization)
+    context = {
+        "form": form,
+        "chain": form.chain,
+        "organization": organization,
+        "page": "rules",
+        "offered": {
+            "sources": [each.as_json() for each in offered.sources.values()],
+            "states": [each.as_json() for each in offered.states.values()],
+            "operands": choices.operands(),
+        },
+    }
+    return render(request, "pages/rules/form.html", context, status=400 if request.method == "POST" else 200)
+
+
+def _hours(request: HttpRequest) -> int:
+    wanted = request.GET.get("hours", "")
+    return next((hours for _, hours in SPANS if str(hours) == wanted), SPANS[0][1])
+
+
+def _drawn(nodes: list[RuleNode]) -> dict[str, str] | None:
+    """The first number of a sensor that the rule reads: the one that the chart of the trial shows."""
+    filters = (node.config for node in nodes if node.type == RuleNode.Type.FILTER)
+    for config in filters:
+        for _, leaf in validation.leaves(config, ""):
+            if leaf.get("sourceType") == "sensor":
+                return {"sensor": str(leaf.get("UUID")), "variable": str(leaf.get("key"))}
+    return None
+
+
+def _graph(chain: RuleChain, nodes: list[RuleNode]) -> str:
+    return mark_safe(describe.graph_of(chain, nodes))  # noqa: S308  rules.authoring.graph escapes every text
