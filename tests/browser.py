@@ -51,12 +51,16 @@ class Page:
         return answer["result"].get("value")
 
     def until(self, script: str, *, seconds: float = 20.0) -> Any:
-        """The value of the expression as soon as it is true."""
+        """The value of the expression as soon as it is true; what a page that still loads lacks may come."""
         deadline = time.monotonic() + seconds
-        while not (seen := self.evaluate(script)):
-            assert time.monotonic() < deadline, f"{script} stays {seen!r}: {self.evaluate('document.body.innerText')}"
+        while True:
+            try:
+                if seen := self.evaluate(script):
+                    return seen
+            except AssertionError as error:
+                seen = error
+            assert time.monotonic() < deadline, f"{script} stays {seen!r}: {self.evaluate('document.body?.innerText')}"
             time.sleep(0.1)
-        return seen
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
