@@ -5,11 +5,21 @@ from __future__ import annotations
 from django.http import Http404, HttpRequest
 
 from devices.models import Organization
-from devices.permissions import Access
+from devices.permissions import Access, Verb, access_of
+from pages.place import demand
 
 
 def known_to(access: Access) -> list[Organization]:
     return list(access.limit(Organization.objects.all(), "pk", resource="organizations"))
+
+
+def demanded(request: HttpRequest, verb: Verb, resource: str) -> Organization:
+    """The one that the page is about, in which the person has the right. Raises Http404 and PermissionDenied."""
+    organization = chosen(request, known_to(access_of(request)))
+    if organization is None:
+        raise Http404("You belong to no organization.")
+    demand(request, verb, resource, organization.pk)
+    return organization
 
 
 def chosen(request: HttpRequest, known: list[Organization]) -> Organization | None:

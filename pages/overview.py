@@ -75,6 +75,7 @@ class Overview:
     alarms: Sequence[Alarm]
     may_switch: bool
     may_acknowledge: bool
+    may_add: bool
 
     @property
     def is_empty(self) -> bool:
@@ -89,6 +90,7 @@ def of(organization: Organization, access: Access) -> Overview:
         alarms=_alarms(organization),
         may_switch=access.may("add", "state-changes", organization.pk),
         may_acknowledge=access.may("change", "alarms", organization.pk),
+        may_add=access.may("add", "sensors", organization.pk),
     )
 
 
@@ -126,10 +128,10 @@ def as_text(value: Any) -> str:
 
 def _devices(organization: Organization) -> list[DeviceCard]:
     rows = Device.objects.filter(organization=organization).prefetch_related("states").order_by("name")
-    return [DeviceCard(device=device, rows=[_state(state) for state in device.states.all()]) for device in rows]
+    return [DeviceCard(device=device, rows=[state_row(state) for state in device.states.all()]) for device in rows]
 
 
-def _state(state: DeviceState) -> StateRow:
+def state_row(state: DeviceState) -> StateRow:
     is_level = state.kind == DeviceState.Kind.LEVEL
     value, _ = state.newest if is_level else (None, None)
     choices = [as_text(each) for each in state.allowed_values] if is_level else []

@@ -6,10 +6,18 @@ from django.urls import path
 
 from pages import views
 from pages.rules import views as rules
+from pages.setup import views as setup
 
 urlpatterns = [
     path("", views.overview_page, name="home"),
+    path("farms/new", setup.new_farm, name="new-farm-page"),
+    path("sensors/new", setup.new_sensor, name="new-sensor-page"),
+    path("devices/new", setup.new_device, name="new-device-page"),
+    path("sensors/<uuid:uuid>/connect", setup.connect_sensor, name="connect-sensor-page"),
+    path("devices/<uuid:uuid>/connect", setup.connect_device, name="connect-device-page"),
     path("sensors/<uuid:uuid>", views.sensor_page, name="sensor-page"),
+    path("sensors/<uuid:uuid>/marks", views.marks_of_sensor, name="sensor-marks"),
+    path("devices/<uuid:uuid>", views.device_page, name="device-page"),
     path("rules", rules.list_page, name="rules-page"),
     path("rules/new", rules.new_page, name="new-rule-page"),
     path("rules/preview", rules.preview, name="rule-preview"),

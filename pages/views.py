@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
-from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 from redis.exceptions import RedisError
 
-from devices.models import Sensor
+from devices.models import Device, Sensor
 from devices.permissions import access_of
-from pages import organizations, overview
+from pages import device, marks, organizations, overview
+from pages.place import page
 
 # Spans of the charts: what it says, and its hours.
 SPANS = (("1 hour", 1), ("6 hours", 6), ("1 day", 24), ("7 days", 168), ("30 days", 720), ("1 year", 8_760))
 
 
-@never_cache
-@login_required(login_url="admin:login")
+@page
 @require_safe
 def overview_page(request: HttpRequest) -> HttpResponse:
     access = access_of(request)
@@ -37,14 +35,48 @@ def overview_page(request: HttpRequest) -> HttpResponse:
     return render(request, "pages/overview.html", context, status=503 if "problem" in context else 200)
 
 
-@never_cache
-@login_required(login_url="admin:login")
+@page
 @require_safe
 def sensor_page(request: HttpRequest, uuid: str) -> HttpResponse:
+    sensor = _sensor(request, uuid)
+    variables = [each for each in sensor.variables.order_by("name") if each.datatype != "string"]
+    context = {
+        "sensor": sensor,
+        "organization": sensor.organization,
+        "variables": variables,
+        "spans": SPANS,
+        "may_connect": access_of(request).may("add", "device-tokens", sensor.organization_id),
+    }
+    return render(request, "pages/sensor.html", context)
+
+
+@page
+@require_safe
+def marks_of_sensor(request: HttpRequest, uuid: str) -> HttpResponse:
+    return marks.answer(request, _sensor(request, uuid))
+
+
+@page
+@require_safe
+def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
+    access = access_of(request)
+    rows = access.limit(Device.objects.select_related("organization"), "organization", resource="devices")
+    found = rows.filter(uuid=uuid).first()
+    if found is None:
+        raise Http404("There is no such device.")
+    context = {
+        "device": found,
+        "organization": found.organization,
+        "shown": device.of(found),
+        "may_switch": access.may("add", "state-changes", found.organization_id),
+        "may_connect": access.may("add", "device-tokens", found.organization_id),
+    }
+    return render(request, "pages/device.html", context)
+
+
+def _sensor(request: HttpRequest, uuid: str) -> Sensor:
     rows = access_of(request).limit(Sensor.objects.select_related("organization"), "organization", resource="sensors")
-    sensor = rows.filter(uuid=uuid).first()
+    sensor: Sensor | None = rows.filter(uuid=uuid).first()
     if sensor is None:
         raise Http404("There is no such sensor.")
-    variables = [each for each in sensor.variables.order_by("name") if each.datatype != "string"]
-    context = {"sensor": sensor, "organization": sensor.organization, "variables": variables, "spans": SPANS}
-    return render(request, "pages/sensor.html", context)
+    return sensor

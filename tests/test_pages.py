@@ -13,7 +13,7 @@ from django.utils import timezone
 from pytest_django.live_server_helper import LiveServer
 
 from devices import latest
-from devices.models import DeviceState, Organization, Reading, StateChange, Variable
+from devices.models import Device, DeviceState, Interlock, Organization, Reading, StateChange, Variable, Veto
 from pages import overview
 from rules.models import Alarm
 from tests import builders
@@ -103,7 +103,7 @@ def test_empty_places_say_what_to_do_next(farm: Organization) -> None:
     assert "Add a sensor" in client_of(builders.member(farm, "admin")).get("/").text
     assert "ask its admin for an invitation" in client_of(builders.user()).get("/").text
     Organization.objects.all().delete()
-    assert "add an organization" in client_of(builders.user(is_superuser=True)).get("/").text
+    assert "make a farm" in client_of(builders.user(is_superuser=True)).get("/").text
 
 
 def test_strangers_are_asked_to_log_in() -> None:
@@ -174,3 +174,71 @@ def test_the_buttons_in_a_browser(farm: Organization, live_server: LiveServer, t
     alarm.refresh_from_db()
     assert alarm.acknowledged_by == "ada"
     assert StateChange.objects.get(state__device=pump).actor == "ada"
+
+
+def test_a_device_page_shows_commands_limits_vetoes_and_presence(farm: Organization) -> None:
+    pump = builders.device(farm, "Pump", states={"power": ["on", "off"]})
+    state = DeviceState.objects.get(device=pump)
+    now = timezone.now()
+    about = {"state": state, "source": "rule", "actor": "Dose / acid", "timestamp": now}
+    StateChange.objects.create(effect_key="1", value="on", previous="off", command_state="applied", **about)
+    failed = {"command_state": "failed", "command_error": "valve is stuck"}
+    StateChange.objects.create(effect_key="2", value="off", previous="on", **failed, **about)
+    Interlock.objects.create(state=state, minimum_off_seconds=60)
+    Veto.objects.create(state=state, kind="minimum-off", source="rule", actor="Dose / acid", count=3, detail="rests")
+    Device.objects.filter(pk=pump.pk).update(connected=False, connection_changed_at=now)
+    page = client_of(builders.member(farm, "viewer")).get(f"/devices/{pump.uuid}").text
+    for text in (
+        "not connected",
+        "at least 60 s off",
+        "rests",
+        "<td>3</td>",
+        "Dose / acid",
+        "valve is stuck",
+        "applied",
+    ):
+        assert text in page, text
+    assert "data-post" not in page
+    assert "data-post" in client_of(builders.member(farm, "operator")).get(f"/devices/{pump.uuid}").text
+    stranger = client_of(builders.member(builders.organization(), "admin"))
+    assert stranger.get(f"/devices/{pump.uuid}").status_code == 404
+
+
+def test_marks_are_the_limits_changes_and_alarms_around_a_sensor(farm: Organization) -> None:
+    sensor, pump = builders.sensor(farm, "Tank 1"), builders.device(farm, "Pump")
+    stranger = builders.organization()
+    other = builders.switching_chain(builders.sensor(stranger), builders.device(stranger))
+    builders.chain(
+        farm,
+        [
+            builders.node("band", builders.leaf(sensor, operator="between", value=[5.5, 6.5]), next="on"),
+            builders.node("on", builders.command(pump)),
+        ],
+        "Band",
+    )
+    builders.switching_chain(sensor, pump, name="Off", enabled=False)
+    rate = {**builders.leaf(sensor, operator=">", value=1), "per": "1m"}
+    builders.chain(farm, [builders.node("rate", rate, next="on"), builders.node("on", builders.command(pump))])
+    now = timezone.now()
+    for number, target in enumerate((pump, Device.objects.get(organization=stranger))):
+        state = DeviceState.objects.get(device=target)
+        StateChange.objects.create(
+            effect_key=str(number), state=state, value="on", source="rule", actor="Band / on", timestamp=now
+        )
+    raised(farm, sensor, type="pH low")
+    raised(farm, sensor, type="over", state="cleared", cleared_at=now - timedelta(days=3))
+    client = client_of(builders.member(farm, "viewer"))
+    span = {"from": (now - timedelta(hours=1)).isoformat(), "to": (now + timedelta(hours=1)).isoformat()}
+    marks = client.get(f"/sensors/{sensor.uuid}/marks", span).json()
+    assert [(each["value"], each["rule"]) for each in marks["thresholds"]] == [(5.5, "Band"), (6.5, "Band")]
+    assert [each["state"] for each in marks["changes"]] == ["Pump: power"]
+    assert [each["type"] for each in marks["alarms"]] == ["pH low"]
+    assert other.nodes.exists()
+    for wrong in (
+        {},
+        {"from": "x", "to": "y"},
+        {**span, "to": "2026-05-01T00:00:00"},
+        {**span, "to": "2026-13-01T00:00:00Z"},
+    ):
+        assert client.get(f"/sensors/{sensor.uuid}/marks", wrong).status_code == 400
+    assert client_of(builders.member(stranger, "viewer")).get(f"/sensors/{sensor.uuid}/marks", span).status_code == 404

@@ -7,8 +7,6 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import messages
-from django.contrib.auth.decorators import login_required
-from django.core.exceptions import PermissionDenied
 from django.db import IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
@@ -16,12 +14,12 @@ from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.safestring import mark_safe
-from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST, require_safe
 
 from devices.models import Organization
 from devices.permissions import Verb, access_of
 from pages import organizations
+from pages.place import demand, page
 from pages.rules import choices
 from pages.rules.choices import Choices
 from pages.rules.forms import RuleForm, initial_of
@@ -35,11 +33,7 @@ BLANK = "blank"
 SPANS = (("1 day", 24), ("3 days", 72), ("7 days", 168))
 
 
-def _page(view: Any) -> Any:
-    return never_cache(login_required(login_url="admin:login")(view))
-
-
-@_page
+@page
 @require_safe
 def list_page(request: HttpRequest) -> HttpResponse:
     access = access_of(request)
@@ -60,9 +54,9 @@ def list_page(request: HttpRequest) -> HttpResponse:
     return render(request, "pages/rules/list.html", context)
 
 
-@_page
+@page
 def new_page(request: HttpRequest) -> HttpResponse:
-    organization = _organization(request, "add")
+    organization = organizations.demanded(request, "add", "rule-chains")
     wanted = request.GET.get("template", "")
     if not wanted:
         context = {"organization": organization, "starters": STARTERS.values(), "page": "rules"}
@@ -80,7 +74,7 @@ def new_page(request: HttpRequest) -> HttpResponse:
     return _form_page(request, form, organization)
 
 
-@_page
+@page
 def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "change")
     nodes = list(chain.nodes.all())
@@ -95,11 +89,11 @@ def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     return _form_page(request, form, chain.organization)
 
 
-@_page
+@page
 @require_POST
 def preview(request: HttpRequest) -> HttpResponse:
     """What the form says so far: sentence, graph, next times, and each problem with its field. Saves nothing."""
-    organization = _organization(request, "add")
+    organization = organizations.demanded(request, "add", "rule-chains")
     form = RuleForm(Choices(organization), RuleChain(organization=organization, name="New rule"), data=request.POST)
     nodes = form.build()
     context: dict[str, Any] = {"problems": form.problems}
@@ -121,7 +115,7 @@ def preview(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"html": render_to_string("pages/rules/preview.html", context), "errors": errors})
 
 
-@_page
+@page
 @require_safe
 def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "view")
@@ -148,7 +142,7 @@ def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     return render(request, "pages/rules/rule.html", context)
 
 
-@_page
+@page
 @require_POST
 def switch(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "change")
@@ -159,7 +153,7 @@ def switch(request: HttpRequest, uuid: UUID) -> HttpResponse:
     return redirect("rule-page", uuid=chain.uuid)
 
 
-@_page
+@page
 @require_POST
 def delete(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "delete")
@@ -169,15 +163,6 @@ def delete(request: HttpRequest, uuid: UUID) -> HttpResponse:
     return redirect(f"{reverse('rules-page')}?organization={organization.uuid}")
 
 
-def _organization(request: HttpRequest, verb: Verb) -> Organization:
-    access = access_of(request)
-    organization = organizations.chosen(request, organizations.known_to(access))
-    if organization is None:
-        raise Http404("You belong to no organization.")
-    _demand(request, verb, organization.pk)
-    return organization
-
-
 def _chain(request: HttpRequest, uuid: UUID, verb: Verb) -> RuleChain:
     rows = access_of(request).limit(
         RuleChain.objects.select_related("organization", "statistics"), "organization", resource="rule-chains"
@@ -185,15 +170,8 @@ def _chain(request: HttpRequest, uuid: UUID, verb: Verb) -> RuleChain:
     chain = rows.filter(uuid=uuid).first()
     if chain is None:
         raise Http404("There is no such rule.")
-    _demand(request, verb, chain.organization_id)
+    demand(request, verb, "rule-chains", chain.organization_id)
     return chain
-
-
-def _demand(request: HttpRequest, verb: Verb, organization_id: int) -> None:
-    access = access_of(request)
-    access.demanded.add(organization_id)
-    if not access.may(verb, "rule-chains", organization_id):
-        raise PermissionDenied(f"Your role does not let you {verb} rules here.")
 
 
 def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool:

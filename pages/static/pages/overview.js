@@ -53,6 +53,7 @@ async function renew() {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const held = document.activeElement && live.contains(document.activeElement) ? document.activeElement.dataset : null;
     live.replaceChildren(...page.getElementById("live").childNodes);
+    localTimes(live);
     watch();
     if (held && held.post) [...live.querySelectorAll("button")].find((b) => b.dataset.post === held.post && b.dataset.value === held.value && b.dataset.device === held.device)?.focus();
     say("");

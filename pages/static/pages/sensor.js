@@ -35,7 +35,60 @@ function line(points, key, more) {
   return { data: points.map((p) => ({ x: Date.parse(p.at), y: p[key] })), pointRadius: 0, borderWidth: 1, ...more };
 }
 
-function show(variable, begin, end) {
+// Alarms as bands, limits of rules as dashed lines, and what rules and people switched as ticks at the foot.
+function drawing(name, marks) {
+  return {
+    id: "marks",
+    beforeDatasetsDraw({ ctx, chartArea: { left, right, top, bottom }, scales: { x, y } }) {
+      ctx.save();
+      ctx.beginPath();
+      ctx.rect(left, top, right - left, bottom - top);
+      ctx.clip();
+      for (const alarm of marks.alarms) {
+        ctx.fillStyle = color(alarm.severity === "critical" ? "--bad" : "--warn") + "30";
+        const from = x.getPixelForValue(Date.parse(alarm.from));
+        const to = alarm.to ? x.getPixelForValue(Date.parse(alarm.to)) : right;
+        ctx.fillRect(from, top, Math.max(to - from, 2), bottom - top);
+      }
+      ctx.font = "12px system-ui, sans-serif";
+      for (const each of marks.thresholds.filter((one) => one.variable === name)) {
+        const at = y.getPixelForValue(each.value);
+        ctx.strokeStyle = ctx.fillStyle = color("--warn");
+        ctx.setLineDash([6, 4]);
+        ctx.beginPath();
+        ctx.moveTo(left, at);
+        ctx.lineTo(right, at);
+        ctx.stroke();
+        ctx.fillText(`${each.rule} ${number(each.value)}`, left + 4, at - 4);
+      }
+      ctx.setLineDash([]);
+      ctx.strokeStyle = color("--text");
+      for (const change of marks.changes) {
+        const at = x.getPixelForValue(Date.parse(change.at));
+        ctx.beginPath();
+        ctx.moveTo(at, bottom);
+        ctx.lineTo(at, bottom - 10);
+        ctx.stroke();
+      }
+      ctx.restore();
+    },
+  };
+}
+
+function tell(marks) {
+  const entries = [
+    ...marks.alarms.map((each) => ({ at: each.from, text: `alarm ${each.type} (${each.severity})${each.to ? "" : ", still open"}` })),
+    ...marks.changes.map((each) => ({ at: each.at, text: `${each.state} to ${each.value}, by ${each.actor}` })),
+  ].sort((one, other) => Date.parse(other.at) - Date.parse(one.at));
+  document.getElementById("happened").hidden = !entries.length;
+  document.querySelector("#happened ul").replaceChildren(...entries.map(({ at, text }) => {
+    const item = document.createElement("li");
+    item.textContent = `${moment(Date.parse(at), true)}: ${text}`;
+    return item;
+  }));
+}
+
+function show(variable, begin, end, marks) {
   const { name, unit, points } = variable;
   const accent = color("--accent");
   const datasets = [
@@ -48,6 +101,7 @@ function show(variable, begin, end) {
   charts.get(name)?.destroy();
   charts.set(name, new Chart(document.querySelector(`[data-chart="${CSS.escape(name)}"]`), {
     type: "line",
+    plugins: [drawing(name, marks)],
     data: { datasets },
     options: {
       animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
@@ -69,10 +123,12 @@ async function load() {
   for (const link of document.querySelectorAll("[data-csv]")) link.href = `${url}&variables=${encodeURIComponent(link.dataset.csv)}&format=csv`;
   for (const button of document.querySelectorAll("[data-hours]")) button.setAttribute("aria-pressed", String(Number(button.dataset.hours) === hours));
   try {
-    const answer = await fetch(url);
+    const [answer, around] = await Promise.all([fetch(url), fetch(`${place.dataset.marks}?${span}`)]);
     const found = await answer.json();
     if (!answer.ok) throw new Error(found.detail);
-    for (const variable of found.variables) if (document.querySelector(`[data-chart="${CSS.escape(variable.name)}"]`)) show(variable, +begin, +end);
+    const marks = around.ok ? await around.json() : { thresholds: [], changes: [], alarms: [] };
+    tell(marks);
+    for (const variable of found.variables) if (document.querySelector(`[data-chart="${CSS.escape(variable.name)}"]`)) show(variable, +begin, +end, marks);
     message.hidden = true;
   } catch (error) {
     message.textContent = `The charts cannot be shown: ${error.message}`;

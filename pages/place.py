@@ -1,0 +1,25 @@
+"""What every page needs: a person who is logged in, and the right for what is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib.auth.decorators import login_required
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest
+from django.views.decorators.cache import never_cache
+
+from devices.permissions import Verb, access_of
+
+
+def page(view: Any) -> Any:
+    """A view for people who are logged in, never out of a cache."""
+    return never_cache(login_required(login_url="admin:login")(view))
+
+
+def demand(request: HttpRequest, verb: Verb, resource: str, organization_id: int) -> None:
+    """Raises PermissionDenied, of Django. The audit log names the organization."""
+    access = access_of(request)
+    access.demanded.add(organization_id)
+    if not access.may(verb, resource, organization_id):
+        raise PermissionDenied(f"Your role does not let you {verb} {resource.replace('-', ' ')} here.")

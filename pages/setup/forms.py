@@ -1,0 +1,144 @@
+"""Forms for a farm, a sensor with what it measures, and a device with what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from django import forms
+from django.core.exceptions import ValidationError
+from django.db import transaction
+
+from devices.models import Device, DeviceState, Membership, Organization, Role, Sensor, Variable
+from devices.values import Datatype
+
+
+class Quantity(NamedTuple):
+    """Something that many sensors measure: what it is called in readings, and for people."""
+
+    name: str
+    label: str
+    unit: str
+
+
+QUANTITIES = (
+    Quantity("ph", "pH", ""),
+    Quantity("ec", "EC", "mS/cm"),
+    Quantity("temperature", "temperature", "°C"),
+    Quantity("waterLevel", "water level", "%"),
+    Quantity("dissolvedOxygen", "dissolved oxygen", "mg/l"),
+    Quantity("humidity", "humidity", "%"),
+    Quantity("vpd", "VPD", "kPa"),
+    Quantity("co2", "CO2", "ppm"),
+    Quantity("light", "light", "µmol/m²s"),
+)
+_KNOWN: Mapping[str, Quantity] = {each.name: each for each in QUANTITIES}
+# What a device can do: its name, what a person reads, and the fields of its state.
+KINDS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+    "switch": ("power", "switch on and off: a pump, a lamp, a valve", {"allowed_values": ["on", "off"], "safe_value": "off"}),
+    "dose": ("dose", "dose an amount, in ml", {"kind": DeviceState.Kind.MOMENTARY, "datatype": Datatype.NUMBER}),
+    "speed": ("speed", "run at a speed: off, low, high", {"allowed_values": ["off", "low", "high"], "safe_value": "off"}),
+    "percent": ("level", "go to a percentage: a dimmer, a vent", {"datatype": Datatype.NUMBER, "safe_value": 0}),
+}  # fmt: skip
+
+
+class FarmForm(forms.ModelForm):  # type: ignore[type-arg]  # not subscriptable at run time
+    class Meta:
+        model = Organization
+        fields = ("name",)
+        labels: Mapping[str, Any] = {"name": "Name of your farm"}
+
+    def create(self, user: Any) -> Organization:
+        """The farm, with its maker as admin."""
+        with transaction.atomic():
+            organization: Organization = self.save()
+            Membership.objects.create(user=user, organization=organization, role=Role.ADMIN)
+        return organization
+
+
+class SensorForm(forms.Form):
+    name = forms.CharField(max_length=200, label="Name", help_text="such as Tank 1, or the place where it hangs")
+    measures = forms.MultipleChoiceField(
+        choices=[(each.name, f"{each.label}{', ' if each.unit else ''}{each.unit}") for each in QUANTITIES],
+        required=False,
+        widget=forms.CheckboxSelectMultiple,
+        label="What it measures",
+    )
+    others = forms.CharField(
+        required=False,
+        max_length=500,
+        label="Something else",
+        help_text="names with their units, separated by commas: flow l/min, orp mV",
+    )
+
+    def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._organization = organization
+
+    def clean(self) -> dict[str, Any]:
+        data = self.cleaned_data
+        data["variables"] = variables = dict(self._variables())
+        if not variables and not self.errors:
+            self.add_error("measures", "choose at least one")
+        self._try(Sensor(organization=self._organization, name=data.get("name", "")), "name")
+        for name, unit in variables.items():
+            self._try(Variable(name=name, unit=unit), "others")
+        return data
+
+    def _variables(self) -> Iterator[tuple[str, str]]:
+        for name in self.cleaned_data.get("measures", ()):
+            yield name, _KNOWN[name].unit
+        for each in self.cleaned_data.get("others", "").split(","):
+            if words := each.split(None, 1):
+                yield words[0], words[1].strip() if len(words) > 1 else ""
+
+    def _try(self, row: Sensor | Variable, field: str) -> None:
+        _explain(self, row, field, exclude={"sensor"})
+
+    @transaction.atomic
+    def create(self) -> Sensor:
+        sensor = Sensor.objects.create(organization=self._organization, name=self.cleaned_data["name"])
+        for name, unit in self.cleaned_data["variables"].items():
+            Variable.objects.create(sensor=sensor, name=name, unit=unit)
+        return sensor
+
+
+class DeviceForm(forms.Form):
+    name = forms.CharField(max_length=200, label="Name", help_text="such as Dosing pump, Fan or Lamp 2")
+    kinds = forms.MultipleChoiceField(
+        choices=[(key, text) for key, (_, text, _) in KINDS.items()],
+        widget=forms.CheckboxSelectMultiple,
+        label="What it can do",
+        error_messages={"required": "choose at least one"},
+    )
+
+    def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._organization = organization
+
+    def clean(self) -> dict[str, Any]:
+        data = self.cleaned_data
+        _explain(self, Device(organization=self._organization, name=data.get("name", "")), "name")
+        return data
+
+    @transaction.atomic
+    def create(self) -> Device:
+        device = Device.objects.create(organization=self._organization, name=self.cleaned_data["name"])
+        for key in self.cleaned_data["kinds"]:
+            name, _, fields = KINDS[key]
+            DeviceState.objects.create(device=device, name=name, **fields)
+        return device
+
+
+def _explain(form: forms.Form, row: Any, field: str, *, exclude: set[str] | None = None) -> None:
+    """What is wrong with a row that is not saved yet, at the field of the form that it comes from."""
+    if field in form.errors:
+        return
+    try:
+        row.full_clean(exclude=exclude)
+    except ValidationError as error:
+        form.add_error(field, _texts(error))
+
+
+def _texts(error: ValidationError) -> Sequence[str]:
+    return list(dict.fromkeys(error.messages))
