@@ -6,19 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command, get_commands, load_command_class
+from django.db.models import Max, Min
+from django.utils import timezone
 
 from aemos.lib import keys, metrics, per_process, redis
 from aemos.management.commands import runscheduler
 from deploy.programs import REPOSITORY
 from deploy.servers import free_port
-from devices.models import Device, DeviceState, Organization, Sensor
+from devices.models import Device, DeviceState, Organization, Reading, Sensor, Variable
 from notifications.models import Notification, Unpublished
 from rules.journal import tickets
 from rules.journal.slots import Slot
@@ -125,6 +127,21 @@ def test_the_demo_farm_is_made_once_and_keeps_its_logins(tmp_path: Path) -> None
     assert output.stat().st_mode & 0o077 == 0
     assert [Organization.objects.count(), Sensor.objects.count(), Device.objects.count()] == [1, 2, 2]
     assert RuleChain.objects.count() == 3
+    assert not Reading.objects.exists()
+
+
+@pytest.mark.django_db
+def test_the_demo_farm_has_a_believable_week(tmp_path: Path) -> None:
+    for _ in range(2):
+        run("seed_demo", "--history", "--output", tmp_path / "demo.json")
+    for variable in Variable.objects.all():
+        readings = Reading.objects.filter(variable=variable)
+        span = readings.aggregate(first=Min("timestamp"), last=Max("timestamp"), low=Min("number"), high=Max("number"))
+        assert readings.count() == 7 * 24 * 12
+        assert timedelta(days=6) < span["last"] - span["first"] < timedelta(days=7)
+        assert timezone.now() - timedelta(minutes=15) < span["last"] < timezone.now()
+        low, high = {"ph": (5.9, 6.7), "ec": (1.4, 2.0), "temperature": (19, 26), "waterLevel": (58, 97)}[variable.name]
+        assert low < span["low"] < span["high"] < high
 
 
 @pytest.mark.django_db

@@ -11,7 +11,9 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.core.management.base import BaseCommand, CommandParser
 from django.db import transaction
+from django.utils import timezone
 
+from aemos import demo_week
 from devices import tokens
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Role, Sensor, Variable
 from devices.values import Datatype
@@ -29,11 +31,17 @@ class Command(BaseCommand):
         parser.add_argument(
             "--output", type=Path, required=True, help="File for logins and tokens; only you can read it."
         )
+        parser.add_argument(
+            "--history", action="store_true", help="Also a week of readings, for sensors that have none yet."
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         path: Path = options["output"]
         with transaction.atomic():
             farm = _farm(_kept_password(path))
+            if options["history"]:
+                sensors = Sensor.objects.filter(organization__uuid=farm["organization"]).order_by("name")
+                demo_week.fill(list(sensors), end=timezone.now())
         _write_private(path, json.dumps(farm, indent=2))
         self.stdout.write(f"The demo farm is ready, its logins and tokens are in {path}.")
 
