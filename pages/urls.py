@@ -5,6 +5,7 @@ from __future__ import annotations
 from django.urls import path
 
 from pages import views
+from pages.operations import views as operations
 from pages.rules import views as rules
 from pages.setup import views as setup
 
@@ -18,6 +19,8 @@ urlpatterns = [
     path("sensors/<uuid:uuid>", views.sensor_page, name="sensor-page"),
     path("sensors/<uuid:uuid>/marks", views.marks_of_sensor, name="sensor-marks"),
     path("devices/<uuid:uuid>", views.device_page, name="device-page"),
+    path("operations", operations.operations_page, name="operations-page"),
+    path("operations/circuit", operations.set_circuit, name="set-circuit"),
     path("rules", rules.list_page, name="rules-page"),
     path("rules/new", rules.new_page, name="new-rule-page"),
     path("rules/preview", rules.preview, name="rule-preview"),

@@ -116,3 +116,5 @@ HISTORY_RETENTION_LOCK = (
     "aemos:history-retention-lock"  # flag that expires: old readings were looked for within the last hour
 )
 METRICS = "aemos:metrics"  # hash: metric and label values -> sum of what all processes counted
+QUEUE_SAMPLES = "aemos:queue-samples"  # list: the queue of the last hour, a JSON every ten seconds
+QUEUE_SAMPLED = "aemos:queue-sampled"  # flag that expires: the queue was sampled a moment ago

@@ -19,6 +19,7 @@ from aemos.lib.leader import Leader
 from devices.audit import chain as audit
 from devices.history import retention as history_retention
 from devices.history import rollups
+from monitoring import recent
 from notifications import upkeep
 from rules import retention
 from rules.admission import control, replay
@@ -37,6 +38,7 @@ PERIODIC_TASKS: tuple[Callable[[], object], ...] = (
     device_alarms.expire_commands,
     upkeep.expire_and_republish,
     control.advance_circuit,
+    recent.record,
     replay.queue_steps,
     alarms.end_flapping,
     audit.seal,

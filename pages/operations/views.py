@@ -1,0 +1,70 @@
+"""The operations page, its newest part for those who watch, and the buttons of the circuit."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from django.contrib import messages
+from django.core.exceptions import PermissionDenied
+from django.db import Error as DatabaseError
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.utils import timezone
+from django.views.decorators.http import require_POST, require_safe
+
+from devices.exceptions import Overloaded
+from pages.operations import seen
+from pages.place import page
+from rules.admission import circuit_store, control
+from rules.admission.circuit_store import Hold
+
+HOURS = (1, 2, 8, 24)
+MAXIMUM_NOTE = 200
+
+
+@page
+@require_safe
+def operations_page(request: HttpRequest) -> HttpResponse:
+    """For staff: what it shows is about all organizations."""
+    _demand_staff(request)
+    context = {"shown": seen.see(), "page": "operations", "hours": HOURS}
+    return render(request, "pages/operations/operations.html", context)
+
+
+@page
+@require_POST
+def set_circuit(request: HttpRequest) -> HttpResponse:
+    """`action` is reset, or hold with `hours` and a `note`."""
+    _demand_staff(request)
+    by, depth = request.user.get_username(), _depth()
+    try:
+        if request.POST.get("action") == "hold":
+            hours = request.POST.get("hours", "")
+            if hours not in map(str, HOURS):
+                messages.error(request, "Choose for how long the circuit is to stay open.")
+                return redirect("operations-page")
+            until = timezone.now() + timedelta(hours=int(hours))
+            note = request.POST.get("note", "").replace("\x00", "")[:MAXIMUM_NOTE]
+            circuit_store.hold_open(Hold(by=by, until=until, note=note), queue_depth=depth)
+            messages.success(
+                request,
+                f"The circuit stays open for {hours} h, or until it is closed here: only urgent events are accepted.",
+            )
+        else:
+            circuit_store.reset(by, depth)
+            messages.success(request, "The circuit is closed. A queue that is too long opens it again.")
+    except DatabaseError:
+        messages.error(request, "The database does not answer: nothing was changed.")
+    return redirect("operations-page")  # fmt: skip
+
+
+def _demand_staff(request: HttpRequest) -> None:
+    if not request.user.is_staff:
+        raise PermissionDenied("This page is for staff: it is about all organizations.")
+
+
+def _depth() -> int | None:
+    try:
+        return control.shared().snapshot().depth
+    except Overloaded:
+        return None
