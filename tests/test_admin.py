@@ -19,6 +19,7 @@ from django.urls import reverse
 from django.utils import timezone
 from django.utils.html import escape
 
+from aemos.admin import GROUPS
 from aemos.lib import keys, redis
 from devices import catalogue, latest
 from devices.models import (
@@ -34,7 +35,7 @@ from devices.models import (
 from devices.scoped_admin import COUNTED_ROWS, BoundedPaginator, ScopedAdmin
 from notifications.models import Delivery, Notification
 from rules.journal import ledger
-from rules.models import ChainStatistics, DeadLetter, RejectedEvent, RuleChain
+from rules.models import Alarm, ChainStatistics, DeadLetter, RejectedEvent, RuleChain
 from tests import builders
 from tests.test_api_rights import Farm, make_farm
 
@@ -721,3 +722,29 @@ def test_a_new_chain_is_not_enabled_before_somebody_has_tried_it() -> None:
 
     assert form.initial["enabled"] is False
     assert "Try with values" in form.fields["enabled"].help_text
+
+
+@pytest.mark.django_db
+def test_the_index_is_grouped_by_what_people_look_for_and_counts_what_waits(client: Client) -> None:
+    registered = {model.__name__ for model in admin.site._registry}
+    assert {name for names in GROUPS.values() for name in names} == registered
+    farm, other = builders.organization(), builders.organization()
+    now = timezone.now()
+    for organization in (farm, other, other):
+        about = {
+            "source_type": "sensor",
+            "originator_uuid": uuid4(),
+            "type": "pH",
+            "raised_at": now,
+            "last_raised_at": now,
+        }
+        Alarm.objects.create(organization=organization, **about)
+    client.force_login(builders.member(farm, "admin"))
+    page = client.get("/admin/").text
+    assert "<strong>1</strong> open alarms" in page
+    assert page.index("Farm") < page.index("Device states") < page.index("Rule chains") < page.index("Memberships")
+    assert "Django" not in page.replace("Django site admin", "")
+    client.force_login(builders.user(is_superuser=True, is_staff=True))
+    page = client.get("/admin/").text
+    assert "<strong>3</strong> open alarms" in page
+    assert "Queues of RQ" in page
