@@ -62,6 +62,13 @@ class Page:
             assert time.monotonic() < deadline, f"{script} stays {seen!r}: {self.evaluate('document.body?.innerText')}"
             time.sleep(0.1)
 
+    def resize(self, width: int, height: int) -> None:
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def without_cache(self) -> None:
+        self._call("Network.enable")
+        self._call("Network.setCacheDisabled", cacheDisabled=True)
+
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 

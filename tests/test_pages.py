@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,9 @@ def test_marks_are_the_limits_changes_and_alarms_around_a_sensor(farm: Organizat
     ):
         assert client.get(f"/sensors/{sensor.uuid}/marks", wrong).status_code == 400
     assert client_of(builders.member(stranger, "viewer")).get(f"/sensors/{sensor.uuid}/marks", span).status_code == 404
+
+
+def test_the_compressed_file_of_charts_is_that_of_the_other() -> None:
+    """WhiteNoise sends it to every browser that takes gzip."""
+    folder = Path(overview.__file__).parent / "static/pages"
+    assert gzip.decompress((folder / "chart.js.gz").read_bytes()) == (folder / "chart.js").read_bytes()
