@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from devices import latest
@@ -17,6 +18,8 @@ from devices.values import Datatype
 from rules.models import Alarm
 
 ALARMS_SHOWN = 50
+# Of sensors, and of devices: what a person can look at, and a phone can renew every ten seconds.
+SHOWN = 40
 # A sensor that said nothing for so long is shown as silent.
 SILENT_AFTER = timedelta(hours=1)
 
@@ -73,6 +76,10 @@ class Overview:
     sensors: Sequence[SensorTiles]
     devices: Sequence[DeviceCard]
     alarms: Sequence[Alarm]
+    sensor_count: int
+    device_count: int
+    page: int
+    pages: int
     may_switch: bool
     may_acknowledge: bool
     may_add: bool
@@ -82,21 +89,31 @@ class Overview:
         return not (self.sensors or self.devices)
 
 
-def of(organization: Organization, access: Access) -> Overview:
-    """Raises RedisError when newest values cannot be read."""
+def of(organization: Organization, access: Access, *, search: str = "", page: int = 1) -> Overview:
+    """`search`: a part of the names of sensors and devices. Raises RedisError when newest values cannot be read."""
+    sensors = Sensor.objects.filter(organization=organization, name__icontains=search).order_by("name")
+    devices = Device.objects.filter(organization=organization, name__icontains=search).order_by("name")
+    sensor_count, device_count = sensors.count(), devices.count()
+    pages = max(1, -(-max(sensor_count, device_count) // SHOWN))
+    page = min(max(page, 1), pages)
+    shown = slice((page - 1) * SHOWN, page * SHOWN)
     return Overview(
-        sensors=_sensors(organization),
-        devices=_devices(organization),
+        sensors=_sensors(sensors[shown]),
+        devices=_devices(devices[shown]),
         alarms=_alarms(organization),
+        sensor_count=sensor_count,
+        device_count=device_count,
+        page=page,
+        pages=pages,
         may_switch=access.may("add", "state-changes", organization.pk),
         may_acknowledge=access.may("change", "alarms", organization.pk),
         may_add=access.may("add", "sensors", organization.pk),
     )
 
 
-def _sensors(organization: Organization) -> list[SensorTiles]:
-    rows = Sensor.objects.filter(organization=organization).prefetch_related("variables")
-    sensors = [(sensor, sorted(sensor.variables.all(), key=lambda each: each.name)) for sensor in rows]
+def _sensors(rows: QuerySet[Sensor]) -> list[SensorTiles]:
+    found = rows.prefetch_related("variables")
+    sensors = [(sensor, sorted(sensor.variables.all(), key=lambda each: each.name)) for sensor in found]
     wanted = [("sensor", str(sensor.uuid), variable.name) for sensor, variables in sensors for variable in variables]
     known = latest.recall(wanted)
     return [
@@ -126,9 +143,9 @@ def as_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _devices(organization: Organization) -> list[DeviceCard]:
-    rows = Device.objects.filter(organization=organization).prefetch_related("states").order_by("name")
-    return [DeviceCard(device=device, rows=[state_row(state) for state in device.states.all()]) for device in rows]
+def _devices(rows: QuerySet[Device]) -> list[DeviceCard]:
+    found = rows.prefetch_related("states")
+    return [DeviceCard(device=device, rows=[state_row(state) for state in device.states.all()]) for device in found]
 
 
 def state_row(state: DeviceState) -> StateRow:

@@ -27,7 +27,11 @@ def overview_page(request: HttpRequest) -> HttpResponse:
     context: dict[str, Any] = {"organizations": known, "organization": chosen}
     if chosen is not None:
         try:
-            context["overview"] = overview.of(chosen, access)
+            context["search"] = search = request.GET.get("search", "").replace("\x00", "")[:100]
+            number = request.GET.get("page", "1")
+            context["overview"] = overview.of(
+                chosen, access, search=search, page=int(number) if number.isdecimal() and len(number) < 6 else 1
+            )
         except RedisError:
             context["problem"] = (
                 "Redis does not answer: newest values are not known now. This page tries again by itself."

@@ -57,6 +57,28 @@ def test_a_grower_sees_values_devices_and_alarms_of_the_farm(farm: Organization)
         assert text in page, text
 
 
+def test_a_large_farm_is_searched_and_turned_page_by_page(farm: Organization, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "SHOWN", 2)
+    for number in range(5):
+        builders.sensor(farm, f"Tank {number}")
+    builders.device(farm, "Pump 4")
+    client = client_of(builders.member(farm, "viewer"))
+    first, last = client.get("/").text, client.get("/", {"page": "3"}).text
+    assert ("Tank 0" in first, "Tank 2" in first, "page 1 of 3" in first) == (True, False, True)
+    assert ("Tank 4" in last, "Tank 3" in last, "Next" in last) == (True, False, False)
+    found = client.get("/", {"search": "k 4"}).text
+    assert ("Tank 4" in found, "Tank 0" in found, "1 sensor and 0 devices" in found) == (True, False, True)
+    for odd in (
+        {"page": "0"},
+        {"page": "-1"},
+        {"page": "9" * 20},
+        {"page": "x"},
+        {"search": "\x00"},
+        {"search": "%" * 500},
+    ):
+        assert client.get("/", odd).status_code == 200
+
+
 def test_what_is_suspect_or_silent_says_so(farm: Organization) -> None:
     sensor = builders.sensor(farm, "Tank 1")
     ph = Variable.objects.get(sensor=sensor)

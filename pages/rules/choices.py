@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,9 +31,9 @@ class Choice:
     allowed: list[Any] = field(default_factory=list)
     is_momentary: bool = False
 
-    def as_json(self) -> dict[str, Any]:
-        allowed = ["yes", "no"] if self.datatype == Datatype.BOOLEAN else [as_text(each) for each in self.allowed]
-        return {"key": self.key, "group": self.group, "name": self.name, "unit": self.unit, "allowed": allowed}
+    @property
+    def allowed_texts(self) -> list[str]:
+        return ["yes", "no"] if self.datatype == Datatype.BOOLEAN else [as_text(each) for each in self.allowed]
 
     def typed(self, text: str) -> Any:
         """The value of the choice's datatype that a person has written; the text itself where it is none of them."""
@@ -90,6 +90,16 @@ class Choices:
     def sources(self) -> Mapping[str, Choice]:
         """What conditions may ask for."""
         return {**self.variables, **self.states}
+
+
+def as_json(offered: Iterable[Choice]) -> list[list[Any]]:
+    """For the script: of each sensor or device [beginning of the keys, name, [[name, unit, allowed values], ...]]."""
+    found: dict[str, list[Any]] = {}
+    for choice in offered:
+        beginning = choice.key.removesuffix(choice.name)
+        own = found.setdefault(beginning, [beginning, choice.group, []])
+        own[2].append([choice.name, choice.unit, choice.allowed_texts])
+    return list(found.values())
 
 
 def operators() -> list[tuple[str, str]]:

@@ -197,8 +197,8 @@ def _form_page(request: HttpRequest, form: RuleForm, organization: Organization)
         "organization": organization,
         "page": "rules",
         "offered": {
-            "sources": [each.as_json() for each in offered.sources.values()],
-            "states": [each.as_json() for each in offered.states.values()],
+            "variables": choices.as_json(offered.variables.values()),
+            "states": choices.as_json(offered.states.values()),
             "operands": choices.operands(),
         },
     }

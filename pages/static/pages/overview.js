@@ -50,6 +50,7 @@ async function renew() {
   try {
     const answer = await fetch(location.href);
     if (answer.redirected) return location.reload(); // the session has ended
+    if (live.contains(document.activeElement) && document.activeElement.matches("input")) return; // somebody types
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const held = document.activeElement && live.contains(document.activeElement) ? document.activeElement.dataset : null;
     live.replaceChildren(...page.getElementById("live").childNodes);
@@ -83,6 +84,6 @@ live.addEventListener("click", async (event) => {
   }
 });
 
-document.getElementById("organization")?.addEventListener("change", (event) => event.target.form.requestSubmit());
+document.querySelector("select#organization")?.addEventListener("change", (event) => event.target.form.requestSubmit());
 watch();
 setInterval(() => document.hidden || renew(), RENEW_MS);

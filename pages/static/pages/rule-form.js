@@ -3,7 +3,10 @@
 
 const form = document.getElementById("rule");
 const offered = JSON.parse(document.getElementById("offered").textContent);
-const byKey = { sources: new Map(offered.sources.map((each) => [each.key, each])), states: new Map(offered.states.map((each) => [each.key, each])) };
+const flat = (groups) => groups.flatMap(([beginning, group, own]) => own.map(([name, unit, allowed]) => ({ key: beginning + name, group, name, unit, allowed })));
+const states = flat(offered.states);
+const lists = { sources: [...flat(offered.variables), ...states], states };
+const byKey = { sources: new Map(lists.sources.map((each) => [each.key, each])), states: new Map(states.map((each) => [each.key, each])) };
 const touched = new Set();
 const PREVIEW_MS = 350;
 let waiting = 0;
@@ -14,7 +17,7 @@ function listed(input) {
   for (const { name, value } of input.attributes) if (["id", "name", "data-list"].includes(name)) select.setAttribute(name, value);
   select.append(new Option("choose …", ""));
   let group = null;
-  for (const each of offered[input.dataset.list]) {
+  for (const each of lists[input.dataset.list]) {
     if (!group || group.label !== each.group) {
       group = document.createElement("optgroup");
       group.label = each.group;
