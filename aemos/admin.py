@@ -15,7 +15,7 @@ from rules.models import Alarm, DeadLetter, RejectedEvent, Status
 
 # What a person looks for -> the pages of it. What is not named here stands under the last one.
 GROUPS: Mapping[str, Sequence[str]] = {
-    "Farm": ("Organization", "Sensor", "Variable", "Reading", "DataProblem"),
+    "Farm": ("Organization", "Area", "Sensor", "Variable", "Reading", "DataProblem"),
     "Devices": ("Device", "DeviceState", "StateChange", "Interlock", "Veto", "DeviceToken"),
     "Rules": ("RuleChain", "Alarm", "ActionCooldown", "Notification"),
     "Events that need a person": ("RejectedEvent", "DeadLetter", "Replay"),

@@ -15,6 +15,7 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from devices import catalogue
+from devices.areas import admin as _areas  # noqa: F401  has a page of its own
 from devices.audit import admin as _audit_log  # noqa: F401  has a page of its own
 from devices.interlocks.admin import lock_for, unlock
 from devices.models import (
@@ -109,11 +110,11 @@ class InvitationAdmin(ScopedAdmin):
 @admin.register(Sensor)
 class SensorAdmin(ScopedAdmin):
     resource = "sensors"
-    list_display = ("name", "organization", "clock_is", "data_problems", "uuid", "created_at")
+    list_display = ("name", "organization", "area", "clock_is", "data_problems", "uuid", "created_at")
     readonly_fields = ("uuid", "clock_is", "data_problems", "created_at")
     list_filter = (OrganizationListFilter,)
-    list_select_related = ("organization", "measured_clock")
-    autocomplete_fields = ("organization",)
+    list_select_related = ("organization", "area", "measured_clock")
+    autocomplete_fields = ("organization", "area")
     inlines = (VariableInline,)
 
     @admin.display(description="its clock is", empty_value="not known yet")
@@ -195,9 +196,9 @@ class DeviceStateInline(ScopedTabularInline):
 class DeviceAdmin(ScopedAdmin):
     resource = "devices"
     readonly_fields = ("uuid", "connected", "connection_changed_at", "last_seen_at", "created_at")
-    list_display = ("name", "organization", "connected", "connection_changed_at", "last_seen_at", "uuid")
+    list_display = ("name", "organization", "area", "connected", "connection_changed_at", "last_seen_at", "uuid")
     list_filter = ("connected", OrganizationListFilter)
-    list_select_related = ("organization",)
+    list_select_related = ("organization", "area")
     autocomplete_fields = ("organization",)
     inlines = (DeviceStateInline,)
 

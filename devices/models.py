@@ -83,6 +83,7 @@ class Sensor(Identified):
         NONE = "none", "none: what it says of time is ignored"
 
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="sensors")
+    area = models.ForeignKey("devices.Area", null=True, blank=True, on_delete=models.SET_NULL, related_name="sensors")
     name = models.CharField(max_length=200)
     clock = models.CharField(max_length=10, choices=Clock.choices, default=Clock.SENDER)
     late_after_seconds = models.PositiveIntegerField(
@@ -99,6 +100,9 @@ class Sensor(Identified):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        check_place(self)
 
 
 class Variable(Identified):
@@ -164,6 +168,7 @@ class Device(Identified):
     """Something that acts: a pump, a fan, a lamp."""
 
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="devices")
+    area = models.ForeignKey("devices.Area", null=True, blank=True, on_delete=models.SET_NULL, related_name="devices")
     name = models.CharField(max_length=200)
     # What the device, or for it the broker, said last. None: it has never said.
     connected = models.BooleanField(null=True, blank=True, editable=False)
@@ -176,6 +181,9 @@ class Device(Identified):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        check_place(self)
 
 
 # Of a state with many values, a speed for example, so many are remembered with the time of their last command.
@@ -601,13 +609,14 @@ class CatalogueVersion(models.Model):
 
 
 # At the end: their keys lead to the tables above.
+from devices.areas.models import Area, check_place  # noqa: E402
 from devices.audit.models import AuditEntry, AuditHead  # noqa: E402
 from devices.history.models import Rollup, RollupState  # noqa: E402
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
 from devices.people.models import ApiToken, Invitation  # noqa: E402
 
 __all__ = [
-    "ApiToken", "AuditEntry", "AuditHead", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken",
+    "ApiToken", "Area", "AuditEntry", "AuditHead", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken",
     "Interlock", "Invitation", "Membership", "Organization", "Reading", "Requirement", "Role", "Rollup", "RollupState", "Sensor",
     "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ RIGHTS: Mapping[str, Rights] = {
     # Nobody is made a member unasked: admins invite.
     "memberships": Rights(change=Role.ADMIN, delete=Role.ADMIN),
     "invitations": Rights(view=Role.ADMIN, add=Role.ADMIN, delete=Role.ADMIN),
+    "areas": _OF_ADMINS,
     "sensors": _OF_ADMINS,
     "variables": _OF_ADMINS,
     "devices": _OF_ADMINS,

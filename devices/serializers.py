@@ -18,6 +18,7 @@ from rest_framework.exceptions import ValidationError
 from rest_framework.relations import PKOnlyObject
 
 from devices.models import (
+    Area,
     DataProblem,
     Device,
     DeviceState,
@@ -200,9 +201,13 @@ class SensorSerializer(CamelCaseSerializer[Sensor]):
         read_only=True, allow_null=True, help_text="null until an event has said when it happened."
     )
 
+    area = ScopedField[Area](
+        queryset=Area.objects.all(), allow_null=True, required=False, help_text="uuid of the area that it stands in."
+    )
+
     class Meta:
         model = Sensor
-        fields = ["uuid", "organization", "name", "clock", "late_after_seconds", "measured_clock", "created_at"]
+        fields = ["uuid", "organization", "area", "name", "clock", "late_after_seconds", "measured_clock", "created_at"]
         immutable = ["organization"]
 
 
@@ -225,11 +230,16 @@ class DeviceSerializer(CamelCaseSerializer[Device]):
 
     organization = organization_field()
 
+    area = ScopedField[Area](
+        queryset=Area.objects.all(), allow_null=True, required=False, help_text="uuid of the area that it stands in."
+    )
+
     class Meta:
         model = Device
         fields = [
             "uuid",
             "organization",
+            "area",
             "name",
             "connected",
             "connection_changed_at",

@@ -8,6 +8,7 @@ from django.urls import path
 from rest_framework.routers import SimpleRouter
 
 from devices import views
+from devices.areas import api as areas
 from devices.audit import api as audit
 from devices.interlocks import api as interlocks
 from devices.people import api as people
@@ -17,6 +18,7 @@ router = SimpleRouter(trailing_slash=False, use_regex_path=False)
 router.register("organizations", views.OrganizationViewSet)
 router.register("invitations", people.InvitationViewSet)
 router.register("api-tokens", people.ApiTokenViewSet)
+router.register("areas", areas.AreaViewSet)
 router.register("sensors", views.SensorViewSet)
 router.register("variables", views.VariableViewSet)
 router.register("devices", views.DeviceViewSet)

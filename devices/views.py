@@ -15,6 +15,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
+from devices.areas.api import StandsInFilter
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.history.api import HistoryMixin
 from devices.interlocks.api import LockSerializer
@@ -82,7 +83,7 @@ class MembershipViewSet(EditViewSet[Membership]):
         return found
 
 
-class OrganizationFilter(FilterSet):
+class OrganizationFilter(StandsInFilter):
     """Of rows that have a name in an organization."""
 
     ordered_by = {"name": "name", "created_at": "createdAt"}

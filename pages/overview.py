@@ -11,8 +11,9 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from devices import latest
+from devices.areas.models import within
 from devices.latest import Latest
-from devices.models import Device, DeviceState, Organization, Sensor, Variable
+from devices.models import Area, Device, DeviceState, Organization, Sensor, Variable
 from devices.permissions import Access
 from devices.values import Datatype
 from rules.models import Alarm
@@ -89,10 +90,18 @@ class Overview:
         return not (self.sensors or self.devices)
 
 
-def of(organization: Organization, access: Access, *, search: str = "", page: int = 1) -> Overview:
-    """`search`: a part of the names of sensors and devices. Raises RedisError when newest values cannot be read."""
-    sensors = Sensor.objects.filter(organization=organization, name__icontains=search).order_by("name")
-    devices = Device.objects.filter(organization=organization, name__icontains=search).order_by("name")
+def of(
+    organization: Organization, access: Access, *, area: Area | None = None, search: str = "", page: int = 1
+) -> Overview:
+    """What stands in the area or its parts. `search`: a part of the names of sensors and devices.
+
+    Raises RedisError when newest values cannot be read.
+    """
+    wanted: dict[str, Any] = {"organization": organization, "name__icontains": search}
+    if area is not None:
+        wanted["area__in"] = within(area)
+    sensors = Sensor.objects.filter(**wanted).order_by("name")
+    devices = Device.objects.filter(**wanted).order_by("name")
     sensor_count, device_count = sensors.count(), devices.count()
     pages = max(1, -(-max(sensor_count, device_count) // SHOWN))
     page = min(max(page, 1), pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pages import views
+from pages import areas, views
 from pages.operations import views as operations
 from pages.rules import views as rules
 from pages.setup import views as setup
@@ -19,6 +19,10 @@ urlpatterns = [
     path("sensors/<uuid:uuid>", views.sensor_page, name="sensor-page"),
     path("sensors/<uuid:uuid>/marks", views.marks_of_sensor, name="sensor-marks"),
     path("devices/<uuid:uuid>", views.device_page, name="device-page"),
+    path("areas", areas.areas_page, name="areas-page"),
+    path("areas/<uuid:uuid>/delete", areas.delete_area, name="delete-area"),
+    path("sensors/<uuid:uuid>/area", areas.put_sensor, name="put-sensor"),
+    path("devices/<uuid:uuid>/area", areas.put_device, name="put-device"),
     path("operations", operations.operations_page, name="operations-page"),
     path("operations/circuit", operations.set_circuit, name="set-circuit"),
     path("rules", rules.list_page, name="rules-page"),

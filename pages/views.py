@@ -6,12 +6,13 @@ from typing import Any
 
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.urls import reverse
 from django.views.decorators.http import require_safe
 from redis.exceptions import RedisError
 
 from devices.models import Device, Sensor
 from devices.permissions import access_of
-from pages import device, marks, organizations, overview
+from pages import areas, device, marks, organizations, overview
 from pages.place import page
 
 # Spans of the charts: what it says, and its hours.
@@ -27,10 +28,15 @@ def overview_page(request: HttpRequest) -> HttpResponse:
     context: dict[str, Any] = {"organizations": known, "organization": chosen}
     if chosen is not None:
         try:
+            context["areas"], context["area"] = areas.chosen(request, chosen)
             context["search"] = search = request.GET.get("search", "").replace("\x00", "")[:100]
             number = request.GET.get("page", "1")
             context["overview"] = overview.of(
-                chosen, access, search=search, page=int(number) if number.isdecimal() and len(number) < 6 else 1
+                chosen,
+                access,
+                area=context["area"],
+                search=search,
+                page=int(number) if number.isdecimal() and len(number) < 6 else 1,
             )
         except RedisError:
             context["problem"] = (
@@ -49,6 +55,7 @@ def sensor_page(request: HttpRequest, uuid: str) -> HttpResponse:
         "organization": sensor.organization,
         "variables": variables,
         "spans": SPANS,
+        "place": areas.place_of(sensor, reverse("put-sensor", args=[sensor.uuid])),
         "may_connect": access_of(request).may("add", "device-tokens", sensor.organization_id),
     }
     return render(request, "pages/sensor.html", context)
@@ -64,7 +71,7 @@ def marks_of_sensor(request: HttpRequest, uuid: str) -> HttpResponse:
 @require_safe
 def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
     access = access_of(request)
-    rows = access.limit(Device.objects.select_related("organization"), "organization", resource="devices")
+    rows = access.limit(Device.objects.select_related("organization", "area"), "organization", resource="devices")
     found = rows.filter(uuid=uuid).first()
     if found is None:
         raise Http404("There is no such device.")
@@ -72,6 +79,7 @@ def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
         "device": found,
         "organization": found.organization,
         "shown": device.of(found),
+        "place": areas.place_of(found, reverse("put-device", args=[found.uuid])),
         "may_switch": access.may("add", "state-changes", found.organization_id),
         "may_connect": access.may("add", "device-tokens", found.organization_id),
     }
@@ -79,7 +87,9 @@ def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
 
 
 def _sensor(request: HttpRequest, uuid: str) -> Sensor:
-    rows = access_of(request).limit(Sensor.objects.select_related("organization"), "organization", resource="sensors")
+    rows = access_of(request).limit(
+        Sensor.objects.select_related("organization", "area"), "organization", resource="sensors"
+    )
     sensor: Sensor | None = rows.filter(uuid=uuid).first()
     if sensor is None:
         raise Http404("There is no such sensor.")

@@ -59,7 +59,7 @@ def paths(system: LocalSystem) -> list[str]:
     sensor, device = system.farm["sensors"][0]["uuid"], system.farm["devices"][0]["uuid"]
     return [
         "/", f"/sensors/{sensor}", f"/devices/{device}", "/rules", f"/rules/{chain}", f"/rules/{chain}/edit", "/rules/new",
-        "/rules/new?template=dry-run", "/rules/new?template=light-on", "/operations", "/sensors/new", "/devices/new",
+        "/rules/new?template=dry-run", "/rules/new?template=light-on", "/operations", "/sensors/new", "/devices/new", "/areas",
         "/farms/new", f"/sensors/{sensor}/connect",
     ]  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_every_table_that_people_use_has_a_page() -> None:
         "Organization", "Membership", "Sensor", "Variable", "Device", "DeviceState", "DeviceToken", "Reading", "StateChange",
         "RuleChain", "RejectedEvent", "DeadLetter", "Replay", "Notification", "Alarm",
         "ActionCooldown", "DataProblem", "Interlock", "Veto", "Invitation",
-        "AuditEntry",
+        "AuditEntry", "Area",
     }  # fmt: skip
 
 

@@ -31,10 +31,10 @@ ROWS = {
     "vetoes": "veto", "device-tokens": "token", "data-problems": "problem", "state-changes": "change",
     "rule-chains": "chain", "alarms": "alarm", "rejected-events": "rejected", "dead-letters": "dead", "replays": "replay",
     "notifications": "notification", "invitations": "invitation",
-    "audit-log": "entry",
+    "audit-log": "entry", "areas": "area",
 }  # fmt: skip
 # Fields of bodies that name a row, which no schema can say.
-FIELDS = ("organization", "sensor", "variable", "device", "state", "interlock")
+FIELDS = ("organization", "area", "parent", "sensor", "variable", "device", "state", "interlock")
 
 
 def contract() -> Any:

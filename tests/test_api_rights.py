@@ -16,6 +16,7 @@ from django.urls import URLResolver, get_resolver
 from rest_framework.test import APIClient
 
 from devices.models import (
+    Area,
     AuditEntry,
     DataProblem,
     Device,
@@ -111,15 +112,17 @@ def names_of(farm: Farm) -> dict[str, Any]:
     newcomer = builders.user()
     token, _ = DeviceToken.objects.issue(farm.sensor)
     invitation, _ = Invitation.objects.issue(organization=organization, created_by="x")
+    area = Area.objects.create(organization=organization, name="Greenhouse")
     entry = AuditEntry.objects.create(organization=organization, kind="request", actor="x", action="POST sensors")
     rows: dict[str, Any] = {
         "organization": organization, "sensor": farm.sensor, "variable": variable, "problem": problem, "device": farm.device,
         "state": state, "token": token, "change": change, "chain": farm.chain, "notification": told, "rejected": rejected,
         "replay": replay, "alarm": alarm, "interlock": interlock, "doser": doser, "pulse": pulse,
-        "requirement": requirement, "veto": veto, "invitation": invitation, "entry": entry,
+        "requirement": requirement, "veto": veto, "invitation": invitation, "entry": entry, "area": area,
     }  # fmt: skip
     return {name: str(row.uuid) for name, row in rows.items()} | {
         "dead": str(dead.uuid),
+        "parent": None,
         "node": str(RuleNode.objects.get(chain=farm.chain, name="low").uuid),
         "action": str(RuleNode.objects.get(chain=farm.chain, name="switch").uuid),
         "person": farm.people["viewer"].username,
@@ -161,6 +164,12 @@ MATRIX: list[tuple[str, str, Any, str, int]] = [
     ("POST", "invitations", {"organization": "{organization}", "role": "operator"}, "admin", 201),
     ("GET", "invitations/{invitation}", None, "admin", 200),
     ("DELETE", "invitations/{invitation}", None, "admin", 204),
+    ("GET", "areas", None, "viewer", 200),
+    ("POST", "areas", {"organization": "{organization}", "name": "Bench", "parent": "{area}"}, "admin", 201),
+    ("GET", "areas/{area}", None, "viewer", 200),
+    ("PUT", "areas/{area}", {"organization": "{organization}", "name": "Renamed"}, "admin", 200),
+    ("PATCH", "areas/{area}", {"name": "Renamed"}, "admin", 200),
+    ("DELETE", "areas/{area}", None, "admin", 204),
     ("GET", "sensors", None, "viewer", 200),
     ("POST", "sensors", {"organization": "{organization}", "name": "New"}, "admin", 201),
     ("GET", "sensors/{sensor}", None, "viewer", 200),

@@ -19,6 +19,7 @@ member of does not exist: 404.
 """
 
 TAGS = {
+    "areas": "The places of a farm.",
     "alarms": "What needs a person: raised and cleared by rules, acknowledged by people.",
     "api-tokens": "One's own tokens for scripts.",
     "auth": "Log in and out.",
@@ -259,6 +260,7 @@ PARAMETERS = {
     "protocol": "http, mqtt, coap or socketio.",
     "reason": "Such as circuit-open.",
     "sensor": "uuid of a sensor.",
+    "parent": "uuid of an area; those that are a part of it.",
     "state": "uuid of a state, or how far it has come.",
     "to": "That time or earlier.",
     "type": "The type.",

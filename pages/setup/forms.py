@@ -11,6 +11,7 @@ from django.db import transaction
 
 from devices.models import Device, DeviceState, Membership, Organization, Role, Sensor, Variable
 from devices.values import Datatype
+from pages.areas import AreaChoice
 
 
 class Quantity(NamedTuple):
@@ -56,7 +57,22 @@ class FarmForm(forms.ModelForm):  # type: ignore[type-arg]  # not subscriptable 
         return organization
 
 
-class SensorForm(forms.Form):
+class _PlacedForm(forms.Form):
+    """Of something that has a name and stands somewhere."""
+
+    def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._organization = organization
+        place = AreaChoice(organization, none="no area", label="Stands in")
+        if place.has_areas:
+            self.fields["area"] = place
+
+    def _own(self) -> dict[str, Any]:
+        data = self.cleaned_data
+        return {"organization": self._organization, "name": data["name"], "area": data.get("area")}
+
+
+class SensorForm(_PlacedForm):
     name = forms.CharField(max_length=200, label="Name", help_text="such as Tank 1, or the place where it hangs")
     measures = forms.MultipleChoiceField(
         choices=[(each.name, f"{each.label}{', ' if each.unit else ''}{each.unit}") for each in QUANTITIES],
@@ -70,10 +86,6 @@ class SensorForm(forms.Form):
         label="Something else",
         help_text="names with their units, separated by commas: flow l/min, orp mV",
     )
-
-    def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._organization = organization
 
     def clean(self) -> dict[str, Any]:
         data = self.cleaned_data
@@ -97,13 +109,13 @@ class SensorForm(forms.Form):
 
     @transaction.atomic
     def create(self) -> Sensor:
-        sensor = Sensor.objects.create(organization=self._organization, name=self.cleaned_data["name"])
+        sensor = Sensor.objects.create(**self._own())
         for name, unit in self.cleaned_data["variables"].items():
             Variable.objects.create(sensor=sensor, name=name, unit=unit)
         return sensor
 
 
-class DeviceForm(forms.Form):
+class DeviceForm(_PlacedForm):
     name = forms.CharField(max_length=200, label="Name", help_text="such as Dosing pump, Fan or Lamp 2")
     kinds = forms.MultipleChoiceField(
         choices=[(key, text) for key, (_, text, _) in KINDS.items()],
@@ -112,10 +124,6 @@ class DeviceForm(forms.Form):
         error_messages={"required": "choose at least one"},
     )
 
-    def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._organization = organization
-
     def clean(self) -> dict[str, Any]:
         data = self.cleaned_data
         _explain(self, Device(organization=self._organization, name=data.get("name", "")), "name")
@@ -123,7 +131,7 @@ class DeviceForm(forms.Form):
 
     @transaction.atomic
     def create(self) -> Device:
-        device = Device.objects.create(organization=self._organization, name=self.cleaned_data["name"])
+        device = Device.objects.create(**self._own())
         for key in self.cleaned_data["kinds"]:
             name, _, fields = KINDS[key]
             DeviceState.objects.create(device=device, name=name, **fields)
