@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak bench-history lock clean
+.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak bench-history pictures lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-overload five minutes of many times more than can be processed: are the promises kept?"
 	@echo "make bench-history measure how long charts wait beside five million readings (ARGS=--readings=50000000: fifty)"
 	@echo "make bench-soak     ten minutes under load with two of everything: is memory flat?"
+	@echo "make pictures       take the pictures of the guides anew, with Chromium, into docs/pictures"
 	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
 	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
 
@@ -80,6 +81,10 @@ bench-history: $(VENV)/.dev
 
 bench-soak: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+pictures: $(VENV)/.dev
+	@$(BIN)/python -m deploy.servers get
+	@$(BIN)/python -m tests.pictures
 
 # In an environment of its own, so that what was installed by hand is not pinned for everybody.
 lock: $(BIN)/python

@@ -59,7 +59,11 @@ def client_of(person: User) -> Any:
 @pytest.mark.parametrize(
     ("body", "field", "complaint"),
     [
-        ({"nmae": "Tank"}, "nmae", "There is no such field; known here: organization, area, name, clock, lateAfterSeconds."),
+        (
+            {"nmae": "Tank"},
+            "nmae",
+            "There is no such field; known here: organization, area, name, clock, lateAfterSeconds.",
+        ),
         ({"uuid": str(uuid4())}, "uuid", "This field cannot be written."),
         ({"name": ""}, "name", "may not be blank"),
         ({"organization": "7"}, "organization", "Must be a uuid."),
