@@ -158,6 +158,7 @@ class VariableAdmin(ScopedAdmin):
                 "good one.",
                 "fields": (
                     ("minimum", "maximum"),
+                    ("target_minimum", "target_maximum"),
                     ("maximum_step", "maximum_step_seconds"),
                     "stuck_after_seconds",
                     "maximum_age_seconds",

@@ -118,6 +118,13 @@ class Variable(Identified):
         blank=True,
         help_text="Another number of days than the organization's, for this one.",
     )
+    target_minimum = models.FloatField(
+        "target from",
+        null=True,
+        blank=True,
+        help_text="What plants and fish need: pages show when it is left. Rules do not look.",
+    )
+    target_maximum = models.FloatField("target to", null=True, blank=True)
     minimum = models.FloatField(
         null=True, blank=True, help_text="A number below this is suspect: kept and shown, and not believed by rules."
     )
@@ -150,8 +157,19 @@ class Variable(Identified):
     def __str__(self) -> str:
         return f"{self.sensor}: {self.name}"
 
+    def misses_target(self, value: object) -> str:
+        """How a value lies to the target range, "below 5.5"; empty within it, and where there is none."""
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return ""
+        if self.target_minimum is not None and value < self.target_minimum:
+            return f"below {self.target_minimum:g}"
+        if self.target_maximum is not None and value > self.target_maximum:
+            return f"above {self.target_maximum:g}"
+        return ""
+
     def clean(self) -> None:
-        limits = {name: getattr(self, name) for name in ("minimum", "maximum", "maximum_step", "stuck_after_seconds")}
+        named = ("minimum", "maximum", "maximum_step", "stuck_after_seconds", "target_minimum", "target_maximum")
+        limits = {name: getattr(self, name) for name in named}
         given = {name: limit for name, limit in limits.items() if limit is not None}
         if self.datatype != Datatype.NUMBER and given:
             raise ValidationError(dict.fromkeys(given, f"is for numbers only, and this is a {self.datatype}"))
@@ -160,6 +178,9 @@ class Variable(Identified):
             errors["maximum_step"] = "must be above 0"
         if not errors and {"minimum", "maximum"} <= given.keys() and given["minimum"] >= given["maximum"]:
             errors["maximum"] = f"must be above the minimum, {given['minimum']:g}"
+        target = [given[name] for name in ("target_minimum", "target_maximum") if name in given]
+        if not errors and target != sorted(set(target)):
+            errors["target_maximum"] = f"must be above {target[0]:g}, where the target range begins"
         if errors:
             raise ValidationError(errors)
 

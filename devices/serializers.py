@@ -219,7 +219,8 @@ class VariableSerializer(CamelCaseSerializer[Variable]):
     class Meta:
         model = Variable
         fields = [
-            "uuid", "sensor", "name", "datatype", "unit", "minimum", "maximum", "maximum_step", "maximum_step_seconds",
+            "uuid", "sensor", "name", "datatype", "unit", "target_minimum", "target_maximum", "minimum", "maximum",
+            "maximum_step", "maximum_step_seconds",
             "stuck_after_seconds", "maximum_age_seconds", "keep_readings_days", "created_at",
         ]  # fmt: skip
         immutable = ["sensor"]

@@ -33,6 +33,7 @@ class Tile:
     text: str
     age: timedelta | None
     suspicion: str
+    missed: str
     has_chart: bool
 
     @property
@@ -141,6 +142,7 @@ def _tile(variable: Variable, found: Latest | None) -> Tile:
         text=as_text(found.value) if found and has_value else "",
         age=timezone.now() - datetime.fromtimestamp(found.heard_us / 1e6, UTC) if found and has_value else None,
         suspicion=found.suspicion if found else "",
+        missed=variable.misses_target(found.value) if found and has_value else "",
         has_chart=variable.datatype != Datatype.STRING,
     )
 

@@ -17,6 +17,7 @@ urlpatterns = [
     path("sensors/<uuid:uuid>/connect", setup.connect_sensor, name="connect-sensor-page"),
     path("devices/<uuid:uuid>/connect", setup.connect_device, name="connect-device-page"),
     path("sensors/<uuid:uuid>", views.sensor_page, name="sensor-page"),
+    path("sensors/<uuid:uuid>/target", views.set_target, name="set-target"),
     path("sensors/<uuid:uuid>/marks", views.marks_of_sensor, name="sensor-marks"),
     path("devices/<uuid:uuid>", views.device_page, name="device-page"),
     path("areas", areas.areas_page, name="areas-page"),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.contrib import messages
+from django.core.exceptions import ValidationError
 from django.http import Http404, HttpRequest, HttpResponse
-from django.shortcuts import render
+from django.shortcuts import redirect, render
 from django.urls import reverse
-from django.views.decorators.http import require_safe
+from django.views.decorators.http import require_POST, require_safe
 from redis.exceptions import RedisError
 
 from devices.models import Device, Sensor
 from devices.permissions import access_of
 from pages import areas, device, marks, organizations, overview
-from pages.place import page
+from pages.place import demand, page
+from pages.rules.choices import as_number
 
 # Spans of the charts: what it says, and its hours.
 SPANS = (("1 hour", 1), ("6 hours", 6), ("1 day", 24), ("7 days", 168), ("30 days", 720), ("1 year", 8_760))
@@ -65,6 +68,30 @@ def sensor_page(request: HttpRequest, uuid: str) -> HttpResponse:
 @require_safe
 def marks_of_sensor(request: HttpRequest, uuid: str) -> HttpResponse:
     return marks.answer(request, _sensor(request, uuid))
+
+
+@page
+@require_POST
+def set_target(request: HttpRequest, uuid: str) -> HttpResponse:
+    """The target range of one variable, `from` and `to`; an empty one is no limit."""
+    sensor = _sensor(request, uuid)
+    demand(request, "change", "variables", sensor.organization_id)
+    variable = sensor.variables.filter(name=request.POST.get("variable", "").replace("\x00", "")).first()
+    if variable is None:
+        raise Http404("There is no such variable.")
+    given = {each: as_number(request.POST.get(each, "")) for each in ("from", "to")}
+    if wrong := [each for each in given.values() if isinstance(each, str) and each]:
+        messages.error(request, f"{variable.name}: {', '.join(wrong)} is no number. Nothing was changed.")
+        return redirect("sensor-page", uuid=sensor.uuid)
+    variable.target_minimum, variable.target_maximum = (None if each == "" else each for each in given.values())
+    try:
+        variable.clean()
+    except ValidationError as error:
+        messages.error(request, f"{variable.name}: {' '.join(error.messages)}. Nothing was changed.")
+    else:
+        variable.save()
+        messages.success(request, f"The target range of {variable.name} is set.")
+    return redirect("sensor-page", uuid=sensor.uuid)
 
 
 @page

@@ -271,3 +271,24 @@ def test_the_compressed_file_of_charts_is_that_of_the_other() -> None:
     """WhiteNoise sends it to every browser that takes gzip."""
     folder = Path(overview.__file__).parent / "static/pages"
     assert gzip.decompress((folder / "chart.js.gz").read_bytes()) == (folder / "chart.js").read_bytes()
+
+
+def test_the_target_range_is_set_on_the_page_and_shown_where_it_is_left(farm: Organization) -> None:
+    sensor = builders.sensor(farm, "Tank 1")
+    ph = Variable.objects.get(sensor=sensor)
+    measured(ph, 7.2)
+    client, address = client_of(builders.member(farm, "admin")), f"/sensors/{sensor.uuid}/target"
+    client.post(address, {"variable": "ph", "from": "5,5", "to": "6.5"})
+    ph.refresh_from_db()
+    assert (ph.target_minimum, ph.target_maximum) == (5.5, 6.5)
+    assert "above 6.5" in client.get("/").text
+    for wrong in ({"from": "high"}, {"from": "7", "to": "6"}, {"from": "nan"}):
+        page = client.post(address, {"variable": "ph", **wrong}, follow=True).text
+        assert "Nothing was changed" in page
+    assert client.post(address, {"variable": "gold", "from": "1"}).status_code == 404
+    ph.refresh_from_db()
+    assert (ph.target_minimum, ph.target_maximum) == (5.5, 6.5)
+    client.post(address, {"variable": "ph", "from": "", "to": ""})
+    ph.refresh_from_db()
+    assert (ph.target_minimum, ph.target_maximum) == (None, None)
+    assert client_of(builders.member(farm, "operator")).post(address, {"variable": "ph"}).status_code == 403

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from django.core.exceptions import ValidationError
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -169,6 +170,52 @@ def test_points_are_what_the_readings_say(
     assert [(point.at, point.count, point.minimum, point.maximum, point.last) for point in found] == wanted
 
 
+TARGETS = [(5.5, 6.5, 3), (None, 6.5, 4), (6.0, None, 4), (6.2, None, 2), (None, None, None)]
+
+
+@pytest.mark.parametrize("interval", ["1m", "5m", "1h", "6h", "1d", "7d"])
+@pytest.mark.parametrize(("low", "high", "wanted"), TARGETS)
+def test_readings_within_the_target_range_are_counted(
+    ph: Variable, clock: Any, low: float | None, high: float | None, wanted: int | None, interval: str
+) -> None:
+    """Also those of an hour that is rolled up, of today, which is so in part, and of what came late."""
+    ph.target_minimum, ph.target_maximum = low, high
+    ph.save()
+    minutes = (0, 1, 90, 91, 200)
+    measured(
+        ph,
+        *(
+            (NOON + timedelta(minutes=each), value)
+            for each, value in zip(minutes, (5.0, 6.0, 6.5, 7.0, 6.1), strict=True)
+        ),
+    )
+    clock.set(NOON + 3 * HOUR + timedelta(minutes=5))
+    roll_up()
+    found = series.points(ph, NOON, NOON + 4 * HOUR, interval)
+    counted = [point.in_range for point in found]
+    assert (None if None in counted else sum(each or 0 for each in counted)) == wanted
+
+
+def test_a_target_range_is_a_range_of_numbers(ph: Variable) -> None:
+    for low, high, field in (
+        (7.0, 6.0, "target_maximum"),
+        (6.0, 6.0, "target_maximum"),
+        (float("inf"), None, "target_minimum"),
+    ):
+        ph.target_minimum, ph.target_maximum = low, high
+        with pytest.raises(ValidationError) as error:
+            ph.clean()
+        assert list(error.value.message_dict) == [field]
+    ph.target_minimum, ph.target_maximum = 5.5, 6.5
+    ph.clean()
+    assert [ph.misses_target(value) for value in (5.0, 5.5, 6.5, 6.6, None, True, "x")] == [
+        "below 5.5", "", "", "above 6.5", "", "", "",
+    ]  # fmt: skip
+    ph.datatype = "string"
+    with pytest.raises(ValidationError):
+        ph.clean()
+
+
 def test_the_interval_follows_the_span() -> None:
     spans = {
         timedelta(hours=6): "1m", timedelta(days=1): "5m", timedelta(days=7): "15m", timedelta(days=30): "1h",
@@ -195,7 +242,15 @@ def test_the_api_gives_points(ph: Variable, client: Any, clock: Any) -> None:
     assert (answer["sensor"], answer["interval"]) == (str(ph.sensor.uuid), "5m")
     (one,) = answer["variables"]
     assert one["points"] == [
-        {"at": "2026-05-01T12:00:00Z", "count": 2, "minimum": 6.0, "maximum": 7.0, "mean": 6.5, "last": 7.0}
+        {
+            "at": "2026-05-01T12:00:00Z",
+            "count": 2,
+            "minimum": 6.0,
+            "maximum": 7.0,
+            "mean": 6.5,
+            "inRange": None,
+            "last": 7.0,
+        }
     ]
     raw = client.get(url(ph), {"interval": "raw", "variables": "ph"}).json()["variables"][0]
     assert raw["points"][0] == {"at": "2026-05-01T12:00:00Z", "value": 6.0}

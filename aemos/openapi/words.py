@@ -145,6 +145,8 @@ FIELDS = {
     "maxRetries": "Further attempts after a run that failed.",
     "maximumRunsPerDay": "In any 24 hours; null: any number.",
     "maximumRunsPerHour": "In any 60 minutes; null: any number.",
+    "targetMinimum": "Where the range begins that plants and fish need; pages show when it is left, rules do not look.",
+    "targetMaximum": "Where it ends.",
     "maximumStepSeconds": "The time in which `maximumStep` is too much.",
     "message": "A sentence for people.",
     "missingSources": "What the chain reads and nothing is known of.",

@@ -27,7 +27,7 @@ from devices.viewsets import CsvRenderer
 # Without "from", the last day.
 DEFAULT_SPAN = timedelta(days=1)
 AUTO = "auto"
-_HEADER = ("at", "variable", "value", "count", "minimum", "maximum", "mean", "last", "suspect")
+_HEADER = ("at", "variable", "value", "count", "minimum", "maximum", "mean", "inRange", "last", "suspect")
 
 
 class PointSerializer(serializers.Serializer[Any]):
@@ -40,6 +40,9 @@ class PointSerializer(serializers.Serializer[Any]):
     minimum = serializers.FloatField(required=False, help_text="The lowest of them.")
     maximum = serializers.FloatField(required=False, help_text="The highest of them.")
     mean = serializers.FloatField(required=False, help_text="Their mean.")
+    inRange = serializers.IntegerField(  # noqa: N815
+        required=False, allow_null=True, help_text="Those of them within the target range; null where there is none."
+    )
     last = serializers.FloatField(required=False, allow_null=True, help_text="The newest of them.")
 
 

@@ -26,6 +26,9 @@ class Rollup(models.Model):
     minimum = models.FloatField()
     maximum = models.FloatField()
     total = models.FloatField(help_text="Divided by the count, the mean.")
+    in_range = models.PositiveIntegerField(
+        null=True, help_text="Readings within the target range that the variable had then; none where it had none."
+    )
     last_at = models.DateTimeField()
     last = models.FloatField(null=True)
 

@@ -17,6 +17,7 @@ from django.utils import timezone
 from aemos.lib import keys, redis
 from aemos.lib.batched import batched
 from devices.history.models import Rollup, RollupState
+from devices.history.series import IN_RANGE
 from devices.models import Reading, Variable
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -118,26 +119,27 @@ _TRUNC = {
 _FORMATS = {"hour": "%%Y-%%m-%%d %%H:00:00", "day": "%%Y-%%m-%%d 00:00:00"}
 _OF_READINGS = """
     SELECT variable_id, {start} AS start, count(*) AS of, min(number) AS low, max(number) AS high, sum(number) AS sum,
-        max(timestamp) AS newest
-    FROM devices_reading
+        {fit} AS fit, max(timestamp) AS newest
+    FROM devices_reading JOIN devices_variable v ON v.id = variable_id
     WHERE variable_id IN ({variables}) AND timestamp >= %s AND timestamp < %s AND number IS NOT NULL AND suspect IS NULL
     GROUP BY 1, 2
 """
 _OF_HOURS = """
     SELECT variable_id, {start} AS start, sum(count) AS of, min(minimum) AS low, max(maximum) AS high, sum(total) AS sum,
-        max(last_at) AS newest
+        sum(in_range) AS fit, max(last_at) AS newest
     FROM devices_rollup
     WHERE "interval" = 'hour' AND variable_id IN ({variables}) AND start >= %s AND start < %s
     GROUP BY 1, 2
 """
 # The newest of a span is the reading at its newest time. SQLite takes ON for that of a join without the WHERE.
 _INSERT = """
-    INSERT INTO devices_rollup (variable_id, "interval", start, count, minimum, maximum, total, last_at, last)
-    SELECT b.variable_id, %s, b.start, b.of, b.low, b.high, b.sum, b.newest, r.number
+    INSERT INTO devices_rollup (variable_id, "interval", start, count, minimum, maximum, total, in_range, last_at, last)
+    SELECT b.variable_id, %s, b.start, b.of, b.low, b.high, b.sum, b.fit, b.newest, r.number
     FROM ({source}) b JOIN devices_reading r ON r.variable_id = b.variable_id AND r.timestamp = b.newest
     WHERE true
     ON CONFLICT (variable_id, "interval", start) DO UPDATE SET count = excluded.count, minimum = excluded.minimum,
-        maximum = excluded.maximum, total = excluded.total, last_at = excluded.last_at, last = excluded.last
+        maximum = excluded.maximum, total = excluded.total, in_range = excluded.in_range,
+        last_at = excluded.last_at, last = excluded.last
 """
 
 
@@ -145,7 +147,7 @@ def _insert(source: str, variables: Sequence[int], interval: str, start: datetim
     column = "timestamp" if source is _OF_READINGS else "start"
     begins = _TRUNC[connection.vendor].format(unit=interval, format=_FORMATS[interval], column=column)
     places = ", ".join(["%s"] * len(variables))
-    sql = _INSERT.format(source=source.format(start=begins, variables=places))
+    sql = _INSERT.format(source=source.format(start=begins, variables=places, fit=IN_RANGE))
     span = [connection.ops.adapt_datetimefield_value(moment) for moment in (start, end)]
     with connection.cursor() as cursor:
         cursor.execute(sql, [interval, *variables, *span])

@@ -37,13 +37,14 @@ class TooManyPoints(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """The good readings of one interval, which begins `at`; of a raw reading all four numbers are its value."""
+    """The good readings of one interval, which begins `at`; `in_range` of them within the target range, None without one."""
 
     at: datetime
     count: int
     minimum: float
     maximum: float
     mean: float
+    in_range: int | None
     last: float | None
 
 
@@ -102,20 +103,24 @@ _BUCKETS = {
     "postgresql": "floor(extract(epoch FROM {column}) / %s)::bigint",
     "sqlite": "CAST(strftime('%%s', {column}) AS INTEGER) / %s",
 }
+# How many readings are within the target range of their variable `v`; null without one.
+IN_RANGE = """sum(CASE WHEN v.target_minimum IS NULL AND v.target_maximum IS NULL THEN NULL
+            WHEN number >= coalesce(v.target_minimum, number) AND number <= coalesce(v.target_maximum, number) THEN 1
+            ELSE 0 END)"""
 _READINGS = """
-    SELECT b.bucket, b.of, b.low, b.high, b.sum, r.number FROM (
+    SELECT b.bucket, b.of, b.low, b.high, b.sum, b.fit, r.number FROM (
         SELECT {bucket} AS bucket, count(*) AS of, min(number) AS low, max(number) AS high, sum(number) AS sum,
-            max(timestamp) AS newest
-        FROM devices_reading
+            {fit} AS fit, max(timestamp) AS newest
+        FROM devices_reading JOIN devices_variable v ON v.id = variable_id
         WHERE variable_id = %s AND timestamp >= %s AND timestamp < %s AND number IS NOT NULL AND suspect IS NULL
         GROUP BY 1
     ) b JOIN devices_reading r ON r.variable_id = %s AND r.timestamp = b.newest
     ORDER BY b.bucket
 """
 _ROLLUPS = """
-    SELECT b.bucket, b.of, b.low, b.high, b.sum, r.last FROM (
+    SELECT b.bucket, b.of, b.low, b.high, b.sum, b.fit, r.last FROM (
         SELECT {bucket} AS bucket, sum(count) AS of, min(minimum) AS low, max(maximum) AS high, sum(total) AS sum,
-            max(start) AS newest
+            sum(in_range) AS fit, max(start) AS newest
         FROM devices_rollup
         WHERE variable_id = %s AND start >= %s AND start < %s AND "interval" = '{interval}'
         GROUP BY 1
@@ -127,7 +132,11 @@ _ROLLUPS = """
 def of_readings(variable: Variable, begin: datetime, end: datetime, length: timedelta) -> Iterator[Point]:
     """Aggregated in the database; the newest of each interval comes with it, as the value at its newest time."""
     return _points(
-        _READINGS.format(bucket=_BUCKETS[connection.vendor].format(column="timestamp")), variable, begin, end, length
+        _READINGS.format(bucket=_BUCKETS[connection.vendor].format(column="timestamp"), fit=IN_RANGE),
+        variable,
+        begin,
+        end,
+        length,
     )
 
 
@@ -142,13 +151,14 @@ def _points(sql: str, variable: Variable, begin: datetime, end: datetime, length
     span = [connection.ops.adapt_datetimefield_value(moment) for moment in (begin, end)]
     with connection.cursor() as cursor:
         cursor.execute(sql, [int(length.total_seconds()), variable.pk, *span, variable.pk])
-        for number, count, low, high, total, last in cursor.fetchall():
+        for number, count, low, high, total, fit, last in cursor.fetchall():
             yield Point(
                 at=_EPOCH + number * length,
                 count=int(count),
                 minimum=low,
                 maximum=high,
                 mean=total / float(count),
+                in_range=None if fit is None else int(fit),
                 last=last,
             )
 
@@ -156,12 +166,14 @@ def _points(sql: str, variable: Variable, begin: datetime, end: datetime, length
 def _together(at: datetime, parts: Sequence[Point]) -> Point:
     """What is rolled up and what is not yet, of one interval."""
     count = sum(part.count for part in parts)
+    known = [part.in_range for part in parts]
     return Point(
         at=at,
         count=count,
         minimum=min(part.minimum for part in parts),
         maximum=max(part.maximum for part in parts),
         mean=sum(part.mean * part.count for part in parts) / count,
+        in_range=None if None in known else sum(each for each in known if each is not None),
         last=parts[-1].last,
     )
 
@@ -183,5 +195,6 @@ def as_rows(found: Iterable[Point | Value]) -> Iterator[dict[str, Any]]:
                 "minimum": each.minimum,
                 "maximum": each.maximum,
                 "mean": each.mean,
+                "inRange": each.in_range,
                 "last": each.last,
             }

@@ -50,6 +50,13 @@ function drawing(name, marks) {
         const to = alarm.to ? x.getPixelForValue(Date.parse(alarm.to)) : right;
         ctx.fillRect(from, top, Math.max(to - from, 2), bottom - top);
       }
+      const canvas = document.querySelector(`[data-chart="${CSS.escape(name)}"]`);
+      if (canvas.dataset.low || canvas.dataset.high) {
+        const high = canvas.dataset.high ? y.getPixelForValue(Number(canvas.dataset.high)) : top;
+        const low = canvas.dataset.low ? y.getPixelForValue(Number(canvas.dataset.low)) : bottom;
+        ctx.fillStyle = color("--accent") + "18";
+        ctx.fillRect(left, high, right - left, low - high);
+      }
       ctx.font = "12px system-ui, sans-serif";
       for (const each of marks.thresholds.filter((one) => one.variable === name)) {
         const at = y.getPixelForValue(each.value);
@@ -109,8 +116,11 @@ function show(variable, begin, end, marks) {
       scales: { x: { type: "linear", min: begin, max: end, grid, afterBuildTicks: (axis) => { axis.ticks = ticks(begin, end); }, ticks: { ...labels, maxRotation: 0, callback: (ms) => moment(ms) } }, y: { grid, ticks: labels } },
     },
   }));
+  const counted = points.filter((p) => p.inRange !== null && p.inRange !== undefined);
+  const share = counted.reduce((sum, p) => sum + p.inRange, 0) / counted.reduce((sum, p) => sum + p.count, 0);
+  const within = counted.length ? ` · in range ${number(share * 100)} % of the readings` : "";
   const text = points.length
-    ? `now ${number(points.at(-1).last)} ${unit} · lowest ${number(Math.min(...points.map((p) => p.minimum)))} · highest ${number(Math.max(...points.map((p) => p.maximum)))}`
+    ? `now ${number(points.at(-1).last)} ${unit} · lowest ${number(Math.min(...points.map((p) => p.minimum)))} · highest ${number(Math.max(...points.map((p) => p.maximum)))}${within}`
     : "no readings in this time";
   document.querySelector(`[data-numbers="${CSS.escape(name)}"]`).textContent = text;
 }
