@@ -42,6 +42,7 @@ TESTED_IN = {
     "audit_rule_chains": "test_commands.py",
     "audit": "test_audit.py",
     "second_factor": "test_second_factor.py",
+    "import_readings": "test_importing.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
 

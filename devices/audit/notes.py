@@ -22,7 +22,7 @@ from devices.people import failures
 log = logging.getLogger(__name__)
 CHANGING_COMMANDS = frozenset(
     {
-        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "loaddata", "migrate", "replay_rejected", "seed_demo",
+        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "import_readings", "loaddata", "migrate", "replay_rejected", "seed_demo",
         "shell", "sync_broker",
     }
 )  # fmt: skip
