@@ -22,8 +22,8 @@ from devices.people import failures
 log = logging.getLogger(__name__)
 CHANGING_COMMANDS = frozenset(
     {
-        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "import_readings", "loaddata", "migrate", "replay_rejected", "seed_demo",
-        "shell", "sync_broker",
+        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "import_readings", "loaddata", "migrate",
+        "replay_rejected", "seed_demo", "shell", "sync_broker",
     }
 )  # fmt: skip
 SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
