@@ -86,6 +86,19 @@ def test_logins_and_attempts_are_there_without_passwords(ada: Any) -> None:
     assert '"password": "***"' in texts
 
 
+def test_a_nul_keeps_nobody_out_of_it() -> None:
+    """PostgreSQL stores none: the entry has a sign for it."""
+    client = Client()
+    client.force_login(builders.user("root", is_superuser=True, is_staff=True))
+    sent = {"action": "reset", "no\x00te": "a\x00b", "more": ["x\x00", "y"]}
+    assert client.post("/operations/circuit", sent).status_code == 302
+    assert newest().detail == {"action": "reset", "no\u2400te": "a\u2400b", "more": ["x\u2400", "y"]}
+    stranger = APIClient()
+    stranger.post(f"{API}/auth/login", {"username": "a\x00da", "password": "x"}, format="json")
+    assert newest().actor in ("a\u2400da", "nobody")
+    assert newest().kind == "login"
+
+
 def test_guesses_behind_a_closed_door_do_not_fill_it() -> None:
     statuses = {
         APIClient().post(f"{API}/auth/login", {"username": "ada", "password": "x"}).status_code for _ in range(15)

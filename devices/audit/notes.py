@@ -83,9 +83,9 @@ def _note(request: HttpRequest, response: HttpResponseBase) -> None:
         kind=AuditEntry.Kind.LOGIN if is_login else AuditEntry.Kind.REQUEST,
         organization=organization,
         organization_uuid=organization.uuid if organization else None,
-        actor=_actor(request, sent),
-        action=f"{request.method} {match.route if match else request.path}"[:200],
-        target="" if _JOINS.match(request.path) else request.path[:500],
+        actor=_storable(_actor(request, sent)),
+        action=_storable(f"{request.method} {match.route if match else request.path}")[:200],
+        target="" if _JOINS.match(request.path) else _storable(request.path)[:500],
         status=response.status_code,
         detail=_without_secrets(sent),
         address=failures.address_of(request.META)[:50],
@@ -118,11 +118,18 @@ def _without_secrets(sent: Any) -> dict[str, Any]:
 def _hidden(sent: Any) -> Any:
     if isinstance(sent, dict):
         return {
-            str(name): _HIDDEN if _SECRET.search(str(name)) else _hidden(value)
+            _storable(str(name)): _HIDDEN if _SECRET.search(str(name)) else _hidden(value)
             for name, value in sent.items()
             if name not in _NO_NEWS
         }
-    return [_hidden(each) for each in sent] if isinstance(sent, list) else sent
+    if isinstance(sent, list):
+        return [_hidden(each) for each in sent]
+    return _storable(sent) if isinstance(sent, str) else sent
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL takes no NUL: whoever sends one must not stay out of the log for it."""
+    return text.replace("\x00", "\N{SYMBOL FOR NULL}")
 
 
 def _actor(request: HttpRequest, sent: Any) -> str:
