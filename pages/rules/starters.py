@@ -73,7 +73,9 @@ def _switched(state: Choice, on: bool) -> str:
     if state.datatype == Datatype.BOOLEAN:
         return "yes" if on else "no"
     wanted = ("on", "open", "running") if on else ("off", "closed", "stopped")
-    return next((each for each in state.allowed if str(each).lower() in wanted), "")
+    found = next((each for each in state.allowed if str(each).lower() in wanted), "")
+    # off, low, high: on is the last of them.
+    return state.allowed[-1] if on and not found and _switched(state, False) else found
 
 
 def _is(source: str, operator: str, value: str = "", **more: str) -> dict[str, Any]:
