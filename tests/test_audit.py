@@ -133,6 +133,8 @@ def test_a_script_is_named_by_its_token(ada: Any, farm: Organization) -> None:
         ({"secretKey": "x", "nodes": [{"config": {"Authorization-Token": "x"}}]},
          {"secretKey": "***", "nodes": [{"config": {"Authorization-Token": "***"}}]}),
         ({"csrfmiddlewaretoken": "x", "name": "y"}, {"name": "y"}),
+        ({"key": "ph", "apiKey": "x", "access_key": "x", "access": "x", "accessible": "y"},
+         {"key": "ph", "apiKey": "***", "access_key": "***", "access": "***", "accessible": "y"}),
         ([1, {"password": "x"}], {"body": [1, {"password": "***"}]}),
         (None, {"body": None}),
     ],

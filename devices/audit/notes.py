@@ -28,7 +28,7 @@ CHANGING_COMMANDS = frozenset(
 )  # fmt: skip
 SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 # What of a request is a secret, or is no news.
-_SECRET = re.compile(r"password|token|secret|key|refresh|access", re.IGNORECASE)
+_SECRET = re.compile(r"password|token|secret|refresh|^access$|(api|access|private).?key", re.IGNORECASE)
 _HIDDEN = "***"
 _NO_NEWS = frozenset({"csrfmiddlewaretoken", "next"})
 MAXIMUM_DETAIL = 4_000
