@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from django.contrib.auth.models import User
+from django.test import Client
 
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Role, Sensor, Variable
 from rules.authoring import editing
@@ -26,6 +27,13 @@ def user(username: str = "", *, password: str = "", **fields: Any) -> User:
     row.set_password(password or None)
     row.save()
     return row
+
+
+def client_of(person: User) -> Client:
+    """Logged in, as a browser is."""
+    client = Client()
+    client.force_login(person)
+    return client
 
 
 def member(of: Organization, role: str = Role.VIEWER, **fields: Any) -> User:

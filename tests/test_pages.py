@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
 from django.test import Client
 from django.utils import timezone
 from pytest_django.live_server_helper import LiveServer
@@ -19,6 +18,7 @@ from pages import overview
 from rules.models import Alarm
 from tests import builders
 from tests.browser import browser
+from tests.builders import client_of
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 PASSWORD = "tomatoes-are-red"
@@ -27,12 +27,6 @@ PASSWORD = "tomatoes-are-red"
 @pytest.fixture
 def farm() -> Organization:
     return builders.organization("Basil Farm")
-
-
-def client_of(user: User) -> Client:
-    client = Client()
-    client.force_login(user)
-    return client
 
 
 def raised(farm: Organization, sensor: Any, **fields: Any) -> Alarm:

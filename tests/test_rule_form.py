@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
 from django.test import Client
 from django.utils import timezone
 from pytest_django.live_server_helper import LiveServer
@@ -22,6 +21,7 @@ from rules.authoring import describe, when_then
 from rules.models import RuleChain
 from tests import builders
 from tests.browser import browser
+from tests.builders import client_of
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 Row = Mapping[str, Any]
@@ -65,12 +65,6 @@ def value(source: Sensor | Device, key: str, operator: str, operand: str = "", *
 
 def switched(device: Device, state: str, to: str, **more: str) -> Row:
     return {"kind": "device_command", "target": f"device|{device.uuid}|{state}", "value": to, **more}
-
-
-def client_of(user: User) -> Client:
-    client = Client()
-    client.force_login(user)
-    return client
 
 
 def made(farm: Organization, client: Client, body: dict[str, Any]) -> RuleChain:

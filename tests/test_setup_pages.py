@@ -8,12 +8,11 @@ import subprocess
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
-from django.test import Client
 
 from devices.models import Device, DeviceState, DeviceToken, Membership, Organization, Sensor, Variable
 from devices.tokens import digest_of
 from tests import builders
+from tests.builders import client_of
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 
@@ -21,12 +20,6 @@ pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
 @pytest.fixture
 def farm() -> Organization:
     return builders.organization("Basil Farm")
-
-
-def client_of(user: User) -> Client:
-    client = Client()
-    client.force_login(user)
-    return client
 
 
 def test_a_superuser_begins_with_a_farm_and_its_first_sensor() -> None:
