@@ -132,6 +132,27 @@ def test_time_alone_runs_a_chain(farm: Organization, tank: Sensor) -> None:
     assert times(result) == ["09:10", "11:00", "11:10"]
 
 
+def test_states_that_change_at_one_moment_and_run_the_chain(farm: Organization) -> None:
+    """A device reports two states at once; each report is known before the next event."""
+    pump, light = (
+        builders.device(farm, "Pump", states={"power": ["on", "off"], "mode": ["auto", "hand"]}),
+        builders.device(farm, "Light"),
+    )
+    both = [builders.leaf(pump, "power", "==", "on"), builders.leaf(pump, "mode", "==", "auto")]
+    nodes = [
+        builders.node("both", {"type": "AND", "expressions": both}, next="on"),
+        builders.node("on", builders.command(light)),
+    ]
+    for number, (clock, state, value) in enumerate(
+        (("06:00", "power", "on"), ("06:00", "mode", "hand"), ("07:00", "power", "on"), ("07:00", "mode", "auto"))
+    ):
+        StateChange.objects.create(
+            effect_key=str(number), state=DeviceState.objects.get(device=pump, name=state), value=value, source="device",
+            actor="x", timestamp=at(clock),
+        )  # fmt: skip
+    assert times(played(builders.chain(farm, nodes))) == ["07:00"]
+
+
 def test_a_schedule_runs_on_what_is_known(farm: Organization, tank: Sensor) -> None:
     pump = builders.device(farm, "Pump")
     nodes = [

@@ -11,27 +11,15 @@ from django.utils import timezone
 
 from pages.rules import choices, times
 from pages.rules.choices import Choices
+from pages.rules.rows import ActionForm, ConditionForm, action_initial, condition_initial
 from rules.authoring import editing, validation
 from rules.authoring.when_then import OTHERWISE, THEN, WHEN, Place, WhenThen
-from rules.engine.actions import ROLES, SEVERITIES
 from rules.engine.exceptions import Problem
 from rules.models import RuleChain, RuleNode
 from rules.processing import schedules
 
 MAXIMUM_ROWS = 50
 ALL, ANY = "all", "any"
-MEASURES = (
-    ("", "the value"),
-    ("per", "its change in"),
-    ("increase", "its growth in"),
-    ("median", "the median of its newest"),
-)
-KINDS = (
-    ("device_command", "switch a device"),
-    ("notify", "notify people"),
-    ("raise_alarm", "raise an alarm"),
-    ("clear_alarm", "end an alarm"),
-)
 EXECUTION_TYPES = (
     (RuleChain.ExecutionType.EVENT_TRIGGERED, "whenever a new value is reported"),
     (RuleChain.ExecutionType.SCHEDULE_ONLY, "at certain times"),
@@ -43,175 +31,6 @@ _FIELDS = {
     "median": "measure_of", "releaseAt": "release", "off": "release", "deviceUuid": "target", "stateName": "target",
     "type": "kind",
 }  # fmt: skip
-_LEAF_KEYS = frozenset(
-    ("sourceType", "UUID", "key", "operator", "value", "duration", "for", "times", "within", "releaseAt", "off", "per",
-     "increase", "median")
-)  # fmt: skip
-_ACTION_KEYS: Mapping[str, frozenset[str]] = {
-    "device_command": frozenset(("type", "deviceUuid", "stateName", "value", "force", "cooldown")),
-    "notify": frozenset(("type", "title", "message", "severity", "audience", "cooldown")),
-    "raise_alarm": frozenset(("type", "alarm", "severity", "message", "cooldown")),
-    "clear_alarm": frozenset(("type", "alarm", "cooldown")),
-}
-
-
-def _offered_in(name: str) -> forms.TextInput:
-    """The script of the page makes a list of it: once on the page, not once a row, because a farm may have thousands."""
-    return forms.TextInput(attrs={"data-list": name})
-
-
-class ConditionForm(forms.Form):
-    """One comparison; `together` with the one above it, or on its own."""
-
-    together = forms.BooleanField(required=False)
-    source = forms.CharField(
-        widget=_offered_in("sources"), label="Which value", error_messages={"required": "choose a value"}
-    )
-    measure = forms.ChoiceField(choices=MEASURES, required=False, label="What of it")
-    measure_of = forms.CharField(required=False, max_length=20, label="In what time, or of how many")
-    operator = forms.ChoiceField(choices=choices.operators, label="Comparison")
-    value = forms.CharField(required=False, max_length=500, label="Value")
-    upper = forms.CharField(required=False, max_length=50, label="and")
-    duration = forms.CharField(required=False, max_length=20, label="Time")
-    lasting = forms.CharField(required=False, max_length=20, label="for at least")
-    release = forms.CharField(required=False, max_length=20, label="until it is beyond")
-    times = forms.CharField(required=False, max_length=5, label="times")
-    within = forms.CharField(required=False, max_length=20, label="within")
-
-    def __init__(self, *args: Any, offered: Choices, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._offered = offered
-
-    def clean_source(self) -> str:
-        key: str = self.cleaned_data["source"]
-        if key not in self._offered.sources:
-            raise forms.ValidationError("is no value of this farm any more: choose another")
-        return key
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The leaf; only of a valid form."""
-        data = self.cleaned_data
-        source_type, uuid, key = data["source"].split("|", 2)
-        operator = data["operator"]
-        leaf: dict[str, Any] = {"sourceType": source_type, "UUID": uuid, "key": key, "operator": operator}
-        needed = choices.operands()[operator]
-        if "value" in needed:
-            source = self._offered.sources[data["source"]]
-            leaf["value"] = choices.operand_of(operator, source, data["value"], data["upper"])
-        if "duration" in needed:
-            leaf["duration"] = choices.as_duration(data["duration"])
-        if measure := data["measure"]:
-            of = data["measure_of"]
-            leaf[measure] = choices.as_number(of) if measure == "median" else choices.as_duration(of)
-        for name, field, read in (
-            ("for", "lasting", choices.as_duration),
-            ("releaseAt", "release", choices.as_number),
-            ("times", "times", choices.as_number),
-            ("within", "within", choices.as_duration),
-        ):
-            if data[field]:
-                leaf[name] = read(data[field])
-        return leaf
-
-
-def condition_initial(leaf: Mapping[str, Any], *, together: bool) -> dict[str, Any] | None:
-    """What the form shows of a leaf; None when it says more than the form has fields for."""
-    if leaf.keys() - _LEAF_KEYS:
-        return None
-    value, upper = leaf.get("value"), None
-    if leaf.get("operator") == "between" and isinstance(value, list) and len(value) == 2:
-        value, upper = value
-    measure = next((key for key in ("per", "increase", "median") if key in leaf), "")
-    texts = {"value": value, "upper": upper, "measure_of": leaf.get(measure), "duration": leaf.get("duration")}
-    texts |= {"lasting": leaf.get("for"), "release": leaf.get("releaseAt", leaf.get("off"))}
-    texts |= {"times": leaf.get("times"), "within": leaf.get("within")}
-    return {
-        "together": together,
-        "source": f"{leaf.get('sourceType')}|{str(leaf.get('UUID')).lower()}|{leaf.get('key')}",
-        "operator": leaf.get("operator"),
-        "measure": measure,
-        **{name: choices.as_text(each) for name, each in texts.items()},
-    }
-
-
-class ActionForm(forms.Form):
-    """One thing to do."""
-
-    kind = forms.ChoiceField(choices=KINDS, label="What to do")
-    target = forms.CharField(required=False, widget=_offered_in("states"), label="Device")
-    value = forms.CharField(required=False, max_length=200, label="to")
-    force = forms.BooleanField(required=False, label="also when it is so already")
-    title = forms.CharField(required=False, max_length=200, label="Title")
-    alarm = forms.CharField(required=False, max_length=100, label="Name of the alarm")
-    message = forms.CharField(required=False, max_length=500, label="Text")
-    severity = forms.ChoiceField(choices=[(each, each) for each in SEVERITIES], required=False, label="How urgent")
-    audience = forms.MultipleChoiceField(
-        choices=[(each, each + "s") for each in ROLES],
-        required=False,
-        widget=forms.CheckboxSelectMultiple,
-        label="Only for",
-    )
-    cooldown = forms.CharField(required=False, max_length=20, label="at most once in")
-
-    def __init__(self, *args: Any, offered: Choices, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._offered = offered
-
-    def clean(self) -> dict[str, Any]:
-        data = self.cleaned_data
-        kind = data.get("kind")
-        if kind == "device_command" and data.get("target") not in self._offered.states:
-            self.add_error("target", "choose a device")
-        if kind in ("raise_alarm", "clear_alarm") and not data.get("alarm"):
-            self.add_error("alarm", "give the alarm a name")
-        if kind == "notify" and not (data.get("title") or data.get("message")):
-            self.add_error("message", "say what people are told")
-        return data
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The action; only of a valid form."""
-        data = self.cleaned_data
-        kind = data["kind"]
-        found: dict[str, Any] = {"type": kind}
-        if kind == "device_command":
-            _, device, state = data["target"].split("|", 2)
-            value = self._offered.states[data["target"]].typed(data["value"])
-            found |= {"deviceUuid": device, "stateName": state, "value": value}
-            if data["force"]:
-                found["force"] = True
-        for name in _ACTION_KEYS[kind] & {"title", "message", "severity", "audience", "alarm"}:
-            if data[name]:
-                found[name] = data[name]
-        if kind == "notify":
-            found.setdefault("title", self._short(found["message"]))
-            found.setdefault("message", found["title"])
-        if data["cooldown"]:
-            found["cooldown"] = choices.as_duration(data["cooldown"])
-        return found
-
-    @staticmethod
-    def _short(message: str) -> str:
-        return message if len(message) <= 200 else message[:199] + "…"
-
-
-def action_initial(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the form shows of an action; None when it says more than the form has fields for."""
-    kind = config.get("type")
-    if not isinstance(kind, str) or kind not in _ACTION_KEYS or config.keys() - _ACTION_KEYS[kind]:
-        return None
-    texts = {name: choices.as_text(config.get(name)) for name in ("title", "alarm", "message", "severity", "cooldown")}
-    return {
-        "kind": kind,
-        "target": f"device|{str(config['deviceUuid']).lower()}|{config.get('stateName')}"
-        if "deviceUuid" in config
-        else "",
-        "value": choices.as_text(config.get("value")),
-        "force": bool(config.get("force")),
-        "audience": config.get("audience", []),
-        **texts,
-    }
 
 
 class HeadForm(forms.Form):

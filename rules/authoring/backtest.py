@@ -124,7 +124,7 @@ class _Stored:
             rows = rows[1:]
             begin = rows[0][1]
         happened = [*self._of_sensors(rows), *self._of_devices(begin, end), *self._of_schedule(begin, end)]
-        happened.sort()
+        happened.sort(key=lambda each: (each.at_us, each.order))
         return _Found(begin=begin, events=happened, before=self._before(begin), readings=len(rows), is_cut=is_cut)
 
     def _readings(self, begin: datetime, end: datetime) -> list[tuple[int, datetime, float | None, str | None]]:
