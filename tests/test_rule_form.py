@@ -13,7 +13,7 @@ from django.utils import timezone
 from pytest_django.live_server_helper import LiveServer
 
 from devices.models import Device, DeviceState, Organization, Reading, Sensor, Variable
-from pages.rules import choices, times
+from pages.rules import choices, times, views
 from pages.rules.choices import Choices
 from pages.rules.forms import RuleForm, initial_of
 from pages.rules.starters import STARTERS
@@ -269,6 +269,22 @@ def test_a_template_in_an_empty_farm_leaves_the_choice_open(farm: Organization) 
     for key in STARTERS:
         page = client_of(builders.member(farm, "admin")).get(f"/rules/new?organization={farm.uuid}&template={key}")
         assert page.status_code == 200
+
+
+def test_many_rules_cost_few_queries_and_are_turned_page_by_page(
+    farm: Organization, tank: Sensor, pump: Device, django_assert_max_num_queries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "SHOWN", 10)
+    for number in range(25):
+        builders.switching_chain(tank, pump, name=f"Rule {number:02d}")
+    client = client_of(builders.member(farm, "viewer"))
+    with django_assert_max_num_queries(14):
+        first = client.get("/rules").text
+    assert ("Rule 09" in first, "Rule 10" in first, first.count("When Tank 1 ph is below 5.5")) == (True, False, 10)
+    last = client.get("/rules", {"page": "3"}).text
+    assert ("Rule 24" in last, "Next" in last) == (True, False)
+    for odd in ("0", "-1", "x", "9" * 30):
+        assert client.get("/rules", {"page": odd}).status_code == 200
 
 
 def test_who_may_do_what(farm: Organization, tank: Sensor, pump: Device) -> None:

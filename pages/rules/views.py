@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import messages
+from django.core.paginator import Paginator
 from django.db import IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
@@ -29,6 +30,7 @@ from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 
 BLANK = "blank"
+SHOWN = 50
 # Spans of the trial: what it says, and its hours.
 SPANS = (("1 day", 24), ("3 days", 72), ("7 days", 168))
 
@@ -39,15 +41,18 @@ def list_page(request: HttpRequest) -> HttpResponse:
     access = access_of(request)
     known = organizations.known_to(access)
     organization = organizations.chosen(request, known)
-    rows = []
+    rows, turned = [], None
     if organization is not None:
-        chains = RuleChain.objects.filter(organization=organization).select_related("statistics")
-        for chain in chains.prefetch_related("nodes").order_by("name"):
-            rows.append({"chain": chain, "sentence": describe.sentence_of(chain, chain.nodes.all())})
+        chains = RuleChain.objects.filter(organization=organization).select_related("statistics").order_by("name")
+        turned = Paginator(chains.prefetch_related("nodes"), SHOWN).get_page(request.GET.get("page"))
+        shown = list(turned)
+        names = describe.names_of(organization.pk, [node for chain in shown for node in chain.nodes.all()])
+        rows = [{"chain": chain, "sentence": describe.sentence_of(chain, chain.nodes.all(), names)} for chain in shown]
     context = {
         "organizations": known,
         "organization": organization,
         "rows": rows,
+        "turned": turned,
         "may_add": organization is not None and access.may("add", "rule-chains", organization.pk),
         "page": "rules",
     }

@@ -21,10 +21,11 @@ def names_of(organization_id: int, nodes: Iterable[RuleNode]) -> Names:
     return dict(_named(organization_id, wanted))
 
 
-def sentence_of(chain: RuleChain, nodes: Iterable[RuleNode]) -> str:
-    """The chain in words, with its schedule."""
+def sentence_of(chain: RuleChain, nodes: Iterable[RuleNode], names: Names | None = None) -> str:
+    """The chain in words, with its schedule. `names`: of all that it mentions, where somebody has them already."""
     nodes = list(nodes)
-    text = ChainDescriber(names_of(chain.organization_id, nodes)).chain(loading.spec_of(chain, nodes).nodes)
+    names = names_of(chain.organization_id, nodes) if names is None else names
+    text = ChainDescriber(names).chain(loading.spec_of(chain, nodes).nodes)
     return f"{_when(chain)} {text[:1].lower()}{text[1:]}" if chain.cron and text else text
 
 
