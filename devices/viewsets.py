@@ -55,28 +55,41 @@ class CsvRenderer(BaseRenderer):
         return msgspec.json.encode(data)
 
 
+class NdjsonRenderer(CsvRenderer):
+    """One JSON object a line: `?format=ndjson`, or `Accept: application/x-ndjson`."""
+
+    media_type = "application/x-ndjson"
+    format = "ndjson"
+
+
 class ListModelMixin(mixins.ListModelMixin):
-    """Lists rows page by page as JSON, and whole as CSV."""
+    """Lists rows page by page as JSON, and whole as CSV or NDJSON."""
 
     def get_renderers(self: Any) -> list[BaseRenderer]:
         renderers: list[BaseRenderer] = super().get_renderers()  # type: ignore[misc]
-        return [*renderers, CsvRenderer()] if self.action == "list" else renderers
+        return [*renderers, CsvRenderer(), NdjsonRenderer()] if self.action == "list" else renderers
 
-    def _csv_rows(self: Any, rows: Iterator[Any]) -> Iterator[list[Any]]:
+    def _rows(self: Any, rows: Iterator[Any]) -> Iterator[dict[str, Any]]:
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            for row in self.get_serializer(chunk, many=True).data:
-                yield list(row.values())
+            yield from self.get_serializer(chunk, many=True).data
 
     def list(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if request.accepted_renderer.format != CsvRenderer.format:
+        renderer = request.accepted_renderer
+        if not isinstance(renderer, CsvRenderer):
             return super().list(request, *args, **kwargs)
         self.paginator.check(request)
-        rows = self.filter_queryset(self.get_queryset()).iterator(chunk_size=CHUNK_ROWS)
+        rows = self._rows(self.filter_queryset(self.get_queryset()).iterator(chunk_size=CHUNK_ROWS))
+        if isinstance(renderer, NdjsonRenderer):
+            lines: Iterator[Any] = (msgspec.json.encode(row, enc_hook=str) + b"\n" for row in rows)
+            content_type = renderer.media_type
+        else:
+            lines = csv_lines(list(self.get_serializer().fields), (list(row.values()) for row in rows))
+            content_type = "text/csv; charset=utf-8"
         name = self.queryset.model._meta.verbose_name_plural.replace(" ", "-")
         return StreamingHttpResponse(
-            csv_lines(list(self.get_serializer().fields), self._csv_rows(rows)),
-            content_type="text/csv; charset=utf-8",
-            headers={"Content-Disposition": f'attachment; filename="{name}.csv"'},
+            lines,
+            content_type=content_type,
+            headers={"Content-Disposition": f'attachment; filename="{name}.{renderer.format}"'},
         )
 
 

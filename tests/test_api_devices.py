@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -217,6 +218,14 @@ def test_a_whole_list_is_a_file_for_spreadsheets(farm: Organization, admin: Any)
         rows = list(csv.DictReader(b"".join(answer.streaming_content).decode().splitlines()))
         assert [row["name"] for row in rows] == [f"'=Tank {number:02}" for number in range(60)]
         assert str(stranger.uuid) not in str(rows)
+    answer = admin.get(f"{API}/sensors", {"format": "ndjson", "ordering": "name"})
+    assert (answer.headers["Content-Type"], "sensors.ndjson" in answer.headers["Content-Disposition"]) == (
+        "application/x-ndjson", True,
+    )  # fmt: skip
+    objects = [json.loads(line) for line in b"".join(answer.streaming_content).splitlines()]
+    assert [each["name"] for each in objects] == [f"=Tank {number:02}" for number in range(60)]
+    assert objects[0].keys() == admin.get(f"{API}/sensors").json()["results"][0].keys()
+    assert problem(admin.get(f"{API}/sensors", {"format": "ndjson", "nmae": "x"}), 400)["code"] == "invalid"
     assert problem(admin.get(f"{API}/sensors", {"format": "csv", "nmae": "x"}), 400)["code"] == "invalid"
     assert admin.get(f"{API}/sensors/{stranger.uuid}", {"format": "csv"}).status_code == 404
 

@@ -249,7 +249,7 @@ PARAMETERS = {
     "enabled": "true or false.",
     "event": "The kind of the notification, or the uuid of the event.",
     "eventId": "uuid of the event.",
-    "format": "json, or csv: the whole list as a file for spreadsheets.",
+    "format": "json; csv, the whole list as a file for spreadsheets; or ndjson, the whole list with a JSON object a line.",
     "from": "That time or later.",
     "interlock": "uuid of an interlock.",
     "kind": "The kind.",

@@ -22,7 +22,7 @@ from devices.filters import IsoDateTimeFilter
 from devices.history import series
 from devices.history.series import INTERVALS, RAW, TooManyPoints
 from devices.models import Sensor, Variable
-from devices.viewsets import CsvRenderer
+from devices.viewsets import CsvRenderer, NdjsonRenderer
 
 # Without "from", the last day.
 DEFAULT_SPAN = timedelta(days=1)
@@ -96,17 +96,6 @@ class _Query(serializers.Serializer[Any]):
         if begin >= end:
             raise serializers.ValidationError({"from": ["It is not before the end of the span."]})
         return {**attrs, "from": begin, "to": end}
-
-
-class NdjsonRenderer(BaseRenderer):
-    """One JSON object a line: `?format=ndjson`, or `Accept: application/x-ndjson`."""
-
-    media_type = "application/x-ndjson"
-    format = "ndjson"
-
-    def render(self, data: Any, accepted_media_type: Any = None, renderer_context: Any = None) -> bytes:
-        """Only refusals come here: what is asked for is streamed."""
-        return msgspec.json.encode(data)
 
 
 class HistoryMixin:
