@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from django.db.models import QuerySet
 
@@ -49,6 +50,6 @@ class StandsInFilter(FilterSet):
 
     area = UUIDFilter(method="filter_area", label="uuid of an area; what stands in a part of it belongs to it.")
 
-    def filter_area(self, rows: QuerySet[Any], _name: str, value: Any) -> QuerySet[Any]:
+    def filter_area(self, rows: QuerySet[Any], _name: str, value: UUID) -> QuerySet[Any]:
         found = Area.objects.filter(uuid=value).first()
         return rows.filter(area__in=within(found)) if found else rows.none()
