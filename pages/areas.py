@@ -18,7 +18,7 @@ from devices.areas.models import tree
 from devices.models import Area, Device, Organization, Sensor
 from devices.permissions import access_of
 from pages import organizations
-from pages.place import demand, page
+from pages.place import demand, page, row_of
 
 
 class AreaChoice(forms.ChoiceField):
@@ -78,7 +78,7 @@ def areas_page(request: HttpRequest) -> HttpResponse:
 @page
 @require_POST
 def delete_area(request: HttpRequest, uuid: UUID) -> HttpResponse:
-    area = _find(request, Area, "areas", uuid)
+    area = row_of(request, Area.objects.select_related("organization"), "areas", uuid)
     demand(request, "delete", "areas", area.organization_id)
     area.delete()
     messages.success(request, f"{area.name} is deleted. What stood in it stands in none.")
@@ -115,7 +115,7 @@ def place_of(row: Sensor | Device, action: str) -> dict[str, Any]:
 
 
 def _put(request: HttpRequest, model: type[Sensor | Device], resource: str, uuid: UUID) -> HttpResponse:
-    row = _find(request, model, resource, uuid)
+    row: Any = row_of(request, model._default_manager.select_related("organization"), resource, uuid)
     demand(request, "change", resource, row.organization_id)
     try:
         row.area = AreaChoice(row.organization, none="").clean(request.POST.get("area", ""))
@@ -124,16 +124,6 @@ def _put(request: HttpRequest, model: type[Sensor | Device], resource: str, uuid
     else:
         row.save(update_fields=["area"])
     return redirect("sensor-page" if resource == "sensors" else "device-page", uuid=row.uuid)
-
-
-def _find(request: HttpRequest, model: Any, resource: str, uuid: UUID) -> Any:
-    rows = access_of(request).limit(
-        model._default_manager.select_related("organization"), "organization", resource=resource
-    )
-    row = rows.filter(uuid=uuid).first()
-    if row is None:
-        raise Http404("There is none.")
-    return row
 
 
 def _address(organization: Organization) -> str:

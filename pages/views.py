@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from devices.models import Device, Sensor
 from devices.permissions import access_of
 from pages import areas, device, marks, organizations, overview
-from pages.place import demand, page
+from pages.place import demand, page, row_of
 from pages.rules.choices import as_number
 
 # Spans of the charts: what it says, and its hours.
@@ -98,10 +98,7 @@ def set_target(request: HttpRequest, uuid: str) -> HttpResponse:
 @require_safe
 def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
     access = access_of(request)
-    rows = access.limit(Device.objects.select_related("organization", "area"), "organization", resource="devices")
-    found = rows.filter(uuid=uuid).first()
-    if found is None:
-        raise Http404("There is no such device.")
+    found = row_of(request, Device.objects.select_related("organization", "area"), "devices", uuid)
     context = {
         "device": found,
         "organization": found.organization,
@@ -114,10 +111,4 @@ def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
 
 
 def _sensor(request: HttpRequest, uuid: str) -> Sensor:
-    rows = access_of(request).limit(
-        Sensor.objects.select_related("organization", "area"), "organization", resource="sensors"
-    )
-    sensor: Sensor | None = rows.filter(uuid=uuid).first()
-    if sensor is None:
-        raise Http404("There is no such sensor.")
-    return sensor
+    return row_of(request, Sensor.objects.select_related("organization", "area"), "sensors", uuid)

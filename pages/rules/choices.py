@@ -13,7 +13,6 @@ from devices.values import Datatype
 from rules.engine.operators import OPERATORS, RANGE
 
 _SHOWN_FIRST = (">", ">=", "<", "<=", "between", "==", "!=", "olderThan", "valueOlderThan")
-_UNITS = {"s": "s", "m": "m", "h": "h", "d": "d"}
 _DURATION = re.compile(r"\s*(\d+)\s*([a-z]+)\s*", re.IGNORECASE)
 WEEKDAYS = (("1", "Mon"), ("2", "Tue"), ("3", "Wed"), ("4", "Thu"), ("5", "Fri"), ("6", "Sat"), ("0", "Sun"))
 _LISTS = frozenset({"in", "notIn", "hasAll", "hasAny", "hasNone"})
@@ -29,7 +28,6 @@ class Choice:
     unit: str = ""
     datatype: str = Datatype.NUMBER
     allowed: list[Any] = field(default_factory=list)
-    is_momentary: bool = False
 
     @property
     def allowed_texts(self) -> list[str]:
@@ -54,42 +52,39 @@ class Choices:
     @cached_property
     def variables(self) -> Mapping[str, Choice]:
         rows = Variable.objects.filter(sensor__organization=self._organization).select_related("sensor")
-        return {
-            choice.key: choice
+        return _by_key(
+            Choice(
+                key=f"sensor|{row.sensor.uuid}|{row.name}",
+                group=row.sensor.name,
+                name=row.name,
+                unit=row.unit,
+                datatype=row.datatype,
+            )
             for row in rows.order_by("sensor__name", "name")
-            for choice in [
-                Choice(
-                    key=f"sensor|{row.sensor.uuid}|{row.name}",
-                    group=row.sensor.name,
-                    name=row.name,
-                    unit=row.unit,
-                    datatype=row.datatype,
-                )
-            ]
-        }
+        )
 
     @cached_property
     def states(self) -> Mapping[str, Choice]:
         rows = DeviceState.objects.filter(device__organization=self._organization).select_related("device")
-        return {
-            choice.key: choice
+        return _by_key(
+            Choice(
+                key=f"device|{row.device.uuid}|{row.name}",
+                group=row.device.name,
+                name=row.name,
+                datatype=row.datatype,
+                allowed=row.allowed_values,
+            )
             for row in rows.order_by("device__name", "name")
-            for choice in [
-                Choice(
-                    key=f"device|{row.device.uuid}|{row.name}",
-                    group=row.device.name,
-                    name=row.name,
-                    datatype=row.datatype,
-                    allowed=row.allowed_values,
-                    is_momentary=row.is_momentary,
-                )
-            ]
-        }
+        )
 
     @cached_property
     def sources(self) -> Mapping[str, Choice]:
         """What conditions may ask for."""
         return {**self.variables, **self.states}
+
+
+def _by_key(offered: Iterable[Choice]) -> dict[str, Choice]:
+    return {each.key: each for each in offered}
 
 
 def as_json(offered: Iterable[Choice]) -> list[list[Any]]:
@@ -160,5 +155,5 @@ def as_text(value: Any) -> str:
 def as_duration(text: str) -> str:
     """5m of "5 min", "5 minutes" or "5m"; what cannot be read stays as it is, and the rule says what is wrong with it."""
     match = _DURATION.fullmatch(text)
-    unit = _UNITS.get(match[2][0].lower()) if match else None
-    return f"{int(match[1])}{unit}" if match and unit else text.strip()
+    unit = match[2][0].lower() if match else ""
+    return f"{int(match[1])}{unit}" if match and unit in "smhd" else text.strip()

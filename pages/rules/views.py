@@ -20,7 +20,7 @@ from django.views.decorators.http import require_POST, require_safe
 from devices.models import Organization
 from devices.permissions import Verb, access_of
 from pages import organizations
-from pages.place import demand, page
+from pages.place import demand, page, row_of
 from pages.rules import choices
 from pages.rules.choices import Choices
 from pages.rules.forms import RuleForm, initial_of
@@ -169,12 +169,7 @@ def delete(request: HttpRequest, uuid: UUID) -> HttpResponse:
 
 
 def _chain(request: HttpRequest, uuid: UUID, verb: Verb) -> RuleChain:
-    rows = access_of(request).limit(
-        RuleChain.objects.select_related("organization", "statistics"), "organization", resource="rule-chains"
-    )
-    chain = rows.filter(uuid=uuid).first()
-    if chain is None:
-        raise Http404("There is no such rule.")
+    chain = row_of(request, RuleChain.objects.select_related("organization", "statistics"), "rule-chains", uuid)
     demand(request, verb, "rule-chains", chain.organization_id)
     return chain
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from django.contrib import messages
 from django.core.exceptions import PermissionDenied
 from django.db.models import Model
-from django.http import Http404, HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
 from django.views.decorators.http import require_http_methods
@@ -17,7 +17,7 @@ from devices.models import Device, DeviceToken, Sensor
 from devices.permissions import access_of
 from devices.tokens import token_for
 from pages import organizations
-from pages.place import demand, page
+from pages.place import demand, page, row_of
 from pages.setup.connect import snippets
 from pages.setup.forms import DeviceForm, FarmForm, SensorForm
 
@@ -73,12 +73,7 @@ def connect_device(request: HttpRequest, uuid: UUID) -> HttpResponse:
 
 def _connect(request: HttpRequest, model: type[Model], kind: str, uuid: UUID) -> HttpResponse:
     """A new token is shown on the next page, once: only its prefix waits in the session."""
-    rows = access_of(request).limit(
-        model._default_manager.select_related("organization"), "organization", resource=f"{kind}s"
-    )
-    owner: Any = rows.filter(uuid=uuid).first()
-    if owner is None:
-        raise Http404(f"There is no such {kind}.")
+    owner: Any = row_of(request, model._default_manager.select_related("organization"), f"{kind}s", uuid)
     demand(request, "add", "device-tokens", owner.organization_id)
     if request.method == "POST":
         row, _ = DeviceToken.objects.issue(owner, name=f"made {timezone.now():%Y-%m-%d}")

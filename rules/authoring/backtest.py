@@ -269,8 +269,7 @@ class _Played:
         return None if known is None else sample_of(known, clock_us=clock_us, maximum_age_us=maximum_age_us)
 
     def _do(self, effect: Effect, happened: _Happened, result: Backtest) -> None:
-        held = self._effects.held(effect, happened)
-        if held:
+        if not self._effects.take_effect(effect, happened):
             result.held += 1
             return
         result.count += 1
@@ -298,28 +297,28 @@ class _Effects:
     def remember(self, known: Mapping[Reference, Latest]) -> None:
         self._values = {each[1:]: value.value for each, value in known.items() if each.source_type == "device"}
 
-    def held(self, effect: Effect, happened: _Happened) -> str:
-        """Why nothing comes of it; empty when something does, which is then remembered."""
-        if reason := self._is_so(effect):
-            return reason
+    def take_effect(self, effect: Effect, happened: _Happened) -> bool:
+        """Whether something comes of it, which is then remembered: not while it rests, or when it is so already."""
+        if self._is_so(effect):
+            return False
         key = self._cooldown_key(effect, happened.source)
         done_at = self._done_at.get(key)
         if effect.cooldown_us and done_at is not None and happened.at_us < done_at + effect.cooldown_us:
-            return "it rests"
+            return False
         self._done_at[key] = happened.at_us
         self._remember(effect)
-        return ""
+        return True
 
-    def _is_so(self, effect: Effect) -> str:
+    def _is_so(self, effect: Effect) -> bool:
         if isinstance(effect, DeviceCommand):
             target = (effect.device_uuid, effect.state_name)
             same = target in self._values and self._values[target] == effect.value
-            return "it is so already" if same and not (effect.force or self._momentary.get(target)) else ""
+            return same and not (effect.force or self._momentary.get(target, False))
         if isinstance(effect, RaiseAlarm):
-            return "it is active already" if (self._main_source, effect.alarm) in self._alarms else ""
+            return (self._main_source, effect.alarm) in self._alarms
         if isinstance(effect, ClearAlarm):
-            return "" if (self._main_source, effect.alarm) in self._alarms else "it is not active"
-        return ""
+            return (self._main_source, effect.alarm) not in self._alarms
+        return False
 
     def _remember(self, effect: Effect) -> None:
         if isinstance(effect, DeviceCommand):
