@@ -55,7 +55,7 @@ class Watched(NamedTuple):
     datatype: str
 
     def value(self, reading: Reading) -> float | str | bool | None:
-        _, _, number, text = reading
+        _, _, number, text, _ = reading
         if number is None:
             return text
         return bool(number) if self.datatype == Datatype.BOOLEAN else number
@@ -74,7 +74,7 @@ class Gathered:
     latest: Reading | None = None
 
     def add(self, reading: Reading) -> None:
-        _, timestamp_us, number, _ = reading
+        _, timestamp_us, number, _, _ = reading
         self.count += 1
         if len(self.first) < AS_THEY_ARE:
             self.first.append(reading)
@@ -212,7 +212,8 @@ def _rows(uuids: Iterable[str]) -> list[tuple[int, Watched]]:
 
 
 def _shown(reading: Reading, watched: Watched) -> dict[str, Any]:
-    return {"timestamp": _iso(reading[1]), "value": watched.value(reading)}
+    shown = {"timestamp": _iso(reading[1]), "value": watched.value(reading)}
+    return {**shown, "suspect": reading[4]} if reading[4] else shown
 
 
 def _iso(timestamp_us: int) -> str:

@@ -21,8 +21,8 @@ REFRESH_SECONDS = 1.0
 # A gateway says again what it wants well before; one that died is forgotten then.
 WANTED_SECONDS = 30.0
 
-# Variable id, timestamp in us, and the number or the text that was measured.
-Reading = tuple[int, int, float | None, str | None]
+# Variable id, timestamp in us, the number or the text that was measured, and why rules do not believe it.
+Reading = tuple[int, int, float | None, str | None, str | None]
 _encode = msgspec.msgpack.Encoder().encode
 _decoder = msgspec.msgpack.Decoder(list[Reading])
 

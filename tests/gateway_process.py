@@ -407,7 +407,7 @@ def measure(*, variable: str, values: Sequence[float]) -> int:
     from notifications import live_channel
 
     key = Variable.objects.get(uuid=variable).pk
-    rows = [(key, 1_767_323_045_000_000 + number, value, None) for number, value in enumerate(values)]
+    rows = [(key, 1_767_323_045_000_000 + number, value, None, None) for number, value in enumerate(values)]
     chosen = live_channel.select(rows, wanted=live_channel.WatchedVariables().ids())
     live_channel.publish(chosen)
     return len(chosen)

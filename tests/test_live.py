@@ -26,7 +26,7 @@ def gathered(*values: Any, watched: Watched = PH) -> list[tuple[str, dict[str, A
     found = Gathered()
     for number, value in enumerate(values):
         text = value if isinstance(value, str) else None
-        found.add((1, BEGAN_US + number * 1_000_000, None if text else float(value), text))
+        found.add((1, BEGAN_US + number * 1_000_000, None if text else float(value), text, None))
     return found.events(watched)
 
 
@@ -54,13 +54,20 @@ def test_more_readings_are_told_as_one_summary() -> None:
 def test_the_latest_is_that_of_time_not_of_arrival() -> None:
     found = Gathered()
     for second, value in ((3, 1.0), (9, 2.0), (5, 3.0)):
-        found.add((1, BEGAN_US + second * 1_000_000, value, None))
+        found.add((1, BEGAN_US + second * 1_000_000, value, None, None))
     ((_, body),) = found.events(PH)
     assert (body["latest"]["value"], body["from"], body["to"]) == (
         2.0,
         "2026-01-02T03:04:08+00:00",
         "2026-01-02T03:04:14+00:00",
     )
+
+
+def test_what_rules_do_not_believe_says_why() -> None:
+    found = Gathered()
+    found.add((1, BEGAN_US, 60.0, None, "above-maximum"))
+    ((_, body),) = found.events(PH)
+    assert (body["value"], body["suspect"]) == (60.0, "above-maximum")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +80,9 @@ def test_what_is_no_number_has_a_count_and_a_latest_value(datatype: str, values:
 
 
 def test_a_worker_chooses_what_is_watched_and_new() -> None:
-    rows = [(1, 10, 2.0, None), None, (2, 10, 4.0, None)]
+    rows = [(1, 10, 2.0, None, None), None, (2, 10, 4.0, None, None)]
     assert live_channel.select(rows, wanted=frozenset()) == []
-    assert live_channel.select(rows, wanted=frozenset({1})) == [(1, 10, 2.0, None)]
+    assert live_channel.select(rows, wanted=frozenset({1})) == [(1, 10, 2.0, None, None)]
 
 
 @pytest.mark.usefixtures("empty_redis")
@@ -115,7 +122,7 @@ def variables(count: int) -> list[Variable]:
 
 def encoded(*rows: tuple[Variable, float]) -> bytes:
     sent: list[bytes] = []
-    wire = [(variable.pk, BEGAN_US + number, value, None) for number, (variable, value) in enumerate(rows)]
+    wire = [(variable.pk, BEGAN_US + number, value, None, None) for number, (variable, value) in enumerate(rows)]
     sent.append(live_channel._encode(wire))
     return sent[0]
 

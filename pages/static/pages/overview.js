@@ -1,9 +1,12 @@
-// The overview: lines of the last day in the tiles, buttons that ask the API, and the newest state of all every ten seconds.
+// The overview and the page of a device: lines of the last day in the tiles, buttons that ask the API, and news as they come;
+// while the gateway does not tell them, the whole anew every ten seconds.
 "use strict";
 
 const live = document.getElementById("live");
 const message = document.getElementById("message");
 const RENEW_MS = 10000;
+const RENEW_LIVE_MS = 60000; // ages grow, and what was missed is found
+const SOON_MS = 500; // several messages at once are one reason to look
 const lines = new Map(); // "sensor variable" -> points, so that a renewed page does not ask again for a while
 const LINES_MS = 300000;
 
@@ -56,6 +59,7 @@ async function renew() {
     live.replaceChildren(...page.getElementById("live").childNodes);
     localTimes(live);
     watch();
+    heard.ask();
     if (held && held.post) [...live.querySelectorAll("button")].find((b) => b.dataset.post === held.post && b.dataset.value === held.value && b.dataset.device === held.device)?.focus();
     say("");
   } catch {
@@ -85,5 +89,43 @@ live.addEventListener("click", async (event) => {
 });
 
 document.querySelector("select#organization")?.addEventListener("change", (event) => event.target.form.requestSubmit());
+// A number as the server writes it: four digits that count.
+function asText(value) {
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value);
+}
+
+function showReading({ variable, value, suspect }) {
+  const tile = live.querySelector(`[data-live="${CSS.escape(variable)}"]`);
+  const text = tile?.querySelector("[data-value]");
+  // What is not believed, or misses its target or does no longer, is for the server to say.
+  if (!text || suspect || tile.matches(".suspect, .missed") || outside(tile, value)) return soon();
+  text.textContent = asText(value);
+  tile.classList.remove("silent");
+  tile.querySelector(".age").textContent = "just now";
+}
+
+function outside({ dataset }, value) {
+  return (dataset.low && value < Number(dataset.low)) || (dataset.high && value > Number(dataset.high));
+}
+
+let renewing = 0;
+let renewed = Date.now();
+
+function soon() {
+  if (!renewing) renewing = setTimeout(() => { renewing = 0; again(); }, SOON_MS);
+}
+
+function again() {
+  renewed = Date.now();
+  if (!document.hidden) renew();
+}
+
 watch();
-setInterval(() => document.hidden || renew(), RENEW_MS);
+const heard = listen({
+  variables: () => [...live.querySelectorAll("[data-live]")].map((tile) => tile.dataset.live),
+  onReading: showReading,
+  onMessage: soon,
+});
+document.addEventListener("visibilitychange", () => document.hidden || again());
+setInterval(() => Date.now() - renewed < (heard.isLive() ? RENEW_LIVE_MS : RENEW_MS) || again(), 1000);

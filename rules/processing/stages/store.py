@@ -48,7 +48,7 @@ def store(inputs: Inputs) -> Stored:
     for event in batch:
         rows += _rows_of(event, inputs, quality)
     as_stored = readings.store(rows)
-    live_readings = live_channel.select((row and row[:4] for row in as_stored), wanted=inputs.watched)
+    live_readings = live_channel.select((row and (*row[:4], row.suspect) for row in as_stored), wanted=inputs.watched)
     left = iter(as_stored)
     changes, reported = _apply_reports(batch, inputs)
     stored: list[tuple[Event, tuple[str, ...] | None]] = []
