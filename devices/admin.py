@@ -58,12 +58,12 @@ class MembershipAdmin(ScopedAdmin):
     uuid_paths = ("organization__uuid",)
     fixed = ("organization", "user")
     readonly_fields = ()
-    list_display = ("user", "organization", "role")
+    list_display = ("user", "organization", "role", "area")
     list_filter = ("role", OrganizationListFilter)
-    list_select_related = ("user", "organization")
+    list_select_related = ("user", "organization", "area")
     search_fields = ("user__username", "organization__name")
     search_help_text = "A part of the user's or organization's name"
-    autocomplete_fields = ("organization",)
+    autocomplete_fields = ("organization", "area")
     raw_id_fields = ("user",)
 
 
@@ -81,14 +81,14 @@ class InvitationAdmin(ScopedAdmin):
     """The link of an invitation is shown once, after it is made. Delete an invitation to withdraw it."""
 
     resource = "invitations"
-    fixed = ("organization", "role", "note", "expires_at")
+    fixed = ("organization", "role", "area", "note", "expires_at")
     readonly_fields = ("uuid", "created_by", "created_at", "accepted_at", "accepted_by")
-    list_display = ("note", "role", "organization", "created_by", "created_at", "expires_at", "accepted_by")
+    list_display = ("note", "role", "area", "organization", "created_by", "created_at", "expires_at", "accepted_by")
     list_filter = (("accepted_at", admin.EmptyFieldListFilter), "role", OrganizationListFilter)
-    list_select_related = ("organization",)
+    list_select_related = ("organization", "area")
     search_fields = ("note", "accepted_by")
     search_help_text = "A part of the note, or of the name of who accepted"
-    autocomplete_fields = ("organization",)
+    autocomplete_fields = ("organization", "area")
 
     def formfield_for_dbfield(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
         if db_field.name == "role":
@@ -96,11 +96,11 @@ class InvitationAdmin(ScopedAdmin):
         return super().formfield_for_dbfield(db_field, request, **kwargs)
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
-        given = ("organization", "role", "note", "expires_at")
+        given = self.fixed
         return given if obj is None else (*given, *self.readonly_fields)
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
-        values = {name: form.cleaned_data[name] for name in ("organization", "role", "note", "expires_at")}
+        values = {name: form.cleaned_data[name] for name in self.fixed}
         issued, token = Invitation.objects.issue(**values, created_by=request.user.get_username())
         obj.__dict__.update(issued.__dict__)
         text = "Send this link to the person, who can use it once. It is shown now and never again: <code>{}</code>"
@@ -208,6 +208,7 @@ class DeviceAdmin(ScopedAdmin):
 class DeviceStateAdmin(ScopedAdmin):
     resource = "device-states"
     organization_path = "device__organization"
+    area_path = "device__area"
     uuid_paths = ("uuid", "device__uuid")
     fixed = ("device",)
     readonly_fields = ("uuid", "created_at", *STATE_VALUES, "locked", "interlocked")

@@ -66,13 +66,24 @@ class Membership(models.Model):
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="memberships")
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="memberships")
     role = models.CharField(max_length=20, choices=Role.choices, default=Role.VIEWER)
+    # Not set to none with its area: that would be the right to all of them.
+    area = models.ForeignKey(
+        "devices.Area", null=True, blank=True, on_delete=models.RESTRICT, related_name="memberships",
+        help_text="An operator may be limited to an area and its parts: to switch what stands in them, and to acknowledge their "
+        "alarms. What belongs to the whole farm, such as its rules, is then only looked at.",
+    )  # fmt: skip
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["user", "organization"], name="one_membership_per_organization")]
         ordering = ["organization", "user"]
 
     def __str__(self) -> str:
-        return f"{self.user}, {self.role} of {self.organization}"
+        where = f" in {self.area}" if self.area else ""
+        return f"{self.user}, {self.role} of {self.organization}{where}"
+
+    def clean(self) -> None:
+        check_place(self)
+        check_limit(self.role, self.area)
 
 
 class Sensor(Identified):
@@ -630,7 +641,7 @@ class CatalogueVersion(models.Model):
 
 
 # At the end: their keys lead to the tables above.
-from devices.areas.models import Area, check_place  # noqa: E402
+from devices.areas.models import Area, check_limit, check_place  # noqa: E402
 from devices.audit.models import AuditEntry, AuditHead  # noqa: E402
 from devices.history.models import Rollup, RollupState  # noqa: E402
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402

@@ -6,16 +6,17 @@ RIGHTS is the one table of it. The REST API and the admin both ask it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from django.db.models import Model, QuerySet
+from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest
 from rest_framework.exceptions import PermissionDenied
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
+from devices.areas.models import within
 from devices.models import ApiToken, Membership, Organization, Role
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ _RANK: Mapping[str, int] = {Role.VIEWER: 1, Role.OPERATOR: 2, Role.ADMIN: 3}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rights:
-    """The least role that each verb needs in the row's organization; None leaves it to superusers."""
+    """The least role that each verb needs in the row's organization; None leaves it to superusers.
+
+    `placed`: rows stand in areas, so that whoever is limited to an area acts on those in it.
+    """
 
     view: Role | None = Role.VIEWER
     add: Role | None = None
     change: Role | None = None
     delete: Role | None = None
+    placed: bool = False
 
 
 _OF_OPERATORS = Rights(add=Role.OPERATOR, change=Role.OPERATOR, delete=Role.OPERATOR)
@@ -49,16 +54,16 @@ RIGHTS: Mapping[str, Rights] = {
     "sensors": _OF_ADMINS,
     "variables": _OF_ADMINS,
     "devices": _OF_ADMINS,
-    "device-states": _OF_OPERATORS,
+    "device-states": replace(_OF_OPERATORS, placed=True),
     # Who may change an interlock may also override it.
     "interlocks": _OF_ADMINS,
     "vetoes": Rights(),
     "device-tokens": _OF_ADMINS,
     "readings": Rights(),
     "data-problems": Rights(delete=Role.OPERATOR),
-    "state-changes": Rights(add=Role.OPERATOR),
+    "state-changes": Rights(add=Role.OPERATOR, placed=True),
     "rule-chains": _OF_OPERATORS,
-    "alarms": Rights(change=Role.OPERATOR),
+    "alarms": Rights(change=Role.OPERATOR, placed=True),
     "notifications": Rights(add=Role.OPERATOR, change=Role.OPERATOR),
     "rejected-events": Rights(change=Role.OPERATOR),
     "dead-letters": Rights(change=Role.OPERATOR),
@@ -69,38 +74,68 @@ RIGHTS: Mapping[str, Rights] = {
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What one person may do. `roles`: organization id -> role; a superuser needs none. `demanded`: where a right was needed."""
+    """What one person may do. `roles`: organization id -> role; a superuser needs none. `areas`: organization id -> ids of the
+    areas that the person is limited to there; no entry is no limit. `demanded`: where a right was needed.
+    """
 
     superuser: bool
     roles: Mapping[int, str]
+    areas: Mapping[int, frozenset[int]] = field(default_factory=dict)
     demanded: set[int | None] = field(default_factory=set, compare=False)
 
-    def may(self, verb: Verb, resource: str, organization_id: int | None) -> bool:
+    def may(self, verb: Verb, resource: str, organization_id: int | None, *, area: int | None = None) -> bool:
+        """`area`: where the row stands. All rows may be looked at; one that stands nowhere is changed by who has no limit."""
         if self.superuser:
             return True
+        if organization_id is None or not self._has_role(verb, resource, organization_id):
+            return False
+        return verb == "view" or organization_id not in self.areas or area in self.areas[organization_id]
+
+    def _has_role(self, verb: Verb, resource: str, organization_id: int) -> bool:
         needed: Role | None = getattr(RIGHTS[resource], verb)
-        role = self.roles.get(organization_id) if organization_id is not None else None
+        role = self.roles.get(organization_id)
         return needed is not None and role is not None and _RANK[role] >= _RANK[needed]
 
     def organizations(self, verb: Verb, resource: str) -> list[int]:
-        """The ids of the organizations in which the verb is allowed; means nothing for a superuser."""
+        """The ids of the organizations in which the verb is allowed wherever a row stands; means nothing for a superuser."""
         return [organization_id for organization_id in self.roles if self.may(verb, resource, organization_id)]
 
-    def may_somewhere(self, verb: Verb, resource: str) -> bool:
-        return self.superuser or bool(self.organizations(verb, resource))
+    def limited_to(self, verb: Verb, resource: str) -> list[int]:
+        """The ids of the areas in which the verb is allowed to a person who is limited to them."""
+        limited = (areas for each, areas in self.areas.items() if self._has_role(verb, resource, each))
+        return [area for areas in limited for area in areas]
 
-    def limit(self, rows: QuerySet[Row], path: str, *, resource: str, verb: Verb = "view") -> QuerySet[Row]:
-        """The rows with which the verb is allowed; `path` leads from a row to its organization."""
+    def may_somewhere(self, verb: Verb, resource: str) -> bool:
+        if self.superuser or self.organizations(verb, resource):
+            return True
+        return RIGHTS[resource].placed and bool(self.limited_to(verb, resource))
+
+    def limit(
+        self, rows: QuerySet[Row], path: str, *, resource: str, verb: Verb = "view", area_path: str = ""
+    ) -> QuerySet[Row]:
+        """The rows with which the verb is allowed; `path` leads from a row to its organization, `area_path` to its area."""
         if self.superuser:
             return rows
-        return rows.filter(**{f"{path}__in": self.organizations(verb, resource)})
+        allowed = Q(**{f"{path}__in": self.organizations(verb, resource)})
+        if area_path and verb != "view":
+            allowed |= Q(**{f"{area_path}__in": self.limited_to(verb, resource)})
+        return rows.filter(allowed)
 
-    def demand(self, verb: Verb, resource: str, organization_id: int | None) -> None:
+    def demand(self, verb: Verb, resource: str, organization_id: int | None, *, area: int | None = None) -> None:
         """Raises PermissionDenied with the roles held and needed; only for an organization the person may see."""
         self.demanded.add(organization_id)
-        if not self.may(verb, resource, organization_id):
-            held = self.roles.get(organization_id) if organization_id is not None else None
-            raise PermissionDenied(_refusal(verb, resource, held))
+        if self.may(verb, resource, organization_id, area=area):
+            return
+        if (
+            organization_id is not None
+            and organization_id in self.areas
+            and self._has_role(verb, resource, organization_id)
+        ):
+            raise PermissionDenied(
+                f"You are limited to an area: to {verb} {resource} elsewhere takes somebody who is not."
+            )
+        held = self.roles.get(organization_id) if organization_id is not None else None
+        raise PermissionDenied(_refusal(verb, resource, held))
 
 
 def _refusal(verb: Verb, resource: str, held: str | None) -> str:
@@ -119,17 +154,23 @@ def access_of(request: Request | HttpRequest) -> Access:
     token = getattr(request, "auth", None)
     superuser = bool(user.is_active and user.is_superuser)
     if isinstance(token, ApiToken):
-        access = Access(False, _capped(_all_roles() if superuser else _roles_of(token.user_id), token.role))
+        roles, areas = (_all_roles(), {}) if superuser else _roles_of(token.user_id)
+        access = Access(False, _capped(roles, token.role), areas)
+    elif superuser or not user.is_authenticated:
+        access = Access(superuser, {})
     else:
-        access = Access(superuser, {} if superuser or not user.is_authenticated else _roles_of(user.pk))
+        access = Access(False, *_roles_of(user.pk))
     request.aemos_access = access  # type: ignore[union-attr]
     plain: Any = getattr(request, "_request", request)  # what middleware sees of it
     plain.aemos_organizations, plain.aemos_token = access.demanded, token
     return access
 
 
-def _roles_of(user_id: int) -> dict[int, str]:
-    return dict(Membership.objects.filter(user_id=user_id).values_list("organization_id", "role"))
+def _roles_of(user_id: int) -> tuple[dict[int, str], dict[int, frozenset[int]]]:
+    """Roles and areas, by organization; one query for who is limited nowhere."""
+    rows = list(Membership.objects.filter(user_id=user_id).select_related("area"))
+    areas = {row.organization_id: frozenset(within(row.area)) for row in rows if row.area is not None}
+    return {row.organization_id: row.role for row in rows}, areas
 
 
 def _all_roles() -> dict[int, str]:
@@ -140,8 +181,8 @@ def _capped(roles: Mapping[int, str], most: str) -> dict[int, str]:
     return {organization: min(role, most, key=_RANK.__getitem__) for organization, role in roles.items()}
 
 
-def organization_of(row: Model, path: str) -> int | None:
-    """The id of the organization to which `path` leads from a row; None for the few rows that have none."""
+def id_at(row: Model, path: str) -> int | None:
+    """The id of the organization or area to which `path` leads from a row; None where it leads to none."""
     found = row if path == "pk" else attrgetter(path.replace("__", "."))(row)
     key: int | None = found.pk if found is not None else None
     return key
@@ -169,7 +210,8 @@ class MemberPermission(BasePermission):
     def has_object_permission(self, request: Request, view: APIView, obj: Any) -> bool:
         resource = getattr(view, "resource", None)
         if resource is not None:
-            access_of(request).demand(verb_of(request, view), resource, view.organization_of(obj))  # type: ignore[attr-defined]
+            organization_id, area = view.place_of(obj)  # type: ignore[attr-defined]
+            access_of(request).demand(verb_of(request, view), resource, organization_id, area=area)
         return True
 
 

@@ -14,7 +14,7 @@ from django.http import HttpRequest
 from django.utils.functional import cached_property
 
 from devices.models import Organization
-from devices.permissions import RIGHTS, Verb, access_of, organization_of
+from devices.permissions import RIGHTS, Verb, access_of, id_at
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Any]
@@ -67,6 +67,7 @@ class ScopedAdmin(_ModelAdmin):
 
     resource: ClassVar[str]
     organization_path: ClassVar[str] = "organization"
+    area_path: ClassVar[str] = ""
     uuid_paths: ClassVar[Sequence[str]] = ("uuid",)
     fixed: ClassVar[Sequence[str]] = ("organization",)
     form = FixedParentForm
@@ -98,11 +99,14 @@ class ScopedAdmin(_ModelAdmin):
         access = access_of(request)
         if row is None:
             return access.may_somewhere(verb, self.resource)
-        return access.may(verb, self.resource, organization_of(row, self.organization_path))
+        area = id_at(row, self.area_path) if self.area_path else None
+        return access.may(verb, self.resource, id_at(row, self.organization_path), area=area)
 
     def changeable(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         """Those of the rows that the person may change: for actions on what was selected."""
-        return access_of(request).limit(queryset, self.organization_path, resource=self.resource, verb="change")
+        return access_of(request).limit(
+            queryset, self.organization_path, resource=self.resource, verb="change", area_path=self.area_path
+        )
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         always = tuple(super().get_readonly_fields(request, obj))
@@ -164,7 +168,7 @@ class ScopedInline(_Inline):
         access = access_of(request)
         if parent is None:
             return access.may_somewhere(verb, self.resource)
-        return access.may(verb, self.resource, organization_of(parent, self.parent_path))
+        return access.may(verb, self.resource, id_at(parent, self.parent_path))
 
 
 class ScopedTabularInline(ScopedInline, TabularInline):

@@ -165,6 +165,10 @@ def organization_field() -> ScopedField[Organization]:
     return ScopedField(queryset=Organization.objects.all(), path="pk")
 
 
+def area_field(text: str) -> ScopedField[Area]:
+    return ScopedField(queryset=Area.objects.all(), allow_null=True, required=False, help_text=text)
+
+
 class OrganizationSerializer(CamelCaseSerializer[Organization]):
     """A farm or a company."""
 
@@ -178,10 +182,11 @@ class MembershipSerializer(CamelCaseSerializer[Membership]):
 
     organization = organization_field()
     user = serializers.SlugRelatedField(slug_field="username", queryset=get_user_model()._default_manager.all())
+    area = area_field("uuid of the area that an operator is limited to; null for no limit.")
 
     class Meta:
         model = Membership
-        fields = ["organization", "user", "role"]
+        fields = ["organization", "user", "role", "area"]
         immutable = ["organization", "user"]
 
 
@@ -201,9 +206,7 @@ class SensorSerializer(CamelCaseSerializer[Sensor]):
         read_only=True, allow_null=True, help_text="null until an event has said when it happened."
     )
 
-    area = ScopedField[Area](
-        queryset=Area.objects.all(), allow_null=True, required=False, help_text="uuid of the area that it stands in."
-    )
+    area = area_field("uuid of the area that it stands in.")
 
     class Meta:
         model = Sensor
@@ -231,9 +234,7 @@ class DeviceSerializer(CamelCaseSerializer[Device]):
 
     organization = organization_field()
 
-    area = ScopedField[Area](
-        queryset=Area.objects.all(), allow_null=True, required=False, help_text="uuid of the area that it stands in."
-    )
+    area = area_field("uuid of the area that it stands in.")
 
     class Meta:
         model = Device

@@ -72,7 +72,7 @@ class MembershipViewSet(EditViewSet[Membership]):
     """Who belongs to an organization, and as what. A membership is addressed by organization and user name."""
 
     resource = "memberships"
-    queryset = Membership.objects.select_related("organization", "user")
+    queryset = Membership.objects.select_related("organization", "user", "area")
     serializer_class = MembershipSerializer
     filterset_class = MembershipFilter
 
@@ -149,8 +149,9 @@ class DeviceStateViewSet(EditViewSet[DeviceState]):
     resource = "device-states"
     verbs: ClassVar = {"lock": "change", "unlock": "change"}
     organization_path = "device__organization"
+    area_path = "device__area"
     parent = "device"
-    queryset = DeviceState.objects.select_related("device__organization")
+    queryset = DeviceState.objects.select_related("device__organization", "device__area")
     serializer_class = DeviceStateSerializer
     filterset_class = DeviceStateFilter
 

@@ -18,7 +18,7 @@ from rest_framework.serializers import BaseSerializer
 from aemos.lib.csv_lines import csv_lines
 from devices.models import Organization
 from devices.parsers import BoundedJSONParser
-from devices.permissions import Access, access_of, organization_of
+from devices.permissions import Access, access_of, id_at
 
 Row = TypeVar("Row", bound=Model)
 CHUNK_ROWS = 500
@@ -29,6 +29,7 @@ class ScopedViewSet(viewsets.GenericViewSet[Row]):
 
     resource: ClassVar[str]
     organization_path: ClassVar[str] = "organization"
+    area_path: ClassVar[str] = ""
     lookup_field = "uuid"
     lookup_value_converter = "uuid"
     parser_classes = [BoundedJSONParser]
@@ -40,8 +41,9 @@ class ScopedViewSet(viewsets.GenericViewSet[Row]):
     def get_queryset(self) -> QuerySet[Row]:
         return self.access.limit(super().get_queryset(), self.organization_path, resource=self.resource)
 
-    def organization_of(self, row: Model) -> int | None:
-        return organization_of(row, self.organization_path)
+    def place_of(self, row: Model) -> tuple[int | None, int | None]:
+        """The ids of a row's organization, and of the area that it stands in."""
+        return id_at(row, self.organization_path), id_at(row, self.area_path) if self.area_path else None
 
 
 class CsvRenderer(BaseRenderer):
@@ -106,7 +108,7 @@ class EditViewSet(mixins.CreateModelMixin, mixins.UpdateModelMixin, mixins.Destr
     def perform_create(self, serializer: BaseSerializer[Any]) -> None:
         """A new row's organization is that of the parent it names, to which `parent_path` leads from the parent."""
         parent = serializer.validated_data[self.parent]
-        organization_id = parent.pk if isinstance(parent, Organization) else organization_of(parent, self.parent_path)
+        organization_id = parent.pk if isinstance(parent, Organization) else id_at(parent, self.parent_path)
         self.access.demand("add", self.resource, organization_id)
         with transaction.atomic():
             serializer.save()

@@ -14,7 +14,7 @@ from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_http_methods, require_POST
 
-from devices.areas.models import tree
+from devices.areas.models import people_of, tree
 from devices.models import Area, Device, Organization, Sensor
 from devices.permissions import access_of
 from pages import organizations
@@ -80,8 +80,12 @@ def areas_page(request: HttpRequest) -> HttpResponse:
 def delete_area(request: HttpRequest, uuid: UUID) -> HttpResponse:
     area = row_of(request, Area.objects.select_related("organization"), "areas", uuid)
     demand(request, "delete", "areas", area.organization_id)
-    area.delete()
-    messages.success(request, f"{area.name} is deleted. What stood in it stands in none.")
+    if people := people_of(area):
+        text = f"{area.name} stays: {', '.join(people)} may act only in it or a part of it. Change their memberships first."
+        messages.error(request, text)
+    else:
+        area.delete()
+        messages.success(request, f"{area.name} is deleted. What stood in it stands in none.")
     return redirect(_address(area.organization))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from devices.latest import Latest
 from devices.models import Area, Device, DeviceState, Organization, Sensor, Variable
 from devices.permissions import Access
 from devices.values import Datatype
+from rules.effects import alarms
 from rules.models import Alarm
 
 ALARMS_SHOWN = 50
@@ -71,6 +72,7 @@ class StateRow:
 class DeviceCard:
     device: Device
     rows: Sequence[StateRow]
+    may_switch: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +84,8 @@ class Overview:
     device_count: int
     page: int
     pages: int
-    may_switch: bool
-    may_acknowledge: bool
+    # The ids of those that the person may acknowledge.
+    acknowledgeable: Collection[int]
     may_add: bool
 
     @property
@@ -107,16 +109,17 @@ def of(
     pages = max(1, -(-max(sensor_count, device_count) // SHOWN))
     page = min(max(page, 1), pages)
     shown = slice((page - 1) * SHOWN, page * SHOWN)
+    open_alarms = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
+    found = list(open_alarms.select_related("chain").order_by("-raised_at")[:ALARMS_SHOWN])
     return Overview(
         sensors=_sensors(sensors[shown]),
-        devices=_devices(devices[shown]),
-        alarms=_alarms(organization),
+        devices=_devices(devices[shown], access),
+        alarms=found,
         sensor_count=sensor_count,
         device_count=device_count,
         page=page,
         pages=pages,
-        may_switch=access.may("add", "state-changes", organization.pk),
-        may_acknowledge=access.may("change", "alarms", organization.pk),
+        acknowledgeable=set(alarms.changeable(open_alarms, access).values_list("pk", flat=True)),
         may_add=access.may("add", "sensors", organization.pk),
     )
 
@@ -154,9 +157,15 @@ def as_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _devices(rows: QuerySet[Device]) -> list[DeviceCard]:
-    found = rows.prefetch_related("states")
-    return [DeviceCard(device=device, rows=[state_row(state) for state in device.states.all()]) for device in found]
+def _devices(rows: QuerySet[Device], access: Access) -> list[DeviceCard]:
+    return [
+        DeviceCard(
+            device=device,
+            rows=[state_row(state) for state in device.states.all()],
+            may_switch=access.may("add", "state-changes", device.organization_id, area=device.area_id),
+        )
+        for device in rows.prefetch_related("states")
+    ]
 
 
 def state_row(state: DeviceState) -> StateRow:
@@ -169,8 +178,3 @@ def state_row(state: DeviceState) -> StateRow:
     return StateRow(
         state=state, text="" if value is None else as_text(value), choices=() if locked else choices, is_locked=locked
     )
-
-
-def _alarms(organization: Organization) -> list[Alarm]:
-    rows = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
-    return list(rows.select_related("chain").order_by("-raised_at")[:ALARMS_SHOWN])

@@ -104,7 +104,7 @@ def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
         "organization": found.organization,
         "shown": device.of(found),
         "place": areas.place_of(found, reverse("put-device", args=[found.uuid])),
-        "may_switch": access.may("add", "state-changes", found.organization_id),
+        "may_switch": access.may("add", "state-changes", found.organization_id, area=found.area_id),
         "may_connect": access.may("add", "device-tokens", found.organization_id),
     }
     return render(request, "pages/device.html", context)

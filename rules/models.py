@@ -9,7 +9,7 @@ from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils import timezone
 
-from devices.models import Identified, Organization
+from devices.models import Area, Device, Identified, Organization, Sensor
 from rules.engine import cron
 from rules.engine.cron import Schedule
 
@@ -218,6 +218,14 @@ class Alarm(Identified):
 
     def __str__(self) -> str:
         return f"{self.type} ({self.severity}, {self.state})"
+
+    @property
+    def area(self) -> Area | None:
+        """Where the sensor or device stands that it is about."""
+        model = {"sensor": Sensor, "device": Device}.get(self.source_type)
+        if model is None:
+            return None
+        return Area.objects.filter(**{f"{model._meta.model_name}s__uuid": self.originator_uuid}).first()
 
 
 class ActionCooldown(models.Model):

@@ -64,6 +64,17 @@ def test_a_change_over_rest_has_an_entry_with_what_was_sent(ada: Any, farm: Orga
     assert (entry.detail, entry.address) == (body, "127.0.0.1")
 
 
+def test_a_body_that_a_request_needs_not_is_no_error(ada: Any, farm: Organization) -> None:
+    device = builders.device(farm, states={"power": ["on", "off"]})
+    path = f"{API}/device-states/{device.states.get().uuid}/unlock"
+    for body in ({"note": "done"}, None):
+        answer = ada.post(path, body, format="multipart")
+        assert answer.status_code == 200, answer.content
+    alike = ada.post(path, b"\xff\x00", content_type="application/octet-stream")
+    assert alike.status_code == 200
+    assert newest().target == path
+
+
 def test_what_was_refused_or_only_read_has_none(ada: Any, farm: Organization) -> None:
     before = AuditEntry.objects.count()
     assert ada.post(f"{API}/sensors", {"name": "Tank 1"}).status_code == 400

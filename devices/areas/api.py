@@ -7,7 +7,8 @@ from uuid import UUID
 
 from django.db.models import QuerySet
 
-from devices.areas.models import Area, within
+from aemos.lib.problems import Conflict
+from devices.areas.models import Area, people_of, within
 from devices.filters import CharFilter, FilterSet, UUIDFilter, by_uuid
 from devices.serializers import CamelCaseSerializer, ScopedField, organization_field
 from devices.viewsets import EditViewSet
@@ -43,6 +44,11 @@ class AreaViewSet(EditViewSet[Area]):
     queryset = Area.objects.select_related("organization", "parent")
     serializer_class = AreaSerializer
     filterset_class = AreaFilter
+
+    def perform_destroy(self, instance: Area) -> None:
+        if people := people_of(instance):
+            raise Conflict(f"{', '.join(people)}: limited to it or to a part of it. Change their memberships first.")
+        super().perform_destroy(instance)
 
 
 class StandsInFilter(FilterSet):

@@ -94,6 +94,22 @@ def within(area: Area) -> list[int]:
 
 
 def check_place(row: Any) -> None:
-    """Of a sensor or device: that it stands in an area of its own organization. Raises ValidationError."""
+    """Of what stands in, or is limited to, an area: that this is one of its own organization. Raises ValidationError."""
     if row.area is not None and row.area.organization_id != row.organization_id:
         raise ValidationError({"area": "is an area of another organization"})
+
+
+def check_limit(role: str, area: Area | None) -> None:
+    """Raises ValidationError for roles that no area limits: viewers change nothing, and admins care for all of it."""
+    if area is not None and role != "operator":
+        raise ValidationError({"area": "limits operators only: leave it empty for other roles"})
+
+
+def people_of(area: Area) -> list[str]:
+    """The names of those who are limited to the area or a part of it: while there are any, it cannot be deleted."""
+    rows = Membership.objects.filter(area__in=within(area)).order_by("user__username")
+    return list(rows.values_list("user__username", flat=True))
+
+
+# At the end: its keys lead to the table above.
+from devices.models import Membership  # noqa: E402

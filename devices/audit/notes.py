@@ -14,6 +14,7 @@ import structlog
 from django.db import DatabaseError
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from rest_framework.request import Empty
 
 from devices.audit.models import AuditEntry
 from devices.models import ApiToken, Organization
@@ -103,7 +104,8 @@ def _was_done(request: HttpRequest, response: HttpResponseBase) -> bool:
 def _sent(request: HttpRequest, response: HttpResponseBase) -> Any:
     context = getattr(response, "renderer_context", None) or {}
     asked = context.get("request")
-    if asked is not None and hasattr(asked, "_full_data"):
+    # A view that needs no body has not read it, and what came may be nothing that it could read.
+    if asked is not None and getattr(asked, "_full_data", Empty) is not Empty:
         data = asked.data
         return data.dict() if hasattr(data, "dict") else data
     return {name: values if len(values) > 1 else values[0] for name, values in request.POST.lists()}

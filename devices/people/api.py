@@ -25,7 +25,7 @@ from devices.people import failures
 from devices.people.joining import join
 from devices.people.links import page_of
 from devices.people.models import CannotJoin
-from devices.serializers import CamelCaseSerializer, StrictMixin, organization_field
+from devices.serializers import CamelCaseSerializer, StrictMixin, area_field, organization_field
 from devices.viewsets import ReadViewSet
 
 
@@ -48,11 +48,13 @@ class InvitationSerializer(CamelCaseSerializer[Invitation]):
 
     organization = organization_field()
     role = serializers.ChoiceField(choices=Role.choices, default=Role.VIEWER)
+    area = area_field("uuid of the area that an operator is limited to; null for no limit.")
 
     class Meta:
         model = Invitation
         fields = [
-            "uuid", "organization", "role", "note", "created_by", "created_at", "expires_at", "accepted_at", "accepted_by",
+            "uuid", "organization", "role", "area", "note", "created_by", "created_at", "expires_at", "accepted_at",
+            "accepted_by",
         ]  # fmt: skip
         read_only_fields = ["created_by", "created_at", "accepted_at", "accepted_by"]
 
@@ -85,7 +87,7 @@ class InvitationViewSet(
     """Invitations to organizations, the newest first. Each is for one person, once; a member is removed under /memberships."""
 
     resource = "invitations"
-    queryset = Invitation.objects.select_related("organization")
+    queryset = Invitation.objects.select_related("organization", "area")
     serializer_class = InvitationSerializer
     filterset_class = InvitationFilter
 

@@ -59,6 +59,11 @@ class Invitation(models.Model):
     uuid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
     organization = models.ForeignKey("devices.Organization", on_delete=models.CASCADE, related_name="invitations")
     role = models.CharField(max_length=20, default="viewer")
+    # Withdrawn with its area.
+    area = models.ForeignKey(
+        "devices.Area", null=True, blank=True, on_delete=models.CASCADE, related_name="+",
+        help_text="Limits an operator to an area and its parts.",
+    )  # fmt: skip
     note = models.CharField(max_length=200, blank=True, help_text="Whom it is for.")
     digest = models.CharField(max_length=64, unique=True, editable=False)
     created_by = models.CharField(max_length=150, editable=False)
@@ -76,12 +81,15 @@ class Invitation(models.Model):
         return f"{self.role} of {self.organization}" + (f", for {self.note}" if self.note else "")
 
     def clean(self) -> None:
+        from devices.areas.models import check_limit, check_place
         from devices.models import Role
 
         if self.role not in Role.values:
             raise ValidationError({"role": f"must be one of {', '.join(Role.values)}"})
         if self._state.adding and self.expires_at <= timezone.now():
             raise ValidationError({"expires_at": "must be in the future"})
+        check_place(self)
+        check_limit(self.role, self.area)
 
     def accept(self, user: Any) -> Membership:
         """Makes the user a member. Raises CannotJoin, also when somebody else was quicker."""
@@ -93,7 +101,9 @@ class Invitation(models.Model):
             open_ones = Invitation.objects.filter(pk=self.pk, accepted_at=None)
             if not open_ones.update(accepted_at=timezone.now(), accepted_by=user.get_username()):
                 raise CannotJoin("This invitation was used before.")
-            return Membership.objects.create(user=user, organization_id=self.organization_id, role=self.role)
+            return Membership.objects.create(
+                user=user, organization_id=self.organization_id, role=self.role, area=self.area
+            )
 
 
 class ApiTokenQuerySet(models.QuerySet["ApiToken"]):

@@ -8,6 +8,7 @@ from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest
 
+from devices.permissions import access_of
 from devices.scoped_admin import OrganizationListFilter, RecordAdmin, ScopedAdmin
 from rules.effects import alarms
 from rules.models import ActionCooldown, Alarm
@@ -32,6 +33,7 @@ class AlarmAdmin(RecordAdmin):
         *(("cleared_at", "cleared_by"), "uuid"),
     )
     readonly_fields: ClassVar[tuple[str, ...]] = ("condition", "originator")
+    area_path = "area"
     actions = ("acknowledge_selected", "clear_selected")
 
     def has_decide_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -49,7 +51,7 @@ class AlarmAdmin(RecordAdmin):
         messages.success(request, f"{number} cleared.")
 
     def _mine(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Alarm]:
-        rows = self.changeable(request, queryset)
+        rows = alarms.changeable(queryset, access_of(request))
         return Alarm.objects.filter(pk__in=rows.order_by().values("pk"))
 
     def get_changelist_instance(self, request: HttpRequest) -> Any:

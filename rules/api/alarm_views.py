@@ -74,6 +74,7 @@ class AlarmViewSet(ReadViewSet[Alarm]):
     """Alarms, the newest first. Rules raise and clear them; people acknowledge them, and clear what no rule clears."""
 
     resource = "alarms"
+    area_path = "area"
     verbs: ClassVar = dict.fromkeys(("acknowledge", "clear"), "change")
     queryset = Alarm.objects.select_related("organization", "chain")
     serializer_class = AlarmSerializer

@@ -396,7 +396,7 @@ class StateInstanceViewSet(ScopedViewSet[DeviceState]):
         device = devices.filter(uuid=device_uuid).first()
         if device is None:
             raise ValidationError({"deviceUuid": [f"There is none with the uuid {device_uuid}."]})
-        self.access.demand("add", self.resource, device.organization_id)
+        self.access.demand("add", self.resource, device.organization_id, area=device.area_id)
         states_of_device = list(self.get_queryset().filter(device=device))
         found = next((state for state in states_of_device if state.name == name), None)
         if found is None:

@@ -20,7 +20,8 @@ from django.utils import timezone
 
 from aemos.lib import metrics
 from devices import catalogue
-from devices.models import Organization
+from devices.models import Device, Organization, Sensor
+from devices.permissions import Access
 from notifications import messages, outbox
 from notifications.messages import Message
 from rules import events
@@ -93,6 +94,19 @@ def clear(alarms: QuerySet[Alarm], *, by: str) -> int:
         row.state, row.cleared_at, row.cleared_by = Alarm.State.CLEARED, now, by
 
     return _decide(_open(alarms), change, Change.CLEARED, by=by)
+
+
+def changeable(alarms: QuerySet[Alarm], access: Access) -> QuerySet[Alarm]:
+    """Those that the person may acknowledge and clear. Who is limited to areas: of what stands in them."""
+    everywhere = access.limit(alarms, "organization", resource="alarms", verb="change")
+    areas = access.limited_to("change", "alarms")
+    if not areas:
+        return everywhere
+    stands = {"sensor": Sensor.objects.filter(area__in=areas), "device": Device.objects.filter(area__in=areas)}
+    here = Q()
+    for source_type, rows in stands.items():
+        here |= Q(source_type=source_type, originator_uuid__in=rows.values("uuid"))
+    return everywhere | alarms.filter(here, organization__in=access.areas)
 
 
 def raise_for_chain(chain: RuleChain, message: str) -> Alarm | None:
