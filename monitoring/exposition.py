@@ -72,6 +72,8 @@ def _circuit(view: View) -> Iterator[Metric]:
 def _lanes(known: Known) -> Iterator[Metric]:
     for name, (documentation, value_of) in LANE_GAUGES.items():
         yield _by_lane(name, documentation, {lane: value_of(load) for lane, load in known.load.lanes.items()})
+    paused = {lane: int(lane in known.paused) for lane in known.load.lanes}
+    yield _by_lane("rule_engine_lane_paused", "1 for a lane that a person has paused: its events wait.", paused)
     snapshot = known.snapshot
     yield _by_lane("rule_engine_queue_drain_rate", "Events finished per second.", snapshot.drain_rate)
     yield _by_lane(

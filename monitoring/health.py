@@ -90,6 +90,7 @@ def problems_of(view: View) -> list[str]:
     else:
         if view.known.snapshot.memory_full:
             problems.append("The memory of Redis is nearly full: events are refused.")
+        problems += [f"The {lane} lane is {pause}. Its events wait." for lane, pause in view.known.paused.items()]
         problems += view.known.weaknesses
         problems += _problems_of_broker(view.known.broker)
     if view.stale:

@@ -20,7 +20,8 @@ from rules.admission import circuit_store, control, rejections
 from rules.admission.circuit import State, Thresholds
 from rules.admission.circuit_store import Stored
 from rules.admission.control import Snapshot
-from rules.journal import queue_stats
+from rules.journal import pauses, queue_stats
+from rules.journal.pauses import Pause
 from rules.journal.queue_stats import Load
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Known:
     rejected: Mapping[str, int]
     weaknesses: Sequence[str]
     broker: BrokerLoad | None
+    paused: Mapping[str, Pause]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ def _known() -> Known | None:
     try:
         snapshot = control.shared().snapshot()
         measured, rejected, weaknesses = queue_stats.measure(), rejections.counts(), redis.weaknesses()
-        broker = broker_load.recall()
+        broker, paused = broker_load.recall(), pauses.current()
     except Overloaded as refusal:
         log.warning("the queue cannot be seen: %s", refusal.detail)
     except RedisError as error:
@@ -138,7 +140,9 @@ def _known() -> Known | None:
     else:
         # A part of the others, not a reason of its own.
         rejected.pop(rejections.UNRECORDED, None)
-        return Known(snapshot=snapshot, load=measured, rejected=rejected, weaknesses=weaknesses, broker=broker)
+        return Known(
+            snapshot=snapshot, load=measured, rejected=rejected, weaknesses=weaknesses, broker=broker, paused=paused
+        )
     return None
 
 

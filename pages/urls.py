@@ -27,6 +27,7 @@ urlpatterns = [
     path("devices/<uuid:uuid>/area", areas.put_device, name="put-device"),
     path("operations", operations.operations_page, name="operations-page"),
     path("operations/circuit", operations.set_circuit, name="set-circuit"),
+    path("operations/lane", operations.set_lane, name="set-lane"),
     path("rules", rules.list_page, name="rules-page"),
     path("rules/new", rules.new_page, name="new-rule-page"),
     path("rules/preview", rules.preview, name="rule-preview"),

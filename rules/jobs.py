@@ -20,7 +20,7 @@ from notifications import live_channel
 from rules import events, traces
 from rules.effects import perform
 from rules.engine.exceptions import ErrorCode
-from rules.journal import tickets
+from rules.journal import pauses, tickets
 from rules.journal.lease import Finished, Lease, StateConflict
 from rules.journal.slots import Slot
 from rules.processing import failures, index, timers
@@ -41,7 +41,10 @@ STALL_SECONDS = 1.0
 
 def drain(lane: str, partition: int) -> None:
     """What a drain ticket asks for: `attend` to the slot, then queue a ticket for the rest behind those of the other slots."""
-    attend(Slot(lane, partition), with_tickets=True)
+    if pauses.is_paused(lane):  # its end is noticed by the scheduler, as a ticket that was lost
+        redis.journal_client(partition).delete(keys.ticket(lane, partition))
+    else:
+        attend(Slot(lane, partition), with_tickets=True)
     metrics.flush()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from django.test import Client
@@ -16,7 +18,8 @@ from devices.models import Device
 from monitoring import recent
 from pages.operations import seen
 from rules.admission import circuit_store, rejections
-from rules.models import ChainStatistics, CircuitTransition
+from rules.journal import pauses
+from rules.models import ChainStatistics, CircuitTransition, DeadLetter, Status
 from tests import builders
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("empty_redis")]
@@ -83,6 +86,47 @@ def test_staff_hold_the_circuit_open_and_close_it(staff: Client) -> None:
     assert "held open by ada" in staff.get("/operations").text
     staff.post("/operations/circuit", {"action": "reset"})
     assert (circuit_store.load().state, circuit_store.load().held(timezone.now())) == ("CLOSED", None)
+
+
+def test_staff_pause_a_lane_and_let_it_go_on(staff: Client) -> None:
+    staff.post("/operations/lane", {"action": "pause", "lane": "normal", "hours": "2", "note": "filters\x00"})
+    paused = pauses.current()["normal"]
+    assert (paused.by, paused.note, 7_190 < paused.until - time.time() <= 7_200) == ("ada", "filters", True)
+    page = staff.get("/operations").text
+    assert "paused by ada" in page
+    assert "The normal lane is paused by ada" in page
+    staff.post("/operations/lane", {"action": "resume", "lane": "normal"})
+    assert pauses.current() == {}
+    for wrong in ({"lane": "critical", "hours": "1"}, {"lane": "normal", "hours": "99"}, {"lane": "", "hours": ""}):
+        answer = staff.post("/operations/lane", {"action": "pause", **wrong}, follow=True)
+        assert answer.status_code == 200
+        assert re.search("Nothing was changed|Choose for how long", answer.text)
+    assert pauses.current() == {}
+
+
+def test_dead_letters_have_buttons_for_who_may_decide(staff: Client) -> None:
+    farm = builders.organization()
+    DeadLetter.objects.create(
+        failure_key="k", event_id=uuid4(), organization=farm, lane="normal", event={}, error="it broke", attempts=3
+    )
+    text = staff.get("/operations").text
+    assert "it broke" in text
+    assert "Discard" not in text
+    operator = builders.member(farm, "operator", is_staff=True)
+    client = builders.client_of(operator)
+    assert "Discard" in client.get("/operations").text
+    row = DeadLetter.objects.get()
+    answer = client.post("/admin/rules/deadletter/", {"action": "discard_selected", "_selected_action": [row.pk]})
+    assert (answer.status_code, DeadLetter.objects.get().status) == (302, Status.DISCARDED)
+    assert "it broke" not in client.get("/operations").text
+
+
+def test_deliveries_are_counted_by_protocol() -> None:
+    for protocol, state, number in (("mqtt", "acknowledged", 3), ("mqtt", "expired", 1), ("socketio", "sent", 5)):
+        redis.client().hset(keys.METRICS, f"notifications_sent_total|{protocol}|{state}", number)
+    recent.record()
+    (sample,) = recent.samples()
+    assert (sample.delivered, sample.undelivered) == ({"mqtt": 3, "socketio": 5}, 1)
 
 
 @pytest.mark.parametrize("hours", ["", "0", "-1", "9999", "x"])

@@ -38,6 +38,11 @@ def listeners(lane: str) -> str:
     return f"aemos:listeners:{lane}"
 
 
+def paused(lane: str) -> str:
+    """JSON that expires: who has paused the lane, until when and why."""
+    return f"aemos:paused:{lane}"
+
+
 def checkpoint(lane: str, partition: int) -> str:
     """Id of the event that is being decided while a worker takes over what another one died on."""
     return f"aemos:checkpoint:{lane}:{{{partition}}}"

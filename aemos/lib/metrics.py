@@ -200,10 +200,15 @@ def flush() -> None:
     COUNTERS.try_flush()
 
 
+def sums() -> dict[tuple[str, ...], float]:
+    """Name and label values -> the sum over all processes, as far as they have told. Raises RedisError."""
+    held = redis.client().hgetall(keys.METRICS)
+    return {tuple(name.decode().split(SEPARATOR)): float(number) for name, number in held.items()}
+
+
 def collect() -> Iterator[Metric]:
     """All families with the sums of all processes. Raises RedisError."""
     COUNTERS.flush()
-    held = redis.client().hgetall(keys.METRICS)
-    sums = {tuple(name.decode().split(SEPARATOR)): float(number) for name, number in held.items()}
+    known = sums()
     for family in FAMILIES:
-        yield family.family(sums)
+        yield family.family(known)

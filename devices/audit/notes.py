@@ -23,7 +23,7 @@ from devices.people import failures
 log = logging.getLogger(__name__)
 CHANGING_COMMANDS = frozenset(
     {
-        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "import_readings", "loaddata", "migrate",
+        "changepassword", "circuit", "createsuperuser", "dbshell", "flush", "import_readings", "lane", "loaddata", "migrate",
         "replay_rejected", "seed_demo", "shell", "sync_broker",
     }
 )  # fmt: skip

@@ -18,11 +18,14 @@ from notifications.models import Delivery, Unpublished
 from rules.admission.circuit_store import Hold, Stored
 from rules.journal import ledger
 from rules.journal.ledger import Account
+from rules.journal.pauses import PAUSABLE, Pause
+from rules.journal.queue_stats import LaneLoad
 from rules.journal.slots import slots
 from rules.models import Alarm, ChainStatistics, CircuitTransition, DeadLetter, Status
 
 SHOWN = 8
 AUDITED_DEPTH = 5_000
+_SHOWN_OF_SAMPLES = ("at", "depth", "delivered", "undelivered")
 TIMELINE = timedelta(hours=24)
 
 
@@ -34,6 +37,16 @@ class Band:
     left: float
     width: float
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneRow:
+    """One lane of the queue, and who has paused it."""
+
+    name: str
+    load: LaneLoad
+    pause: Pause | None
+    is_pausable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +66,18 @@ class Operations:
     pending: Sequence[Mapping[str, Any]]
     unpublished: int
     dead_letters: int
+    newest_letters: Sequence[DeadLetter]
     alarms: int
     silent: Sequence[Device]
+
+    @property
+    def lanes(self) -> Sequence[LaneRow]:
+        if (known := self.view.known) is None:
+            return []
+        return [
+            LaneRow(name=lane, load=load, pause=known.paused.get(lane), is_pausable=lane in PAUSABLE)
+            for lane, load in known.load.lanes.items()
+        ]
 
     @property
     def rejected(self) -> Sequence[tuple[str, int]]:
@@ -67,6 +90,7 @@ def see() -> Operations:
     # What admission goes by is a moment old; a person who has just pressed a button wants to see what it did.
     stored = stored_circuit() or view.stored
     chains = ChainStatistics.objects.select_related("chain__organization").filter(executions__gt=0)
+    letters = DeadLetter.objects.filter(status=Status.OPEN)
     pending = Delivery.objects.filter(state=Delivery.State.PENDING)
     return Operations(
         view=view,
@@ -81,7 +105,8 @@ def see() -> Operations:
         failing=list(chains.filter(failures__gt=0).order_by("-failures_in_a_row", "-failures")[:SHOWN]),
         pending=list(pending.values("protocol").annotate(count=Count("pk")).order_by("protocol")),
         unpublished=Unpublished.objects.count(),
-        dead_letters=DeadLetter.objects.filter(status=Status.OPEN).count(),
+        dead_letters=letters.count(),
+        newest_letters=list(letters.select_related("organization", "chain")[:SHOWN]),
         alarms=Alarm.objects.exclude(state=Alarm.State.CLEARED).count(),
         silent=list(Device.objects.filter(connected=False).select_related("organization").order_by("connection_changed_at")[:SHOWN]),
     )  # fmt: skip
@@ -89,7 +114,7 @@ def see() -> Operations:
 
 def _samples() -> list[dict[str, Any]]:
     try:
-        return [{"at": each.at, "depth": each.depth, "accepted": each.accepted} for each in recent.samples()]
+        return [{name: getattr(each, name) for name in _SHOWN_OF_SAMPLES} for each in recent.samples()]
     except RedisError:
         return []
 

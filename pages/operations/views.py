@@ -11,12 +11,16 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
 from django.views.decorators.http import require_POST, require_safe
+from redis.exceptions import RedisError
 
+from aemos.lib import redis
 from devices.exceptions import Overloaded
+from devices.permissions import access_of
 from pages.operations import seen
 from pages.place import page
 from rules.admission import circuit_store, control
 from rules.admission.circuit_store import Hold
+from rules.journal import pauses
 
 HOURS = (1, 2, 8, 24)
 MAXIMUM_NOTE = 200
@@ -27,7 +31,16 @@ MAXIMUM_NOTE = 200
 def operations_page(request: HttpRequest) -> HttpResponse:
     """For staff: what it shows is about all organizations."""
     _demand_staff(request)
-    context = {"shown": seen.see(), "page": "operations", "hours": HOURS}
+    access = access_of(request)
+    shown = seen.see()
+    context = {
+        "shown": shown,
+        "page": "operations",
+        "hours": HOURS,
+        "decidable": {
+            row.pk for row in shown.newest_letters if access.may("change", "dead-letters", row.organization_id)
+        },
+    }
     return render(request, "pages/operations/operations.html", context)
 
 
@@ -56,6 +69,29 @@ def set_circuit(request: HttpRequest) -> HttpResponse:
     except DatabaseError:
         messages.error(request, "The database does not answer: nothing was changed.")
     return redirect("operations-page")  # fmt: skip
+
+
+@page
+@require_POST
+def set_lane(request: HttpRequest) -> HttpResponse:
+    """`action` is resume, or pause with `hours` and a `note`."""
+    _demand_staff(request)
+    lane, hours = request.POST.get("lane", ""), request.POST.get("hours", "")
+    try:
+        if request.POST.get("action") == "resume":
+            pauses.resume(lane)
+            messages.success(request, f"The {lane} lane goes on.")
+        elif hours not in map(str, HOURS):
+            messages.error(request, "Choose for how long the lane is to be paused.")
+        else:
+            note = request.POST.get("note", "").replace("\x00", "")[:MAXIMUM_NOTE]
+            pauses.pause(lane, by=request.user.get_username(), seconds=int(hours) * 3_600, note=note)
+            messages.success(request, f"The {lane} lane is paused for {hours} h: its events wait.")
+    except ValueError as error:
+        messages.error(request, f"Nothing was changed: {error}.")
+    except RedisError as error:
+        messages.error(request, f"Nothing was changed: {redis.explain(error)}.")
+    return redirect("operations-page")
 
 
 def _demand_staff(request: HttpRequest) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from aemos.lib import keys, redis
 from rules.events import Lane
+from rules.journal.pauses import PAUSABLE
 from rules.journal.slots import Slot, milliseconds_of, slots
 from rules.journal.tickets import BUDGET_SECONDS
 
@@ -58,7 +59,8 @@ class Listener:
         self._rests_until: dict[Slot, float] = {}
 
     def next(self, *, until: float) -> Slot | None:
-        """The slot to drain now, critical ones first, then the one whose oldest event has used most of its lane's budget.
+        """The slot to drain now, critical ones first, then the one whose oldest event has used most of its lane's budget; none of
+        a lane that is paused.
 
         Waits for events until this time, on the monotonic clock; None when it has come. Tell `drained` before the next call.
         """
@@ -101,10 +103,14 @@ class Listener:
             for slot in self._slots:
                 pipeline.xrange(keys.events(slot.lane, slot.partition), count=1)
                 pipeline.exists(keys.lease(slot.lane, slot.partition), keys.ticket(slot.lane, slot.partition))
-            answers = pipeline.execute()
+            for lane in PAUSABLE:
+                pipeline.exists(keys.paused(lane))
+            *answers, normal, low = pipeline.execute()
+        paused = {lane for lane, is_paused in zip(PAUSABLE, (normal, low), strict=True) if is_paused}
         return [
             _Seen(slot, entries[0][0] if entries else None, bool(attended))
             for slot, entries, attended in zip(self._slots, answers[::2], answers[1::2], strict=True)
+            if slot.lane not in paused
         ]
 
     def _wait(self, seen: Collection[_Seen], *, seconds: float) -> None:

@@ -6,7 +6,7 @@ import logging
 import time
 
 from aemos.lib import keys, redis
-from rules.journal import slots, tickets, writing
+from rules.journal import pauses, slots, tickets, writing
 from rules.journal.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ def reissue_lost_tickets() -> int:
     New events of a lane that a worker listens to need none; those whose next attempt is due do.
     A ticket whose flag still stands may have died with its worker: when no job waits on any queue, there is none.
     """
-    nothing_queued = tickets.queued() == 0
-    lost = [slot for slot in slots.slots() if _is_lost(slot, nothing_queued=nothing_queued)]
+    nothing_queued, paused = tickets.queued() == 0, pauses.current()
+    lost = [slot for slot in slots.slots() if slot.lane not in paused and _is_lost(slot, nothing_queued=nothing_queued)]
     for slot in lost:
         log.warning("%s/%d holds events and no ticket, queueing one", slot.lane, slot.partition)
         tickets.issue(slot)

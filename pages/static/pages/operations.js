@@ -3,22 +3,36 @@
 
 const RENEW_MS = 10000;
 const COLORS = { critical: "--bad", normal: "--accent", low: "--soft" };
+const OF_PROTOCOLS = { socketio: "--accent", mqtt: "--warn", coap: "--soft", "to nobody": "--bad" };
 
 function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
 function draw() {
-  const canvas = document.getElementById("queue");
-  if (!canvas) return;
   const samples = JSON.parse(document.getElementById("samples").textContent);
-  const lanes = Object.keys(COLORS);
+  drawLines("queue", COLORS, (lane) => samples.map((each) => ({ x: each.at * 1000, y: each.depth[lane] ?? 0 })));
+  const counted = (each, name) => (name === "to nobody" ? each.undelivered : (each.delivered[name] ?? 0));
+  drawLines("delivered", OF_PROTOCOLS, (name) => perMinute(samples, (each) => counted(each, name)));
+}
+
+// Of a count that grows: by how much in a minute; one that began anew, with an emptied Redis, is no step back.
+function perMinute(samples, count) {
+  return samples.slice(1).map((each, number) => {
+    const before = samples[number];
+    return { x: each.at * 1000, y: Math.max(0, count(each) - count(before)) * 60 / Math.max(1, each.at - before.at) };
+  });
+}
+
+function drawLines(id, colors, points) {
+  const canvas = document.getElementById(id);
+  if (!canvas) return;
   const labels = { color: color("--soft") };
   const grid = { color: color("--line") };
   const clock = (ms) => new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" }).format(ms);
   new Chart(canvas, {
     type: "line",
-    data: { datasets: lanes.map((lane) => ({ label: lane, data: samples.map((each) => ({ x: each.at * 1000, y: each.depth[lane] ?? 0 })), borderColor: color(COLORS[lane]), borderWidth: 1.5, pointRadius: 0 })) },
+    data: { datasets: Object.entries(colors).map(([label, name]) => ({ label, data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
     options: {
       animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
       plugins: { legend: { labels: { ...labels, usePointStyle: true, pointStyle: "line" } }, tooltip: { callbacks: { title: (items) => clock(items[0].parsed.x) } } },
@@ -33,7 +47,7 @@ async function renew() {
     const answer = await fetch(location.href);
     if (answer.redirected || !answer.ok) return location.reload();
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    Chart.getChart("queue")?.destroy();
+    for (const id of ["queue", "delivered"]) Chart.getChart(id)?.destroy();
     document.getElementById("live").replaceChildren(...page.getElementById("live").childNodes);
     localTimes(document.getElementById("live"));
     draw();
@@ -45,7 +59,8 @@ async function renew() {
 }
 
 document.addEventListener("submit", (event) => {
-  if (event.target.dataset.confirm && !confirm(event.target.dataset.confirm)) event.preventDefault();
+  const question = event.submitter?.dataset.ask ?? event.target.dataset.confirm;
+  if (question && !confirm(question)) event.preventDefault();
 });
 draw();
 setInterval(() => document.hidden || renew(), RENEW_MS);
