@@ -168,15 +168,15 @@ class Variable(Identified):
     def __str__(self) -> str:
         return f"{self.sensor}: {self.name}"
 
-    def misses_target(self, value: object) -> str:
-        """How a value lies to the target range, "below 5.5"; empty within it, and where there is none."""
+    def missed_target(self, value: object) -> float | None:
+        """The end of the target range beyond which a value lies; None within the range, and where there is none."""
         if not isinstance(value, int | float) or isinstance(value, bool):
-            return ""
+            return None
         if self.target_minimum is not None and value < self.target_minimum:
-            return f"below {self.target_minimum:g}"
+            return self.target_minimum
         if self.target_maximum is not None and value > self.target_maximum:
-            return f"above {self.target_maximum:g}"
-        return ""
+            return self.target_maximum
+        return None
 
     def clean(self) -> None:
         named = ("minimum", "maximum", "maximum_step", "stuck_after_seconds", "target_minimum", "target_maximum")
@@ -645,10 +645,10 @@ from devices.areas.models import Area, check_limit, check_place  # noqa: E402
 from devices.audit.models import AuditEntry, AuditHead  # noqa: E402
 from devices.history.models import Rollup, RollupState  # noqa: E402
 from devices.interlocks.models import Interlock, Requirement, StateRun, Veto, reconcile_run  # noqa: E402
-from devices.people.models import ApiToken, Invitation  # noqa: E402
+from devices.people.models import ApiToken, Invitation, Preferences  # noqa: E402
 
 __all__ = [
     "ApiToken", "Area", "AuditEntry", "AuditHead", "CatalogueVersion", "DataProblem", "Device", "DeviceState", "DeviceToken",
-    "Interlock", "Invitation", "Membership", "Organization", "Reading", "Requirement", "Role", "Rollup", "RollupState", "Sensor",
-    "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
+    "Interlock", "Invitation", "Membership", "Organization", "Preferences", "Reading", "Requirement", "Role", "Rollup",
+    "RollupState", "Sensor", "SensorClock", "StateChange", "StateRun", "Variable", "Veto",
 ]  # fmt: skip

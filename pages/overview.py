@@ -9,12 +9,15 @@ from typing import Any
 
 from django.db.models import QuerySet
 from django.utils import timezone
+from django.utils.timesince import timesince
+from django.utils.translation import gettext as _
 
 from devices import latest
 from devices.areas.models import within
 from devices.latest import Latest
 from devices.models import Area, Device, DeviceState, Organization, Sensor, Variable
 from devices.permissions import Access
+from devices.units import AS_STORED, Scale, Units
 from devices.values import Datatype
 from rules.effects import alarms
 from rules.models import Alarm
@@ -31,6 +34,7 @@ class Tile:
     """One variable: its newest good value as text, empty without one, and how old that is."""
 
     variable: Variable
+    scale: Scale
     text: str
     age: timedelta | None
     suspicion: str
@@ -44,12 +48,8 @@ class Tile:
     @property
     def age_text(self) -> str:
         """In the largest unit that fits: 5 minutes, 3 hours, 2 days."""
-        seconds = int(self.age.total_seconds()) if self.age else 0
-        for length, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
-            if seconds >= length:
-                count = seconds // length
-                return f"{count} {unit}{'s' if count > 1 else ''}"
-        return f"{seconds} seconds"
+        now = timezone.now()
+        return timesince(now - (self.age or timedelta()), now, depth=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +94,15 @@ class Overview:
 
 
 def of(
-    organization: Organization, access: Access, *, area: Area | None = None, search: str = "", page: int = 1
+    organization: Organization,
+    access: Access,
+    *,
+    units: Units = AS_STORED,
+    area: Area | None = None,
+    search: str = "",
+    page: int = 1,
 ) -> Overview:
-    """What stands in the area or its parts. `search`: a part of the names of sensors and devices.
+    """What stands in the area or its parts. `search`: a part of the names of sensors and devices; `units` of values.
 
     Raises RedisError when newest values cannot be read.
     """
@@ -112,19 +118,19 @@ def of(
     open_alarms = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
     found = list(open_alarms.select_related("chain").order_by("-raised_at")[:ALARMS_SHOWN])
     return Overview(
-        sensors=_sensors(sensors[shown]),
+        sensors=_sensors(sensors[shown], units),
         devices=_devices(devices[shown], access),
         alarms=found,
         sensor_count=sensor_count,
         device_count=device_count,
         page=page,
         pages=pages,
-        acknowledgeable=set(alarms.changeable(open_alarms, access).values_list("pk", flat=True)),
+        acknowledgeable=set(alarms.changeable(open_alarms, access).values_list("pk", flat=True)) if found else set(),
         may_add=access.may("add", "sensors", organization.pk),
     )
 
 
-def _sensors(rows: QuerySet[Sensor]) -> list[SensorTiles]:
+def _sensors(rows: QuerySet[Sensor], units: Units) -> list[SensorTiles]:
     found = rows.prefetch_related("variables")
     sensors = [(sensor, sorted(sensor.variables.all(), key=lambda each: each.name)) for sensor in found]
     wanted = [("sensor", str(sensor.uuid), variable.name) for sensor, variables in sensors for variable in variables]
@@ -132,28 +138,46 @@ def _sensors(rows: QuerySet[Sensor]) -> list[SensorTiles]:
     return [
         SensorTiles(
             sensor=sensor,
-            tiles=[_tile(variable, known.get(("sensor", str(sensor.uuid), variable.name))) for variable in variables],
+            tiles=[
+                _tile(variable, known.get(("sensor", str(sensor.uuid), variable.name)), units) for variable in variables
+            ],
         )
         for sensor, variables in sensors
     ]
 
 
-def _tile(variable: Variable, found: Latest | None) -> Tile:
+def _tile(variable: Variable, found: Latest | None, units: Units) -> Tile:
     has_value = found is not None and found.value is not None
+    scale = units.scale_of(variable.unit)
     return Tile(
         variable=variable,
-        text=as_text(found.value) if found and has_value else "",
+        scale=scale,
+        text=as_text(scaled(found.value, scale)) if found and has_value else "",
         age=timezone.now() - datetime.fromtimestamp(found.heard_us / 1e6, UTC) if found and has_value else None,
         suspicion=found.suspicion if found else "",
-        missed=variable.misses_target(found.value) if found and has_value else "",
+        missed=_missed(variable, found.value, scale) if found and has_value else "",
         has_chart=variable.datatype != Datatype.STRING,
     )
+
+
+def _missed(variable: Variable, value: object, scale: Scale) -> str:
+    """How a value lies to the target range: "below 5.5"."""
+    limit = variable.missed_target(value)
+    if limit is None:
+        return ""
+    phrase = _("below {limit}") if limit == variable.target_minimum else _("above {limit}")
+    return phrase.format(limit=as_text(scale.shown(limit)))
+
+
+def scaled(value: Any, scale: Scale) -> Any:
+    """A number in the unit that somebody wants; anything else as it is."""
+    return scale.shown(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def as_text(value: Any) -> str:
     """A number with four digits that count, as a display would show it."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return _("yes") if value else _("no")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from django.urls import path
 
-from pages import areas, live, views
+from pages import areas, live, preferences, views
 from pages.operations import views as operations
 from pages.rules import views as rules
 from pages.setup import views as setup
 
 urlpatterns = [
     path("", views.overview_page, name="home"),
+    path("account/preferences", preferences.preferences_page, name="preferences"),
     path("live", live.live_token, name="live-token"),
     path("farms/new", setup.new_farm, name="new-farm-page"),
     path("sensors/new", setup.new_sensor, name="new-sensor-page"),

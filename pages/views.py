@@ -12,8 +12,10 @@ from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 from redis.exceptions import RedisError
 
-from devices.models import Device, Sensor
+from devices.models import Device, Sensor, Variable
+from devices.people.preferences import preferences_of
 from devices.permissions import access_of
+from devices.units import Scale
 from pages import areas, device, marks, organizations, overview
 from pages.place import demand, page, row_of
 from pages.rules.choices import as_number
@@ -37,6 +39,7 @@ def overview_page(request: HttpRequest) -> HttpResponse:
             context["overview"] = overview.of(
                 chosen,
                 access,
+                units=preferences_of(request).units,
                 area=context["area"],
                 search=search,
                 page=int(number) if number.isdecimal() and len(number) < 6 else 1,
@@ -52,7 +55,9 @@ def overview_page(request: HttpRequest) -> HttpResponse:
 @require_safe
 def sensor_page(request: HttpRequest, uuid: str) -> HttpResponse:
     sensor = _sensor(request, uuid)
-    variables = [each for each in sensor.variables.order_by("name") if each.datatype != "string"]
+    units = preferences_of(request).units
+    rows = [(row, units.scale_of(row.unit)) for row in sensor.variables.order_by("name") if row.datatype != "string"]
+    variables = [(row, scale, *_target(row, scale)) for row, scale in rows]
     context = {
         "sensor": sensor,
         "organization": sensor.organization,
@@ -83,7 +88,9 @@ def set_target(request: HttpRequest, uuid: str) -> HttpResponse:
     if wrong := [each for each in given.values() if isinstance(each, str) and each]:
         messages.error(request, f"{variable.name}: {', '.join(wrong)} is no number. Nothing was changed.")
         return redirect("sensor-page", uuid=sensor.uuid)
-    variable.target_minimum, variable.target_maximum = (None if each == "" else each for each in given.values())
+    scale = preferences_of(request).units.scale_of(variable.unit)
+    limits = (None if each == "" else scale.stored(each) for each in given.values())
+    variable.target_minimum, variable.target_maximum = limits
     try:
         variable.clean()
     except ValidationError as error:
@@ -108,6 +115,12 @@ def device_page(request: HttpRequest, uuid: str) -> HttpResponse:
         "may_connect": access.may("add", "device-tokens", found.organization_id),
     }
     return render(request, "pages/device.html", context)
+
+
+def _target(variable: Variable, scale: Scale) -> tuple[str, str]:
+    """The ends of its target range as texts, empty where there is none."""
+    low, high = variable.target_minimum, variable.target_maximum
+    return tuple("" if each is None else f"{scale.shown(each):g}" for each in (low, high))  # type: ignore[return-value]
 
 
 def _sensor(request: HttpRequest, uuid: str) -> Sensor:

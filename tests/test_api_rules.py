@@ -519,7 +519,7 @@ def test_a_chain_is_checked_in_a_few_queries_however_many_sensors_it_reads(
 ) -> None:
     sensors = [builders.sensor(farm.organization) for _ in range(10)]
     group = {"type": "OR", "expressions": [builders.leaf(sensor) for sensor in sensors]}
-    with django_assert_max_num_queries(27):
+    with django_assert_max_num_queries(28):
         assert (
             farm.client.post(f"{API}/rule-chains", farm.body(farm.low(config=group), farm.switch())).status_code == 201
         )

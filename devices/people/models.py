@@ -13,6 +13,8 @@ from django.core.exceptions import ValidationError
 from django.db import models, transaction
 from django.utils import timezone
 
+from devices.units import Units
+
 if TYPE_CHECKING:
     from devices.models import Membership
 
@@ -104,6 +106,28 @@ class Invitation(models.Model):
             return Membership.objects.create(
                 user=user, organization_id=self.organization_id, role=self.role, area=self.area
             )
+
+
+class Preferences(models.Model):
+    """How one person wants to see the pages. What is empty is as the browser says it, or as sensors report it."""
+
+    user = models.OneToOneField(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, primary_key=True, related_name="preferences"
+    )
+    language = models.CharField(max_length=10, blank=True)
+    time_zone = models.CharField(max_length=63, blank=True)
+    temperature = models.CharField(max_length=20, blank=True)
+    conductivity = models.CharField(max_length=20, blank=True)
+
+    class Meta:
+        verbose_name_plural = "preferences"
+
+    def __str__(self) -> str:
+        return f"preferences of {self.user}"
+
+    @property
+    def units(self) -> Units:
+        return Units(self.temperature, self.conductivity)
 
 
 class ApiTokenQuerySet(models.QuerySet["ApiToken"]):

@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from devices.models import DeviceState, Organization, Variable
+from devices.units import AS_STORED, Scale, Units
 from devices.values import Datatype
 from rules.engine.operators import OPERATORS, RANGE
 
 _SHOWN_FIRST = (">", ">=", "<", "<=", "between", "==", "!=", "olderThan", "valueOlderThan")
 _DURATION = re.compile(r"\s*(\d+)\s*([a-z]+)\s*", re.IGNORECASE)
 WEEKDAYS = (("1", "Mon"), ("2", "Tue"), ("3", "Wed"), ("4", "Thu"), ("5", "Fri"), ("6", "Sat"), ("0", "Sun"))
+AS_IT_IS = Scale()
 _LISTS = frozenset({"in", "notIn", "hasAll", "hasAny", "hasNone"})
 
 
@@ -25,7 +28,7 @@ class Choice:
     key: str
     group: str
     name: str
-    unit: str = ""
+    scale: Scale = AS_IT_IS
     datatype: str = Datatype.NUMBER
     allowed: list[Any] = field(default_factory=list)
 
@@ -37,17 +40,18 @@ class Choice:
         """The value of the choice's datatype that a person has written; the text itself where it is none of them."""
         text = text.strip()
         if self.datatype == Datatype.NUMBER:
-            return as_number(text)
+            return as_number(text, self.scale)
         if self.datatype == Datatype.BOOLEAN:
             return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
         return text
 
 
 class Choices:
-    """All of one organization, in two queries."""
+    """All of one organization, in two queries; values in the units that somebody wants."""
 
-    def __init__(self, organization: Organization) -> None:
+    def __init__(self, organization: Organization, units: Units = AS_STORED) -> None:
         self._organization = organization
+        self._units = units
 
     @cached_property
     def variables(self) -> Mapping[str, Choice]:
@@ -57,7 +61,7 @@ class Choices:
                 key=f"sensor|{row.sensor.uuid}|{row.name}",
                 group=row.sensor.name,
                 name=row.name,
-                unit=row.unit,
+                scale=self._units.scale_of(row.unit),
                 datatype=row.datatype,
             )
             for row in rows.order_by("sensor__name", "name")
@@ -93,7 +97,7 @@ def as_json(offered: Iterable[Choice]) -> list[list[Any]]:
     for choice in offered:
         beginning = choice.key.removesuffix(choice.name)
         own = found.setdefault(beginning, [beginning, choice.group, []])
-        own[2].append([choice.name, choice.unit, choice.allowed_texts])
+        own[2].append([choice.name, choice.scale.unit, choice.allowed_texts])
     return list(found.values())
 
 
@@ -123,32 +127,35 @@ def _words(symbol: str) -> str:
     return predicate.format(value="…", duration="…")
 
 
-def operand_of(symbol: str, source: Choice | None, value: str, upper: str) -> Any:
-    """What the operator compares with, from the texts of a form."""
-    typed = source.typed if source else as_number
+def operand_of(symbol: str, source: Choice, value: str, upper: str, scale: Scale) -> Any:
+    """What the operator compares with, from the texts of a form. `scale`: of what it compares, such as of a change."""
     if OPERATORS[symbol].operand is RANGE:
-        return [as_number(value), as_number(upper)]
+        return [as_number(value, scale), as_number(upper, scale)]
     if symbol in _LISTS:
-        return [typed(each) for each in value.split(",") if each.strip()]
-    return as_number(value) if OPERATORS[symbol].is_numeric else typed(value)
+        return [source.typed(each) for each in value.split(",") if each.strip()]
+    return as_number(value, scale) if OPERATORS[symbol].is_numeric else source.typed(value)
 
 
-def as_number(text: str) -> Any:
-    """A number as people write it, with a point or a comma; the text where it is none."""
+def as_number(text: str, scale: Scale = AS_IT_IS) -> Any:
+    """A number as people write it, with a point or a comma, in the unit of the scale; the text where it is none."""
     plain = text.strip().replace(",", ".")
     try:
         number = float(plain)
     except ValueError:
         return text.strip()
+    if not scale.is_own and isfinite(number):
+        return scale.stored(number)
     return int(number) if number.is_integer() and "e" not in plain.lower() and "." not in plain else number
 
 
-def as_text(value: Any) -> str:
-    """What a form shows for a value."""
+def as_text(value: Any, scale: Scale = AS_IT_IS) -> str:
+    """What a form shows for a stored value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(as_text(each) for each in value)
+        return ", ".join(as_text(each, scale) for each in value)
+    if not scale.is_own and isinstance(value, int | float):
+        return scale.text(value)
     return "" if value is None else str(value)
 
 

@@ -10,7 +10,7 @@ from django import forms
 from django.utils import timezone
 
 from pages.rules import choices, times
-from pages.rules.choices import Choices
+from pages.rules.choices import Choice, Choices
 from pages.rules.rows import ActionForm, ConditionForm, action_initial, condition_initial
 from rules.authoring import editing, validation
 from rules.authoring.when_then import OTHERWISE, THEN, WHEN, Place, WhenThen
@@ -176,11 +176,14 @@ _Conditions: Any = forms.formset_factory(ConditionForm, **_OPTIONS)
 _Actions: Any = forms.formset_factory(ActionForm, **_OPTIONS)
 
 
-def initial_of(chain: RuleChain, rule: WhenThen) -> dict[str, Any] | None:
-    """What the form shows of a chain; None when it says more than the form has fields for."""
+def initial_of(chain: RuleChain, rule: WhenThen, offered: Choices | None = None) -> dict[str, Any] | None:
+    """What the form shows of a chain; None when it says more than the form has fields for. `offered` has the units."""
+    sources: Mapping[str, Choice] = offered.sources if offered else {}
     shown, weekdays = times.as_times(chain.cron)
     conditions = [
-        condition_initial(leaf, together=number > 0) for group in rule.groups for number, leaf in enumerate(group)
+        condition_initial(leaf, together=number > 0, sources=sources)
+        for group in rule.groups
+        for number, leaf in enumerate(group)
     ]
     then, otherwise = ([action_initial(each) for each in actions] for actions in (rule.then, rule.otherwise))
     if None in (*conditions, *then, *otherwise):

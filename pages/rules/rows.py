@@ -7,8 +7,9 @@ from typing import Any
 
 from django import forms
 
+from devices.units import Scale
 from pages.rules import choices
-from pages.rules.choices import Choices
+from pages.rules.choices import Choice, Choices
 from rules.engine.actions import ROLES, SEVERITIES
 
 MEASURES = (
@@ -23,6 +24,7 @@ KINDS = (
     ("raise_alarm", "raise an alarm"),
     ("clear_alarm", "end an alarm"),
 )
+_DIFFERENCES = frozenset({"per", "increase"})
 _LEAF_KEYS = frozenset(
     ("sourceType", "UUID", "key", "operator", "value", "duration", "for", "times", "within", "releaseAt", "off", "per",
      "increase", "median")
@@ -75,10 +77,10 @@ class ConditionForm(forms.Form):
         source_type, uuid, key = data["source"].split("|", 2)
         operator = data["operator"]
         leaf: dict[str, Any] = {"sourceType": source_type, "UUID": uuid, "key": key, "operator": operator}
-        needed = choices.operands()[operator]
+        needed, source = choices.operands()[operator], self._offered.sources[data["source"]]
+        scale = scale_of(source, data["measure"])
         if "value" in needed:
-            source = self._offered.sources[data["source"]]
-            leaf["value"] = choices.operand_of(operator, source, data["value"], data["upper"])
+            leaf["value"] = choices.operand_of(operator, source, data["value"], data["upper"], scale)
         if "duration" in needed:
             leaf["duration"] = choices.as_duration(data["duration"])
         if measure := data["measure"]:
@@ -86,7 +88,7 @@ class ConditionForm(forms.Form):
             leaf[measure] = choices.as_number(of) if measure == "median" else choices.as_duration(of)
         for name, field, read in (
             ("for", "lasting", choices.as_duration),
-            ("releaseAt", "release", choices.as_number),
+            ("releaseAt", "release", lambda text: choices.as_number(text, scale)),
             ("times", "times", choices.as_number),
             ("within", "within", choices.as_duration),
         ):
@@ -95,7 +97,15 @@ class ConditionForm(forms.Form):
         return leaf
 
 
-def condition_initial(leaf: Mapping[str, Any], *, together: bool) -> dict[str, Any] | None:
+def scale_of(source: Choice | None, measure: str) -> Scale:
+    """Of what is compared: the value of a source, or how much it changed."""
+    scale = source.scale if source else choices.AS_IT_IS
+    return scale.of_differences if measure in _DIFFERENCES else scale
+
+
+def condition_initial(
+    leaf: Mapping[str, Any], *, together: bool, sources: Mapping[str, Choice]
+) -> dict[str, Any] | None:
     """What the form shows of a leaf; None when it says more than the form has fields for."""
     if leaf.keys() - _LEAF_KEYS:
         return None
@@ -103,15 +113,18 @@ def condition_initial(leaf: Mapping[str, Any], *, together: bool) -> dict[str, A
     if leaf.get("operator") == "between" and isinstance(value, list) and len(value) == 2:
         value, upper = value
     measure = next((key for key in ("per", "increase", "median") if key in leaf), "")
-    texts = {"value": value, "upper": upper, "measure_of": leaf.get(measure), "duration": leaf.get("duration")}
-    texts |= {"lasting": leaf.get("for"), "release": leaf.get("releaseAt", leaf.get("off"))}
+    source = f"{leaf.get('sourceType')}|{str(leaf.get('UUID')).lower()}|{leaf.get('key')}"
+    scale = scale_of(sources.get(source), measure)
+    scaled = {"value": value, "upper": upper, "release": leaf.get("releaseAt", leaf.get("off"))}
+    texts = {"measure_of": leaf.get(measure), "duration": leaf.get("duration"), "lasting": leaf.get("for")}
     texts |= {"times": leaf.get("times"), "within": leaf.get("within")}
     return {
         "together": together,
-        "source": f"{leaf.get('sourceType')}|{str(leaf.get('UUID')).lower()}|{leaf.get('key')}",
+        "source": source,
         "operator": leaf.get("operator"),
         "measure": measure,
         **{name: choices.as_text(each) for name, each in texts.items()},
+        **{name: choices.as_text(each, scale) for name, each in scaled.items()},
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from devices.units import CELSIUS, MILLISIEMENS, Units
 from devices.values import Datatype
 from pages.rules.choices import Choice, Choices
 from rules.authoring.when_then import OTHERWISE, THEN, WHEN
@@ -40,6 +41,12 @@ class _Farm:
     def value(self, *words: str) -> str:
         """The key of the first variable with one of the words in its name or its sensor's; empty without one."""
         return _first(list(self._offered.variables.values()), words)
+
+    def number(self, key: str, value: float, unit: str) -> str:
+        """A value of a template in the unit that the form shows for what was found; as it is where that has none of its kind."""
+        found = self._offered.variables.get(key)
+        wanted = found.scale.unit if found else unit
+        return f"{Units(wanted, wanted).scale_of(unit).shown(value):g}"
 
     def dose(self, *words: str, amount: str, cooldown: str) -> dict[str, Any]:
         """A row that doses, or that switches on what has no amounts."""
@@ -104,7 +111,8 @@ def _ph_low(farm: _Farm) -> dict[str, Any]:
 
 def _ec_low(farm: _Farm) -> dict[str, Any]:
     dose = farm.dose("nutrient", "fertili", "dose", "dos", amount="10", cooldown="20m")
-    return {WHEN: [_is(farm.value(r"^ec\b", "conductivity"), "<", "1.4", lasting="10m")], THEN: [dose]}
+    ec = farm.value(r"^ec\b", "conductivity")
+    return {WHEN: [_is(ec, "<", farm.number(ec, 1.4, MILLISIEMENS), lasting="10m")], THEN: [dose]}
 
 
 def _dry_run(farm: _Farm) -> dict[str, Any]:
@@ -117,7 +125,8 @@ def _dry_run(farm: _Farm) -> dict[str, Any]:
 
 
 def _fan(farm: _Farm) -> dict[str, Any]:
-    conditions = [_is(farm.value("air.*temp", "temp"), ">", "27", release="25")]
+    air = farm.value("air.*temp", "temp")
+    conditions = [_is(air, ">", farm.number(air, 27, CELSIUS), release=farm.number(air, 25, CELSIUS))]
     on, off = farm.state("fan", "vent", on=True), farm.state("fan", "vent", on=False)
     return {WHEN: conditions, THEN: [on], OTHERWISE: [off]}
 
@@ -184,7 +193,7 @@ STARTERS: Mapping[str, Starter] = {
             text="The pump stops and an alarm is raised when the water is too low; the alarm ends by itself.",
             fill=_dry_run,
         ),
-        Starter(key="fan", name="Cool with the fan", text="On above 27, off again below 25.", fill=_fan),
+        Starter(key="fan", name="Cool with the fan", text="On above 27 °C, off again below 25 °C.", fill=_fan),
         Starter(
             key="vpd",
             name="Keep the VPD",

@@ -15,10 +15,13 @@ from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.safestring import mark_safe
+from django.utils.translation import gettext as _
 from django.views.decorators.http import require_POST, require_safe
 
-from devices.models import Organization
+from devices.models import Organization, Variable
+from devices.people.preferences import preferences_of
 from devices.permissions import Verb, access_of
+from devices.units import Units
 from pages import organizations
 from pages.place import demand, page, row_of
 from pages.rules import choices
@@ -26,6 +29,7 @@ from pages.rules.choices import Choices
 from pages.rules.forms import RuleForm, initial_of
 from pages.rules.starters import STARTERS
 from rules.authoring import backtest, describe, editing, lint, validation, when_then
+from rules.authoring.sentences import ChainDescriber
 from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 
@@ -46,8 +50,8 @@ def list_page(request: HttpRequest) -> HttpResponse:
         chains = RuleChain.objects.filter(organization=organization).select_related("statistics").order_by("name")
         turned = Paginator(chains.prefetch_related("nodes"), SHOWN).get_page(request.GET.get("page"))
         shown = list(turned)
-        names = describe.names_of(organization.pk, [node for chain in shown for node in chain.nodes.all()])
-        rows = [{"chain": chain, "sentence": describe.sentence_of(chain, chain.nodes.all(), names)} for chain in shown]
+        teller = _teller(request, organization.pk, [node for chain in shown for node in chain.nodes.all()])
+        rows = [{"chain": chain, "sentence": describe.sentence_of(chain, chain.nodes.all(), teller)} for chain in shown]
     context = {
         "organizations": known,
         "organization": organization,
@@ -68,7 +72,7 @@ def new_page(request: HttpRequest) -> HttpResponse:
         return render(request, "pages/rules/starters.html", context)
     if wanted != BLANK and wanted not in STARTERS:
         raise Http404("There is no such template.")
-    offered = Choices(organization)
+    offered = _choices(request, organization)
     chain = RuleChain(organization=organization, enabled=False)
     head = {"execution_type": RuleChain.ExecutionType.EVENT_TRIGGERED, "needed": "all"}
     initial = STARTERS[wanted].initial(offered) if wanted in STARTERS else {"head": head, "when": [{}], "then": [{}]}
@@ -84,10 +88,11 @@ def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "change")
     nodes = list(chain.nodes.all())
     shape = when_then.read(nodes)
-    initial = initial_of(chain, shape) if shape else None
+    offered = _choices(request, chain.organization)
+    initial = initial_of(chain, shape, offered) if shape else None
     if initial is None:
         return redirect("admin:rules_rulechain_change", chain.pk)
-    form = RuleForm(Choices(chain.organization), chain, data=request.POST or None, initial=initial)
+    form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
     if request.method == "POST" and _saved(request, form, nodes):
         messages.success(request, "Saved.")
         return redirect("rule-page", uuid=chain.uuid)
@@ -99,13 +104,15 @@ def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
 def preview(request: HttpRequest) -> HttpResponse:
     """What the form says so far: sentence, graph, next times, and each problem with its field. Saves nothing."""
     organization = organizations.demanded(request, "add", "rule-chains")
-    form = RuleForm(Choices(organization), RuleChain(organization=organization, name="New rule"), data=request.POST)
+    chain = RuleChain(organization=organization, name=_("New rule"))
+    form = RuleForm(_choices(request, organization), chain, data=request.POST)
     nodes = form.build()
     context: dict[str, Any] = {"problems": form.problems}
     if nodes is not None:
+        teller = _teller(request, organization.pk, nodes)
         context |= {
-            "sentence": describe.sentence_of(form.chain, nodes),
-            "graph": _graph(form.chain, nodes),
+            "sentence": describe.sentence_of(form.chain, nodes, teller),
+            "graph": _graph(form.chain, nodes, teller),
             "next_runs": form.next_runs(),
             "warnings": form.in_words(lint.warnings_of(form.chain, nodes)),
         }
@@ -127,11 +134,12 @@ def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     nodes = list(chain.nodes.all())
     shape = when_then.read(nodes)
     hours = _hours(request)
+    teller = _teller(request, chain.organization_id, nodes)
     context = {
         "chain": chain,
         "organization": chain.organization,
-        "sentence": describe.sentence_of(chain, nodes),
-        "graph": _graph(chain, nodes),
+        "sentence": describe.sentence_of(chain, nodes, teller),
+        "graph": _graph(chain, nodes, teller),
         "may_change": access_of(request).may("change", "rule-chains", chain.organization_id),
         "is_plain": shape is not None and initial_of(chain, shape) is not None,
         "spans": SPANS,
@@ -140,10 +148,10 @@ def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     }
     end = timezone.now()
     try:
-        context["trial"] = backtest.run(chain, nodes, begin=end - timedelta(hours=hours), end=end)
+        context["trial"] = backtest.run(chain, nodes, begin=end - timedelta(hours=hours), end=end, teller=teller)
     except InvalidChain as error:
         context["problems"] = [f"{problem.path}: {problem.message}" for problem in error.problems]
-    context["drawn"] = _drawn(nodes)
+    context["drawn"] = _drawn(nodes, preferences_of(request).units)
     return render(request, "pages/rules/rule.html", context)
 
 
@@ -190,7 +198,7 @@ def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool
 
 
 def _form_page(request: HttpRequest, form: RuleForm, organization: Organization) -> HttpResponse:
-    offered = Choices(organization)
+    offered = _choices(request, organization)
     context = {
         "form": form,
         "chain": form.chain,
@@ -210,15 +218,26 @@ def _hours(request: HttpRequest) -> int:
     return next((hours for _, hours in SPANS if str(hours) == wanted), SPANS[0][1])
 
 
-def _drawn(nodes: list[RuleNode]) -> dict[str, str] | None:
+def _drawn(nodes: list[RuleNode], units: Units) -> dict[str, Any] | None:
     """The first number of a sensor that the rule reads: the one that the chart of the trial shows."""
     filters = (node.config for node in nodes if node.type == RuleNode.Type.FILTER)
     for config in filters:
-        for _, leaf in validation.leaves(config, ""):
+        for _path, leaf in validation.leaves(config, ""):
             if leaf.get("sourceType") == "sensor":
-                return {"sensor": str(leaf.get("UUID")), "variable": str(leaf.get("key"))}
+                sensor, name = str(leaf.get("UUID")), str(leaf.get("key"))
+                unit = Variable.objects.filter(sensor__uuid=sensor, name=name).values_list("unit", flat=True).first()
+                return {"sensor": sensor, "variable": name, "scale": units.scale_of(unit or "")}
     return None
 
 
-def _graph(chain: RuleChain, nodes: list[RuleNode]) -> str:
-    return mark_safe(describe.graph_of(chain, nodes))  # noqa: S308  rules.authoring.graph escapes every text
+def _graph(chain: RuleChain, nodes: list[RuleNode], teller: ChainDescriber) -> str:
+    return mark_safe(describe.graph_of(chain, nodes, teller))  # noqa: S308  rules.authoring.graph escapes every text
+
+
+def _teller(request: HttpRequest, organization_id: int, nodes: list[RuleNode]) -> ChainDescriber:
+    """Speaks the language and the units of the person who asks."""
+    return describe.teller_of(organization_id, nodes, units=preferences_of(request).units, say=_)
+
+
+def _choices(request: HttpRequest, organization: Organization) -> Choices:
+    return Choices(organization, preferences_of(request).units)

@@ -79,10 +79,12 @@ class _Happened(NamedTuple):
     runs: bool
 
 
-def run(chain: RuleChain, nodes: Sequence[RuleNode], *, begin: datetime, end: datetime) -> Backtest:
-    """Raises InvalidChain."""
+def run(
+    chain: RuleChain, nodes: Sequence[RuleNode], *, begin: datetime, end: datetime, teller: ChainDescriber | None = None
+) -> Backtest:
+    """Raises InvalidChain. `teller`: says what was done, and knows all that the nodes mention."""
     compiled = chains.compile(loading.spec_of(chain, nodes))
-    played = _Played(chain, nodes, compiled)
+    played = _Played(compiled, teller or describe.teller_of(chain.organization_id, nodes))
     found = _Stored(chain, compiled).happened(begin, end)
     result = Backtest(begin=found.begin, end=end, readings=found.readings, is_cut=found.is_cut)
     played.remember(found.before, since_us=events.microseconds(found.begin))
@@ -189,7 +191,7 @@ def _about(reference: Reference) -> dict[str, Any]:
 class _Played:
     """The chain as it goes through the span: what it knows, what its conditions over time remember, what it has done."""
 
-    def __init__(self, chain: RuleChain, nodes: Sequence[RuleNode], compiled: Chain) -> None:
+    def __init__(self, compiled: Chain, teller: ChainDescriber) -> None:
         self._compiled = compiled
         self._latest: dict[Reference, Latest] = {}
         self._memory: dict[str, Any] = {}
@@ -198,8 +200,7 @@ class _Played:
             self._watches[watch.reference].append(watch)
         self._wakes: dict[Source, int] = {}
         self._effects = _Effects(compiled)
-        self._names = describe.names_of(chain.organization_id, nodes)
-        teller = ChainDescriber(self._names)
+        self._teller = teller
         self._texts = {spec.name: teller.node(spec) for spec in compiled.spec.nodes}
         rows = Variable.objects.filter(sensor__uuid__in={each.uuid for each in compiled.references})
         ages = rows.values_list("sensor__uuid", "name", "maximum_age_seconds")
@@ -248,7 +249,7 @@ class _Played:
             lookup=lambda reference: self._look_up(reference, happened.at_us),
             memory=self._memory,
             refuses=perform.refuses,
-            originator=self._names.get(happened.source, ""),
+            originator=self._teller.name_of(*happened.source),
             deadline=time.monotonic() + settings.RULE_CHAIN_TIMEOUT_MS / 1_000,
         )
         result.runs += 1

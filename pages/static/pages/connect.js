@@ -10,11 +10,11 @@ document.addEventListener("click", async (event) => {
   const source = document.getElementById(button.dataset.copy);
   try {
     await navigator.clipboard.writeText(source.textContent);
-    button.textContent = "Copied";
+    button.textContent = gettext("Copied");
   } catch {
     // Without HTTPS a browser lets no page copy: marked, it is one key away.
     getSelection().selectAllChildren(source);
-    button.textContent = "Marked: press Ctrl-C";
+    button.textContent = gettext("Marked: press Ctrl-C");
   }
 });
 
@@ -30,14 +30,14 @@ async function heard({ kind, uuid }) {
   const now = JSON.stringify(rows.map((row) => [row.timestamp, row.reportedAt, row.value]));
   const isNew = before !== null && now !== before && said.length;
   before ??= now;
-  return isNew ? `received ${said.join(", ")}` : "";
+  return isNew ? interpolate(gettext("Received %(what)s"), { what: said.join(", ") }, true) : "";
 }
 
 async function look() {
   try {
     const found = await heard(waiting.dataset);
     if (found) {
-      waiting.textContent = found[0].toUpperCase() + found.slice(1);
+      waiting.textContent = found;
       waiting.classList.add("done");
       return;
     }

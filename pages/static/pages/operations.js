@@ -5,10 +5,6 @@ const RENEW_MS = 10000;
 const COLORS = { critical: "--bad", normal: "--accent", low: "--soft" };
 const OF_PROTOCOLS = { socketio: "--accent", mqtt: "--warn", coap: "--soft", "to nobody": "--bad" };
 
-function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-
 function draw() {
   const samples = JSON.parse(document.getElementById("samples").textContent);
   drawLines("queue", COLORS, (lane) => samples.map((each) => ({ x: each.at * 1000, y: each.depth[lane] ?? 0 })));
@@ -29,10 +25,10 @@ function drawLines(id, colors, points) {
   if (!canvas) return;
   const labels = { color: color("--soft") };
   const grid = { color: color("--line") };
-  const clock = (ms) => new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" }).format(ms);
+  const clock = (ms) => moment(ms, { hour: "2-digit", minute: "2-digit" });
   new Chart(canvas, {
     type: "line",
-    data: { datasets: Object.entries(colors).map(([label, name]) => ({ label, data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
+    data: { datasets: Object.entries(colors).map(([label, name]) => ({ label: gettext(label), data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
     options: {
       animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
       plugins: { legend: { labels: { ...labels, usePointStyle: true, pointStyle: "line" } }, tooltip: { callbacks: { title: (items) => clock(items[0].parsed.x) } } },
@@ -53,7 +49,7 @@ async function renew() {
     draw();
     message.hidden = true;
   } catch {
-    message.textContent = "The server does not answer. What you see may be old.";
+    message.textContent = gettext("The server does not answer. What you see may be old.");
     message.hidden = false;
   }
 }

@@ -28,10 +28,9 @@ async function points(sensor, variable) {
 async function draw(canvas) {
   const found = await points(canvas.dataset.sensor, canvas.dataset.variable);
   if (!canvas.isConnected || found.length < 2) return;
-  const color = getComputedStyle(document.documentElement).getPropertyValue("--accent");
   new Chart(canvas, {
     type: "line",
-    data: { datasets: [{ data: found.map((p) => ({ x: Date.parse(p.at), y: p.mean })), borderColor: color, borderWidth: 1.5, pointRadius: 0 }] },
+    data: { datasets: [{ data: found.map((p) => ({ x: Date.parse(p.at), y: p.mean })), borderColor: color("--accent"), borderWidth: 1.5, pointRadius: 0 }] },
     options: { animation: false, responsive: true, maintainAspectRatio: false, events: [], plugins: { legend: { display: false } }, scales: { x: { type: "linear", display: false }, y: { display: false } } },
   });
 }
@@ -63,7 +62,7 @@ async function renew() {
     if (held && held.post) [...live.querySelectorAll("button")].find((b) => b.dataset.post === held.post && b.dataset.value === held.value && b.dataset.device === held.device)?.focus();
     say("");
   } catch {
-    say("The server does not answer. What you see may be old.");
+    say(gettext("The server does not answer. What you see may be old."));
   }
 }
 
@@ -83,7 +82,7 @@ live.addEventListener("click", async (event) => {
     await renew();
     if (!answer.ok) say((await answer.json()).detail);
   } catch {
-    say("The server does not answer. Nothing was done, as far as is known: look again before you try again.");
+    say(gettext("The server does not answer. Nothing was done, as far as is known: look again before you try again."));
     button.disabled = false;
   }
 });
@@ -91,7 +90,7 @@ live.addEventListener("click", async (event) => {
 document.querySelector("select#organization")?.addEventListener("change", (event) => event.target.form.requestSubmit());
 // A number as the server writes it: four digits that count.
 function asText(value) {
-  if (typeof value === "boolean") return value ? "yes" : "no";
+  if (typeof value === "boolean") return value ? gettext("yes") : gettext("no");
   return typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value);
 }
 
@@ -100,9 +99,9 @@ function showReading({ variable, value, suspect }) {
   const text = tile?.querySelector("[data-value]");
   // What is not believed, or misses its target or does no longer, is for the server to say.
   if (!text || suspect || tile.matches(".suspect, .missed") || outside(tile, value)) return soon();
-  text.textContent = asText(value);
+  text.textContent = asText(typeof value === "number" ? shown(value, tile) : value);
   tile.classList.remove("silent");
-  tile.querySelector(".age").textContent = "just now";
+  tile.querySelector(".age").textContent = gettext("just now");
 }
 
 function outside({ dataset }, value) {

@@ -15,7 +15,7 @@ let waiting = 0;
 function listed(input) {
   const select = document.createElement("select");
   for (const { name, value } of input.attributes) if (["id", "name", "data-list"].includes(name)) select.setAttribute(name, value);
-  select.append(new Option("choose …", ""));
+  select.append(new Option(gettext("choose …"), ""));
   let group = null;
   for (const each of lists[input.dataset.list]) {
     if (!group || group.label !== each.group) {
@@ -25,7 +25,7 @@ function listed(input) {
     }
     group.append(new Option(`${each.group}: ${each.name}`, each.key, false, each.key === input.value));
   }
-  if (input.value && !byKey[input.dataset.list].has(input.value)) select.append(new Option("gone: choose another", input.value, false, true));
+  if (input.value && !byKey[input.dataset.list].has(input.value)) select.append(new Option(gettext("gone: choose another"), input.value, false, true));
   input.replaceWith(select);
   return select;
 }
@@ -83,7 +83,7 @@ function arrangeAll() {
   form.querySelector("[data-times]").hidden = !scheduled;
   const conditions = [...form.querySelectorAll(".condition[data-row]")].filter((each) => !each.hidden);
   form.querySelector("[data-needed]").hidden = conditions.length < 2;
-  const word = form.querySelector("[name=needed]").value === "any" ? "and, together with the one above" : "or, instead of the one above";
+  const word = form.querySelector("[name=needed]").value === "any" ? gettext("and, together with the one above") : gettext("or, instead of the one above");
   conditions.forEach((row, number) => {
     const together = row.querySelector(".together");
     together.hidden = number === 0;
@@ -121,7 +121,7 @@ async function preview() {
     const { html, errors } = await answer.json();
     document.getElementById("preview").innerHTML = html;
     for (const each of form.querySelectorAll("[data-error]")) each.textContent = form.dataset.posted || touched.has(each.dataset.error) ? (errors[each.dataset.error] ?? "") : "";
-    for (const each of document.querySelectorAll("#preview time")) each.textContent = new Intl.DateTimeFormat(undefined, { weekday: "short", hour: "2-digit", minute: "2-digit" }).format(new Date(each.dateTime));
+    for (const each of document.querySelectorAll("#preview time")) each.textContent = moment(new Date(each.dateTime), { weekday: "short", hour: "2-digit", minute: "2-digit" });
   } catch {
     // The server is away for a moment: the next change asks again, and saving says so.
   }
@@ -145,6 +145,6 @@ form.addEventListener("click", (event) => {
 for (const input of form.querySelectorAll("input[data-list]")) listed(input);
 for (const box of form.querySelectorAll("[name$=DELETE]:checked")) box.closest("[data-row]").hidden = true;
 const zone = form.querySelector("[name=timezone]");
-if (form.dataset.new && !zone.value) zone.value = Intl.DateTimeFormat().resolvedOptions().timeZone;
+if (form.dataset.new && !zone.value) zone.value = ZONE ?? Intl.DateTimeFormat().resolvedOptions().timeZone;
 arrangeAll();
 preview();

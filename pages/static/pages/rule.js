@@ -3,10 +3,6 @@
 
 const canvas = document.getElementById("chart");
 
-function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-
 function at(points, ms) {
   let best = null;
   for (const point of points) if (!best || Math.abs(point.x - ms) < Math.abs(best.x - ms)) best = point;
@@ -18,11 +14,11 @@ async function draw() {
   const query = new URLSearchParams({ from: new Date(begin).toISOString(), to: new Date(end).toISOString(), variables: variable });
   const answer = await fetch(`/api/v1/sensors/${sensor}/history?${query}`);
   if (!answer.ok) return;
-  const points = (await answer.json()).variables[0].points.map((each) => ({ x: Date.parse(each.at), y: each.mean }));
+  const points = (await answer.json()).variables[0].points.map((each) => ({ x: Date.parse(each.at), y: shown(each.mean, canvas) }));
   const marks = [...document.querySelectorAll(".done time")].map((each) => Date.parse(each.dateTime)).map((x) => ({ x, y: at(points, x) }));
   const labels = { color: color("--soft") };
   const grid = { color: color("--line") };
-  const clock = (ms) => new Intl.DateTimeFormat(undefined, { weekday: "short", hour: "2-digit", minute: "2-digit" }).format(ms);
+  const clock = (ms) => moment(ms, { weekday: "short", hour: "2-digit", minute: "2-digit" });
   new Chart(canvas, {
     type: "line",
     data: {

@@ -7,13 +7,14 @@ const charts = new Map();
 const RENEW_MS = 60000;
 let hours = Number(new URLSearchParams(location.search).get("hours")) || 24;
 
-function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const LONG = { dateStyle: "medium", timeStyle: "short" };
+
+function short(ms) {
+  return moment(ms, hours <= 24 ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric" });
 }
 
-function moment(ms, long) {
-  const options = long ? { dateStyle: "medium", timeStyle: "short" } : hours <= 24 ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric" };
-  return new Intl.DateTimeFormat(undefined, options).format(ms);
+function canvasOf(name) {
+  return document.querySelector(`[data-chart="${CSS.escape(name)}"]`);
 }
 
 // At whole hours and days of the person's own time.
@@ -21,14 +22,10 @@ function ticks(begin, end) {
   const steps = [10, 20, 60, 240, 480, 1440, 2880, 7200, 14400, 86400, 129600].map((minutes) => minutes * 60000);
   const most = place.clientWidth < 500 ? 4 : 9;
   const step = steps.find((each) => (end - begin) / each <= most) ?? steps.at(-1);
-  const shift = new Date(begin).getTimezoneOffset() * 60000;
+  const shift = behindUtc(begin);
   const found = [];
   for (let at = Math.ceil((begin - shift) / step) * step + shift; at <= end; at += step) found.push({ value: at });
   return found;
-}
-
-function number(value) {
-  return new Intl.NumberFormat(undefined, { maximumSignificantDigits: 4 }).format(value);
 }
 
 function line(points, key, more) {
@@ -50,7 +47,7 @@ function drawing(name, marks) {
         const to = alarm.to ? x.getPixelForValue(Date.parse(alarm.to)) : right;
         ctx.fillRect(from, top, Math.max(to - from, 2), bottom - top);
       }
-      const canvas = document.querySelector(`[data-chart="${CSS.escape(name)}"]`);
+      const canvas = canvasOf(name);
       if (canvas.dataset.low || canvas.dataset.high) {
         const high = canvas.dataset.high ? y.getPixelForValue(Number(canvas.dataset.high)) : top;
         const low = canvas.dataset.low ? y.getPixelForValue(Number(canvas.dataset.low)) : bottom;
@@ -59,14 +56,15 @@ function drawing(name, marks) {
       }
       ctx.font = "12px system-ui, sans-serif";
       for (const each of marks.thresholds.filter((one) => one.variable === name)) {
-        const at = y.getPixelForValue(each.value);
+        const value = shown(each.value, canvas);
+        const at = y.getPixelForValue(value);
         ctx.strokeStyle = ctx.fillStyle = color("--warn");
         ctx.setLineDash([6, 4]);
         ctx.beginPath();
         ctx.moveTo(left, at);
         ctx.lineTo(right, at);
         ctx.stroke();
-        ctx.fillText(`${each.rule} ${number(each.value)}`, left + 4, at - 4);
+        ctx.fillText(`${each.rule} ${number(value)}`, left + 4, at - 4);
       }
       ctx.setLineDash([]);
       ctx.strokeStyle = color("--text");
@@ -84,19 +82,22 @@ function drawing(name, marks) {
 
 function tell(marks) {
   const entries = [
-    ...marks.alarms.map((each) => ({ at: each.from, text: `alarm ${each.type} (${each.severity})${each.to ? "" : ", still open"}` })),
-    ...marks.changes.map((each) => ({ at: each.at, text: `${each.state} to ${each.value}, by ${each.actor}` })),
+    ...marks.alarms.map((each) => ({ at: each.from, text: interpolate(each.to ? gettext("alarm %(type)s (%(severity)s)") : gettext("alarm %(type)s (%(severity)s), still open"), { ...each, severity: gettext(each.severity) }, true) })),
+    ...marks.changes.map((each) => ({ at: each.at, text: interpolate(gettext("%(state)s to %(value)s, by %(actor)s"), each, true) })),
   ].sort((one, other) => Date.parse(other.at) - Date.parse(one.at));
   document.getElementById("happened").hidden = !entries.length;
   document.querySelector("#happened ul").replaceChildren(...entries.map(({ at, text }) => {
     const item = document.createElement("li");
-    item.textContent = `${moment(Date.parse(at), true)}: ${text}`;
+    item.textContent = `${moment(Date.parse(at), LONG)}: ${text}`;
     return item;
   }));
 }
 
 function show(variable, begin, end, marks) {
-  const { name, unit, points } = variable;
+  const { name } = variable;
+  const canvas = canvasOf(name);
+  const { unit } = canvas.dataset;
+  const points = variable.points.map((p) => ({ ...p, ...Object.fromEntries(["minimum", "maximum", "mean", "last"].map((key) => [key, shown(p[key], canvas)])) }));
   const accent = color("--accent");
   const datasets = [
     line(points, "maximum", { borderColor: "transparent", backgroundColor: accent + "33", fill: 1 }),
@@ -106,22 +107,26 @@ function show(variable, begin, end, marks) {
   const labels = { color: color("--soft") };
   const grid = { color: color("--line") };
   charts.get(name)?.destroy();
-  charts.set(name, new Chart(document.querySelector(`[data-chart="${CSS.escape(name)}"]`), {
+  charts.set(name, new Chart(canvas, {
     type: "line",
     plugins: [drawing(name, marks)],
     data: { datasets },
     options: {
       animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
-      plugins: { legend: { display: false }, tooltip: { callbacks: { title: (items) => moment(items[0].parsed.x, true), label: (item) => `${["highest", "lowest", "mean"][item.datasetIndex]} ${number(item.parsed.y)} ${unit}` } } },
-      scales: { x: { type: "linear", min: begin, max: end, grid, afterBuildTicks: (axis) => { axis.ticks = ticks(begin, end); }, ticks: { ...labels, maxRotation: 0, callback: (ms) => moment(ms) } }, y: { grid, ticks: labels } },
+      plugins: { legend: { display: false }, tooltip: { callbacks: { title: (items) => moment(items[0].parsed.x, LONG), label: (item) => `${[gettext("highest"), gettext("lowest"), gettext("mean")][item.datasetIndex]} ${number(item.parsed.y)} ${unit}` } } },
+      scales: { x: { type: "linear", min: begin, max: end, grid, afterBuildTicks: (axis) => { axis.ticks = ticks(begin, end); }, ticks: { ...labels, maxRotation: 0, callback: (ms) => short(ms) } }, y: { grid, ticks: labels } },
     },
   }));
   const counted = points.filter((p) => p.inRange !== null && p.inRange !== undefined);
   const share = counted.reduce((sum, p) => sum + p.inRange, 0) / counted.reduce((sum, p) => sum + p.count, 0);
-  const within = counted.length ? ` · in range ${number(share * 100)} % of the readings` : "";
+  const within = counted.length ? ` · ${interpolate(gettext("in range %(share)s %% of the readings"), { share: number(share * 100) }, true)}` : "";
   const text = points.length
-    ? `now ${number(points.at(-1).last)} ${unit} · lowest ${number(Math.min(...points.map((p) => p.minimum)))} · highest ${number(Math.max(...points.map((p) => p.maximum)))}${within}`
-    : "no readings in this time";
+    ? interpolate(gettext("now %(now)s · lowest %(low)s · highest %(high)s"), {
+        now: `${number(points.at(-1).last)} ${unit}`,
+        low: number(Math.min(...points.map((p) => p.minimum))),
+        high: number(Math.max(...points.map((p) => p.maximum))),
+      }, true) + within
+    : gettext("no readings in this time");
   document.querySelector(`[data-numbers="${CSS.escape(name)}"]`).textContent = text;
 }
 
@@ -138,10 +143,10 @@ async function load() {
     if (!answer.ok) throw new Error(found.detail);
     const marks = around.ok ? await around.json() : { thresholds: [], changes: [], alarms: [] };
     tell(marks);
-    for (const variable of found.variables) if (document.querySelector(`[data-chart="${CSS.escape(variable.name)}"]`)) show(variable, +begin, +end, marks);
+    for (const variable of found.variables) if (canvasOf(variable.name)) show(variable, +begin, +end, marks);
     message.hidden = true;
   } catch (error) {
-    message.textContent = `The charts cannot be shown: ${error.message}`;
+    message.textContent = interpolate(gettext("The charts cannot be shown: %(why)s"), { why: error.message }, true);
     message.hidden = false;
   }
 }
