@@ -1,7 +1,7 @@
 # Two commands: `make run` and `make test`. Both set up what is missing in .venv/ and .servers/ and install nothing else.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak bench-history pictures lock clean
+.PHONY: help run test check format bench bench-latency bench-rules bench-notify bench-growth bench-overload bench-soak bench-history pictures texts lock clean
 .DELETE_ON_ERROR:
 
 ARGS ?=
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-history measure how long charts wait beside five million readings (ARGS=--readings=50000000: fifty)"
 	@echo "make bench-soak     ten minutes under load with two of everything: is memory flat?"
 	@echo "make pictures       take the pictures of the guides anew, with Chromium, into docs/pictures"
+	@echo "make texts          bring the translations in pages/locale up to date, name what is not translated, compile them"
 	@echo "make lock           pin every Python package that the requirements pull in, in constraints.txt"
 	@echo "make clean          remove the environment, the unpacked servers and caches; data in var/ stays"
 
@@ -81,6 +82,9 @@ bench-history: $(VENV)/.dev
 
 bench-soak: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+texts: $(VENV)/.dev
+	@DJANGO_SETTINGS_MODULE=aemos.settings AEMOS_ENV=test $(BIN)/python -m tests.texts
 
 pictures: $(VENV)/.dev
 	@$(BIN)/python -m deploy.servers get

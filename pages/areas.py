@@ -12,6 +12,8 @@ from django.db.models import Count
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 from django.views.decorators.http import require_http_methods, require_POST
 
 from devices.areas.models import people_of, tree
@@ -36,12 +38,12 @@ class AreaChoice(forms.ChoiceField):
 
 
 class AreaForm(forms.Form):
-    name = forms.CharField(max_length=100, label="Name")
+    name = forms.CharField(max_length=100, label=lazy("Name"))
 
     def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._organization = organization
-        self.fields["parent"] = AreaChoice(organization, none="none: it is the largest", label="A part of")
+        self.fields["parent"] = AreaChoice(organization, none=_("none: it is the largest"), label=_("A part of"))
 
     def clean(self) -> dict[str, Any]:
         data = self.cleaned_data
@@ -81,11 +83,12 @@ def delete_area(request: HttpRequest, uuid: UUID) -> HttpResponse:
     area = row_of(request, Area.objects.select_related("organization"), "areas", uuid)
     demand(request, "delete", "areas", area.organization_id)
     if people := people_of(area):
-        text = f"{area.name} stays: {', '.join(people)} may act only in it or a part of it. Change their memberships first."
-        messages.error(request, text)
+        text = _("{area} stays: {people} may act only in it or a part of it. Change their memberships first.")
+        messages.error(request, text.format(area=area.name, people=", ".join(people)))
     else:
         area.delete()
-        messages.success(request, f"{area.name} is deleted. What stood in it stands in none.")
+        text = _("{area} is deleted. What stood in it stands in none.")
+        messages.success(request, text.format(area=area.name))
     return redirect(_address(area.organization))
 
 
@@ -114,7 +117,7 @@ def chosen(request: HttpRequest, organization: Organization) -> tuple[list[tuple
 def place_of(row: Sensor | Device, action: str) -> dict[str, Any]:
     """For the page of a sensor or device: where it stands, and the list of places where there are any."""
     form = forms.Form(initial={"area": str(row.area.uuid) if row.area else ""})
-    form.fields["area"] = choice = AreaChoice(row.organization, none="no area", label="Stands in")
+    form.fields["area"] = choice = AreaChoice(row.organization, none=_("no area"), label=_("Stands in"))
     return {"area": row.area, "action": action, "field": form["area"] if choice.has_areas else None}
 
 
@@ -124,7 +127,7 @@ def _put(request: HttpRequest, model: type[Sensor | Device], resource: str, uuid
     try:
         row.area = AreaChoice(row.organization, none="").clean(request.POST.get("area", ""))
     except ValidationError:
-        messages.error(request, "There is no such area.")
+        messages.error(request, _("There is no such area."))
     else:
         row.save(update_fields=["area"])
     return redirect("sensor-page" if resource == "sensors" else "device-page", uuid=row.uuid)

@@ -13,7 +13,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import translation
 from django.utils.translation import gettext as _
-from django.utils.translation import gettext_lazy
+from django.utils.translation import gettext_lazy as lazy
 from django.views.decorators.http import require_http_methods
 
 from devices import units
@@ -29,24 +29,24 @@ def _zones() -> list[tuple[str, str]]:
 
 
 def _units(offered: Iterable[str]) -> list[tuple[str, Any]]:
-    return [("", gettext_lazy("as sensors report it")), *((each, each) for each in offered)]
+    return [("", lazy("as sensors report it")), *((each, each) for each in offered)]
 
 
 class PreferencesForm(forms.ModelForm):  # type: ignore[type-arg]  # not subscriptable at run time
     language = forms.ChoiceField(
         required=False,
-        choices=[("", gettext_lazy("as the browser says")), *settings.LANGUAGES],
-        label=gettext_lazy("Language"),
+        choices=[("", lazy("as the browser says")), *settings.LANGUAGES],
+        label=lazy("Language"),
     )
-    time_zone = forms.ChoiceField(required=False, choices=_zones, label=gettext_lazy("Time zone"))
+    time_zone = forms.ChoiceField(required=False, choices=_zones, label=lazy("Time zone"))
     temperature = forms.ChoiceField(
-        required=False, choices=_units((units.CELSIUS, units.FAHRENHEIT)), label=gettext_lazy("Temperature")
+        required=False, choices=_units((units.CELSIUS, units.FAHRENHEIT)), label=lazy("Temperature")
     )
     conductivity = forms.ChoiceField(
         required=False,
         choices=_units((units.MILLISIEMENS, units.MICROSIEMENS, units.PPM_500, units.PPM_700)),
-        label=gettext_lazy("Conductivity (EC)"),
-        help_text=gettext_lazy("ppm (500) is the scale of NaCl, ppm (700) that of KCl: take the one of your meter"),
+        label=lazy("Conductivity (EC)"),
+        help_text=lazy("ppm (500) is the scale of NaCl, ppm (700) that of KCl: take the one of your meter"),
     )
 
     class Meta:

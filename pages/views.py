@@ -9,6 +9,8 @@ from django.core.exceptions import ValidationError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop as noop
 from django.views.decorators.http import require_POST, require_safe
 from redis.exceptions import RedisError
 
@@ -21,7 +23,10 @@ from pages.place import demand, page, row_of
 from pages.rules.choices import as_number
 
 # Spans of the charts: what it says, and its hours.
-SPANS = (("1 hour", 1), ("6 hours", 6), ("1 day", 24), ("7 days", 168), ("30 days", 720), ("1 year", 8_760))
+SPANS = (
+    (noop("1 hour"), 1), (noop("6 hours"), 6), (noop("1 day"), 24), (noop("7 days"), 168),
+    (noop("30 days"), 720), (noop("1 year"), 8_760),
+)  # fmt: skip
 
 
 @page
@@ -45,7 +50,7 @@ def overview_page(request: HttpRequest) -> HttpResponse:
                 page=int(number) if number.isdecimal() and len(number) < 6 else 1,
             )
         except RedisError:
-            context["problem"] = (
+            context["problem"] = _(
                 "Redis does not answer: newest values are not known now. This page tries again by itself."
             )
     return render(request, "pages/overview.html", context, status=503 if "problem" in context else 200)
@@ -86,7 +91,8 @@ def set_target(request: HttpRequest, uuid: str) -> HttpResponse:
         raise Http404("There is no such variable.")
     given = {each: as_number(request.POST.get(each, "")) for each in ("from", "to")}
     if wrong := [each for each in given.values() if isinstance(each, str) and each]:
-        messages.error(request, f"{variable.name}: {', '.join(wrong)} is no number. Nothing was changed.")
+        text = _("{name}: {text} is no number. Nothing was changed.")
+        messages.error(request, text.format(name=variable.name, text=", ".join(wrong)))
         return redirect("sensor-page", uuid=sensor.uuid)
     scale = preferences_of(request).units.scale_of(variable.unit)
     limits = (None if each == "" else scale.stored(each) for each in given.values())
@@ -94,10 +100,11 @@ def set_target(request: HttpRequest, uuid: str) -> HttpResponse:
     try:
         variable.clean()
     except ValidationError as error:
-        messages.error(request, f"{variable.name}: {' '.join(error.messages)}. Nothing was changed.")
+        text = _("{name}: {why}. Nothing was changed.")
+        messages.error(request, text.format(name=variable.name, why=" ".join(error.messages)))
     else:
         variable.save()
-        messages.success(request, f"The target range of {variable.name} is set.")
+        messages.success(request, _("The target range of {name} is set.").format(name=variable.name))
     return redirect("sensor-page", uuid=sensor.uuid)
 
 

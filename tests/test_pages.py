@@ -61,7 +61,7 @@ def test_a_large_farm_is_searched_and_turned_page_by_page(farm: Organization, mo
     assert ("Tank 0" in first, "Tank 2" in first, "page 1 of 3" in first) == (True, False, True)
     assert ("Tank 4" in last, "Tank 3" in last, "Next" in last) == (True, False, False)
     found = client.get("/", {"search": "k 4"}).text
-    assert ("Tank 4" in found, "Tank 0" in found, "1 sensor and 0 devices" in found) == (True, False, True)
+    assert ("Tank 4" in found, "Tank 0" in found, "1 sensor, 0 devices" in found) == (True, False, True)
     for odd in (
         {"page": "0"},
         {"page": "-1"},

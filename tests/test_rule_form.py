@@ -382,7 +382,7 @@ def test_a_rule_in_a_browser(
         assert page.evaluate("document.querySelector('[data-error=when-0-value]').innerText") == ""
         page.evaluate("document.querySelector('button.main').click()")
         page.until("document.body?.innerText.includes('What it would have done')")
-        assert "1 time" in page.evaluate("document.querySelector('section strong').innerText")
+        assert "once" in page.evaluate("document.querySelector('section strong').innerText")
         page.until("Chart.getChart(document.querySelector('#chart'))?.data.datasets[0].data.length === 1")
         page.evaluate("document.querySelector('button.main').click()")
         page.until("document.querySelector('.badge')?.innerText === 'on'")

@@ -15,9 +15,9 @@ from django.utils import timezone, translation
 
 from devices.models import Preferences
 
-# Programs are spoken to in one language, whatever their headers say; so are those who run the system, whose guides have English
-# names.
-_ENGLISH = ("/api/", "/admin/")
+# Programs are spoken to in one language, whatever their headers say; so are those who run the system, because reasons, states and
+# guides are English.
+_ENGLISH = ("/api/", "/admin/", "/operations")
 _LOGIN = "/admin/login/"
 
 

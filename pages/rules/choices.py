@@ -9,6 +9,9 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
+from django.utils.dates import WEEKDAYS_ABBR
+from django.utils.translation import gettext as _
+
 from devices.models import DeviceState, Organization, Variable
 from devices.units import AS_STORED, Scale, Units
 from devices.values import Datatype
@@ -16,7 +19,8 @@ from rules.engine.operators import OPERATORS, RANGE
 
 _SHOWN_FIRST = (">", ">=", "<", "<=", "between", "==", "!=", "olderThan", "valueOlderThan")
 _DURATION = re.compile(r"\s*(\d+)\s*([a-z]+)\s*", re.IGNORECASE)
-WEEKDAYS = (("1", "Mon"), ("2", "Tue"), ("3", "Wed"), ("4", "Thu"), ("5", "Fri"), ("6", "Sat"), ("0", "Sun"))
+# Django's own words, which it has in every language.
+WEEKDAYS = [(str((number + 1) % 7), name) for number, name in WEEKDAYS_ABBR.items()]
 AS_IT_IS = Scale()
 _LISTS = frozenset({"in", "notIn", "hasAll", "hasAny", "hasNone"})
 
@@ -34,7 +38,7 @@ class Choice:
 
     @property
     def allowed_texts(self) -> list[str]:
-        return ["yes", "no"] if self.datatype == Datatype.BOOLEAN else [as_text(each) for each in self.allowed]
+        return [_("yes"), _("no")] if self.datatype == Datatype.BOOLEAN else [as_text(each) for each in self.allowed]
 
     def typed(self, text: str) -> Any:
         """The value of the choice's datatype that a person has written; the text itself where it is none of them."""
@@ -42,7 +46,8 @@ class Choice:
         if self.datatype == Datatype.NUMBER:
             return as_number(text, self.scale)
         if self.datatype == Datatype.BOOLEAN:
-            return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+            yes_or_no = {"yes": True, "true": True, _("yes"): True, "no": False, "false": False, _("no"): False}
+            return yes_or_no.get(text.lower(), text)
         return text
 
 
@@ -123,7 +128,7 @@ def _fields(symbol: str) -> Iterator[str]:
 
 
 def _words(symbol: str) -> str:
-    predicate = OPERATORS[symbol].predicate
+    predicate = _(OPERATORS[symbol].predicate)
     return predicate.format(value="…", duration="…")
 
 
@@ -151,7 +156,7 @@ def as_number(text: str, scale: Scale = AS_IT_IS) -> Any:
 def as_text(value: Any, scale: Scale = AS_IT_IS) -> str:
     """What a form shows for a stored value."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return _("yes") if value else _("no")
     if isinstance(value, list):
         return ", ".join(as_text(each, scale) for each in value)
     if not scale.is_own and isinstance(value, int | float):

@@ -8,6 +8,8 @@ from typing import Any
 
 from django import forms
 from django.utils import timezone
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 
 from pages.rules import choices, times
 from pages.rules.choices import Choice, Choices
@@ -21,9 +23,9 @@ from rules.processing import schedules
 MAXIMUM_ROWS = 50
 ALL, ANY = "all", "any"
 EXECUTION_TYPES = (
-    (RuleChain.ExecutionType.EVENT_TRIGGERED, "whenever a new value is reported"),
-    (RuleChain.ExecutionType.SCHEDULE_ONLY, "at certain times"),
-    (RuleChain.ExecutionType.HYBRID, "both"),
+    (RuleChain.ExecutionType.EVENT_TRIGGERED, lazy("whenever a new value is reported")),
+    (RuleChain.ExecutionType.SCHEDULE_ONLY, lazy("at certain times")),
+    (RuleChain.ExecutionType.HYBRID, lazy("both")),
 )
 # Key of a configuration -> field of the form that shows it, where they differ.
 _FIELDS = {
@@ -36,15 +38,20 @@ _FIELDS = {
 class HeadForm(forms.Form):
     """The name of the rule, and when it runs."""
 
-    name = forms.CharField(max_length=editing.MAXIMUM_NAME_LENGTH, label="Name of the rule")
-    execution_type = forms.ChoiceField(choices=EXECUTION_TYPES, widget=forms.RadioSelect, label="Check")
-    times = forms.CharField(required=False, max_length=100, label="Times", help_text=f"such as {times.EXAMPLE}")
+    name = forms.CharField(max_length=editing.MAXIMUM_NAME_LENGTH, label=lazy("Name of the rule"))
+    execution_type = forms.ChoiceField(choices=EXECUTION_TYPES, widget=forms.RadioSelect, label=lazy("Check"))
+    times = forms.CharField(required=False, max_length=100, label=lazy("Times"), help_text=times.EXAMPLE_TEXT)
     weekdays = forms.MultipleChoiceField(
-        choices=choices.WEEKDAYS, required=False, widget=forms.CheckboxSelectMultiple, label="Days (none: every day)"
+        choices=choices.WEEKDAYS,
+        required=False,
+        widget=forms.CheckboxSelectMultiple,
+        label=lazy("Days (none: every day)"),
     )
-    timezone = forms.CharField(required=False, max_length=63, label="Time zone")
+    timezone = forms.CharField(required=False, max_length=63, label=lazy("Time zone"))
     needed = forms.ChoiceField(
-        choices=((ALL, "all of these"), (ANY, "any of these")), required=False, label="How many must be true"
+        choices=((ALL, lazy("all of these")), (ANY, lazy("any of these"))),
+        required=False,
+        label=lazy("How many must be true"),
     )
 
     def clean(self) -> dict[str, Any]:
@@ -80,14 +87,14 @@ class RuleForm:
             return None
         rule = self._rule()
         if not rule.then and not rule.otherwise:
-            self.problems.append("Say what is to be done: add an action.")
+            self.problems.append(_("Say what is to be done: add an action."))
             return None
         if not rule.groups and self.chain.execution_type == RuleChain.ExecutionType.EVENT_TRIGGERED:
-            self.problems.append("Say when it is to be done: add a condition, or choose times.")
+            self.problems.append(_("Say when it is to be done: add a condition, or choose times."))
             return None
         if not rule.groups and rule.otherwise:
             self.problems.append(
-                "Without a condition there is no otherwise: take those actions away, or add a condition."
+                _("Without a condition there is no otherwise: take those actions away, or add a condition.")
             )
             return None
         nodes = rule.nodes(before)
@@ -109,7 +116,7 @@ class RuleForm:
     def in_words(self, problems: Iterable[Problem]) -> list[str]:
         """Each with the row that it is about; only after `build`."""
         rule = self._rule()
-        rows = {WHEN: "Condition", THEN: "Then", OTHERWISE: "Otherwise"}
+        rows = {WHEN: _("Condition"), THEN: _("Then"), OTHERWISE: _("Otherwise")}
         found = [(rule.place_of(problem.path), problem.message) for problem in problems]
         texts = (f"{rows[place.part]} {place.position + 1}: {text}" if place else text for place, text in found)
         return list(dict.fromkeys(texts))

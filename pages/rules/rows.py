@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from django import forms
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 
 from devices.units import Scale
 from pages.rules import choices
@@ -13,16 +15,16 @@ from pages.rules.choices import Choice, Choices
 from rules.engine.actions import ROLES, SEVERITIES
 
 MEASURES = (
-    ("", "the value"),
-    ("per", "its change in"),
-    ("increase", "its growth in"),
-    ("median", "the median of its newest"),
+    ("", lazy("the value")),
+    ("per", lazy("its change in")),
+    ("increase", lazy("its growth in")),
+    ("median", lazy("the median of its newest")),
 )
 KINDS = (
-    ("device_command", "switch a device"),
-    ("notify", "notify people"),
-    ("raise_alarm", "raise an alarm"),
-    ("clear_alarm", "end an alarm"),
+    ("device_command", lazy("switch a device")),
+    ("notify", lazy("notify people")),
+    ("raise_alarm", lazy("raise an alarm")),
+    ("clear_alarm", lazy("end an alarm")),
 )
 _DIFFERENCES = frozenset({"per", "increase"})
 _LEAF_KEYS = frozenset(
@@ -47,18 +49,20 @@ class ConditionForm(forms.Form):
 
     together = forms.BooleanField(required=False)
     source = forms.CharField(
-        widget=_offered_in("sources"), label="Which value", error_messages={"required": "choose a value"}
+        widget=_offered_in("sources"),
+        label=lazy("Which value"),
+        error_messages={"required": lazy("choose a value")},
     )
-    measure = forms.ChoiceField(choices=MEASURES, required=False, label="What of it")
-    measure_of = forms.CharField(required=False, max_length=20, label="In what time, or of how many")
-    operator = forms.ChoiceField(choices=choices.operators, label="Comparison")
-    value = forms.CharField(required=False, max_length=500, label="Value")
-    upper = forms.CharField(required=False, max_length=50, label="and")
-    duration = forms.CharField(required=False, max_length=20, label="Time")
-    lasting = forms.CharField(required=False, max_length=20, label="for at least")
-    release = forms.CharField(required=False, max_length=20, label="until it is beyond")
-    times = forms.CharField(required=False, max_length=5, label="times")
-    within = forms.CharField(required=False, max_length=20, label="within")
+    measure = forms.ChoiceField(choices=MEASURES, required=False, label=lazy("What of it"))
+    measure_of = forms.CharField(required=False, max_length=20, label=lazy("In what time, or of how many"))
+    operator = forms.ChoiceField(choices=choices.operators, label=lazy("Comparison"))
+    value = forms.CharField(required=False, max_length=500, label=lazy("Value"))
+    upper = forms.CharField(required=False, max_length=50, label=lazy("and"))
+    duration = forms.CharField(required=False, max_length=20, label=lazy("Time"))
+    lasting = forms.CharField(required=False, max_length=20, label=lazy("for at least"))
+    release = forms.CharField(required=False, max_length=20, label=lazy("until it is beyond"))
+    times = forms.CharField(required=False, max_length=5, label=lazy("times"))
+    within = forms.CharField(required=False, max_length=20, label=lazy("within"))
 
     def __init__(self, *args: Any, offered: Choices, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -67,7 +71,7 @@ class ConditionForm(forms.Form):
     def clean_source(self) -> str:
         key: str = self.cleaned_data["source"]
         if key not in self._offered.sources:
-            raise forms.ValidationError("is no value of this farm any more: choose another")
+            raise forms.ValidationError(_("is no value of this farm any more: choose another"))
         return key
 
     @property
@@ -131,21 +135,23 @@ def condition_initial(
 class ActionForm(forms.Form):
     """One thing to do."""
 
-    kind = forms.ChoiceField(choices=KINDS, label="What to do")
-    target = forms.CharField(required=False, widget=_offered_in("states"), label="Device")
-    value = forms.CharField(required=False, max_length=200, label="to")
-    force = forms.BooleanField(required=False, label="also when it is so already")
-    title = forms.CharField(required=False, max_length=200, label="Title")
-    alarm = forms.CharField(required=False, max_length=100, label="Name of the alarm")
-    message = forms.CharField(required=False, max_length=500, label="Text")
-    severity = forms.ChoiceField(choices=[(each, each) for each in SEVERITIES], required=False, label="How urgent")
+    kind = forms.ChoiceField(choices=KINDS, label=lazy("What to do"))
+    target = forms.CharField(required=False, widget=_offered_in("states"), label=lazy("Device"))
+    value = forms.CharField(required=False, max_length=200, label=lazy("set it to"))
+    force = forms.BooleanField(required=False, label=lazy("also when it is so already"))
+    title = forms.CharField(required=False, max_length=200, label=lazy("Title"))
+    alarm = forms.CharField(required=False, max_length=100, label=lazy("Name of the alarm"))
+    message = forms.CharField(required=False, max_length=500, label=lazy("Text"))
+    severity = forms.ChoiceField(
+        choices=lambda: [(each, _(each)) for each in SEVERITIES], required=False, label=lazy("How urgent")
+    )
     audience = forms.MultipleChoiceField(
-        choices=[(each, each + "s") for each in ROLES],
+        choices=lambda: [(each, _(each + "s")) for each in ROLES],
         required=False,
         widget=forms.CheckboxSelectMultiple,
-        label="Only for",
+        label=lazy("Only for"),
     )
-    cooldown = forms.CharField(required=False, max_length=20, label="at most once in")
+    cooldown = forms.CharField(required=False, max_length=20, label=lazy("at most once in"))
 
     def __init__(self, *args: Any, offered: Choices, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -155,11 +161,11 @@ class ActionForm(forms.Form):
         data = self.cleaned_data
         kind = data.get("kind")
         if kind == "device_command" and data.get("target") not in self._offered.states:
-            self.add_error("target", "choose a device")
+            self.add_error("target", _("choose a device"))
         if kind in ("raise_alarm", "clear_alarm") and not data.get("alarm"):
-            self.add_error("alarm", "give the alarm a name")
+            self.add_error("alarm", _("give the alarm a name"))
         if kind == "notify" and not (data.get("title") or data.get("message")):
-            self.add_error("message", "say what people are told")
+            self.add_error("message", _("say what people are told"))
         return data
 
     @property

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop as noop
+
 from devices.units import CELSIUS, MILLISIEMENS, Units
 from devices.values import Datatype
 from pages.rules.choices import Choice, Choices
@@ -28,7 +31,7 @@ class Starter:
     def initial(self, offered: Choices) -> dict[str, Any]:
         """What the form shows at first. What is not found in the farm is left for the grower to choose."""
         filled = self.fill(_Farm(offered))
-        head = {"name": self.name, "execution_type": EVENT, "needed": "all", **filled.pop("head", {})}
+        head = {"name": _(self.name), "execution_type": EVENT, "needed": "all", **filled.pop("head", {})}
         return {"head": head, WHEN: [], THEN: [], OTHERWISE: [], **filled}
 
 
@@ -90,6 +93,7 @@ def _is(source: str, operator: str, value: str = "", **more: str) -> dict[str, A
 
 
 def _alarm(name: str, message: str, severity: str = "warning") -> dict[str, Any]:
+    """In the language of who makes the rule: everybody reads the alarm."""
     return {"kind": "raise_alarm", "alarm": name, "message": message, "severity": severity}
 
 
@@ -117,11 +121,11 @@ def _ec_low(farm: _Farm) -> dict[str, Any]:
 
 def _dry_run(farm: _Farm) -> dict[str, Any]:
     stop = farm.state("pump", "circulation", "power", on=False)
-    alarm = _alarm("Water too low", "The water level is {value}: the pump was stopped.", "critical")
+    alarm = _alarm(_("Water too low"), _("The water level is {value}: the pump was stopped."), "critical")
     level = farm.value("level")
     if level:
         alarm["message"] = alarm["message"].replace("{value}", "{" + level.rsplit("|", 1)[1] + "}")
-    return {WHEN: [_is(level, "<", "15", release="25")], THEN: [stop, alarm], OTHERWISE: [_end("Water too low")]}
+    return {WHEN: [_is(level, "<", "15", release="25")], THEN: [stop, alarm], OTHERWISE: [_end(_("Water too low"))]}
 
 
 def _fan(farm: _Farm) -> dict[str, Any]:
@@ -147,22 +151,24 @@ def _light(*, on: bool) -> Callable[[_Farm], dict[str, Any]]:
 
 def _oxygen(farm: _Farm) -> dict[str, Any]:
     conditions = [_is(farm.value("oxygen", r"^do\b"), "<", "5", release="6", lasting="2m")]
-    alarm = _alarm("Oxygen low", "There is too little oxygen in the water.", "critical")
+    alarm = _alarm(_("Oxygen low"), _("There is too little oxygen in the water."), "critical")
     air = farm.state("aerat", "air.?pump", "air", on=True)
     return {
         WHEN: conditions,
         THEN: [alarm, *([air] if air["target"] else [])],
-        OTHERWISE: [_end("Oxygen low")],
+        OTHERWISE: [_end(_("Oxygen low"))],
     }
 
 
 def _silent(farm: _Farm) -> dict[str, Any]:
     source = farm.value(r"^ph\b", "level", ".")
-    alarm = _alarm("Sensor is silent", "Nothing was reported for half an hour: look at the sensor and its network.")
+    alarm = _alarm(
+        _("Sensor is silent"), _("Nothing was reported for half an hour: look at the sensor and its network.")
+    )
     return {
         WHEN: [_is(source, "olderThan", duration="30m")],
         THEN: [alarm],
-        OTHERWISE: [_end("Sensor is silent")],
+        OTHERWISE: [_end(_("Sensor is silent"))],
     }
 
 
@@ -171,47 +177,59 @@ STARTERS: Mapping[str, Starter] = {
     for each in (
         Starter(
             key="ph-down",
-            name="Lower the pH",
-            text="A dose of acid when the pH was too high for five minutes, at most every quarter of an hour.",
+            name=noop("Lower the pH"),
+            text=noop("A dose of acid when the pH was too high for five minutes, at most every quarter of an hour."),
             fill=_ph_high,
         ),
         Starter(
             key="ph-up",
-            name="Raise the pH",
-            text="A dose of base when the pH was too low for five minutes, at most every quarter of an hour.",
+            name=noop("Raise the pH"),
+            text=noop("A dose of base when the pH was too low for five minutes, at most every quarter of an hour."),
             fill=_ph_low,
         ),
         Starter(
             key="ec",
-            name="Feed nutrients",
-            text="A dose of nutrients when the EC was too low for ten minutes.",
+            name=noop("Feed nutrients"),
+            text=noop("A dose of nutrients when the EC was too low for ten minutes."),
             fill=_ec_low,
         ),
         Starter(
             key="dry-run",
-            name="Stop the pump without water",
-            text="The pump stops and an alarm is raised when the water is too low; the alarm ends by itself.",
+            name=noop("Stop the pump without water"),
+            text=noop("The pump stops and an alarm is raised when the water is too low; the alarm ends by itself."),
             fill=_dry_run,
         ),
-        Starter(key="fan", name="Cool with the fan", text="On above 27 °C, off again below 25 °C.", fill=_fan),
+        Starter(
+            key="fan",
+            name=noop("Cool with the fan"),
+            text=noop("On above 27 °C, off again below 25 °C."),
+            fill=_fan,
+        ),
         Starter(
             key="vpd",
-            name="Keep the VPD",
-            text="The humidifier runs while the air is too dry for the plants, measured as vapour pressure deficit.",
+            name=noop("Keep the VPD"),
+            text=noop(
+                "The humidifier runs while the air is too dry for the plants, measured as vapour pressure deficit."
+            ),
             fill=_vpd,
         ),
-        Starter(key="light-on", name="Light on", text="Every day at six.", fill=_light(on=True)),
-        Starter(key="light-off", name="Light off", text="Every day at ten in the evening.", fill=_light(on=False)),
+        Starter(key="light-on", name=noop("Light on"), text=noop("Every day at six."), fill=_light(on=True)),
+        Starter(
+            key="light-off",
+            name=noop("Light off"),
+            text=noop("Every day at ten in the evening."),
+            fill=_light(on=False),
+        ),
         Starter(
             key="oxygen",
-            name="Watch the oxygen",
-            text="An alarm when dissolved oxygen is low for two minutes, for the fish.",
+            name=noop("Watch the oxygen"),
+            text=noop("An alarm when dissolved oxygen is low for two minutes, for the fish."),
             fill=_oxygen,
         ),
         Starter(
             key="silent",
-            name="Notice a silent sensor",
-            text="An alarm when nothing was reported for half an hour.",
+            name=noop("Notice a silent sensor"),
+            text=noop("An alarm when nothing was reported for half an hour."),
             fill=_silent,
         ),
     )

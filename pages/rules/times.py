@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
+
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*(am|pm)?", re.IGNORECASE)
 _EVERY = re.compile(r"every\s+(?:(\d+)\s*)?(minute|hour|min|h|m)s?", re.IGNORECASE)
 _FIVE_FIELDS = 5
 EVERY_DAY = "*"
-EXAMPLE = "06:00, 18:00 or every 15 minutes"
+EXAMPLE = "06:00, 18:00"
+EXAMPLE_TEXT = lazy("such as 06:00, 18:00 or every 15 minutes")
 
 
 def as_cron(text: str, weekdays: Sequence[str] = ()) -> str:
@@ -22,11 +26,11 @@ def as_cron(text: str, weekdays: Sequence[str] = ()) -> str:
         return _every(int(every[1] or 1), every[2].lower()[0], days)
     times = [_time(each.strip()) for each in text.split(",") if each.strip()]
     if not times:
-        raise ValueError(f"say at which times, such as {EXAMPLE}")
+        raise ValueError(_("say at which times, such as {example}").format(example=EXAMPLE))
     minutes = sorted({minute for _, minute in times})
     if len(minutes) > 1:
         raise ValueError(
-            "times of one rule must have the same minutes, such as 06:30, 18:30: make a second rule for the others"
+            _("times of one rule must have the same minutes, such as 06:30, 18:30: make a second rule for the others")
         )
     hours = ",".join(str(hour) for hour in sorted({hour for hour, _ in times}))
     return f"{minutes[0]} {hours} * * {days}"
@@ -54,7 +58,10 @@ def _every(count: int, unit: str, days: str) -> str:
     most = 59 if unit == "m" else 23
     whole = 60 if unit == "m" else 24
     if not 1 <= count <= most or whole % count:
-        raise ValueError(f"every {count} does not divide {'an hour' if unit == 'm' else 'a day'} into equal parts")
+        text = _("{count} minutes do not divide an hour into equal parts")
+        if unit != "m":
+            text = _("{count} hours do not divide a day into equal parts")
+        raise ValueError(text.format(count=count))
     step = "*" if count == 1 else f"*/{count}"
     return f"{step} * * * {days}" if unit == "m" else f"0 {step} * * {days}"
 
@@ -62,10 +69,10 @@ def _every(count: int, unit: str, days: str) -> str:
 def _time(text: str) -> tuple[int, int]:
     match = _CLOCK.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no time: write {EXAMPLE}")
+        raise ValueError(_("“{text}” is no time: write {example}").format(text=text, example=EXAMPLE))
     hour, minute, half = int(match[1]), int(match[2] or 0), (match[3] or "").lower()
     if half:
         hour = hour % 12 + (12 if half == "pm" else 0)
     if hour > 23 or minute > 59:
-        raise ValueError(f"{text!r} is no time of a day")
+        raise ValueError(_("“{text}” is no time of a day").format(text=text))
     return hour, minute

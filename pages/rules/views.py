@@ -16,6 +16,7 @@ from django.urls import reverse
 from django.utils import timezone
 from django.utils.safestring import mark_safe
 from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop as noop
 from django.views.decorators.http import require_POST, require_safe
 
 from devices.models import Organization, Variable
@@ -36,7 +37,7 @@ from rules.models import RuleChain, RuleNode
 BLANK = "blank"
 SHOWN = 50
 # Spans of the trial: what it says, and its hours.
-SPANS = (("1 day", 24), ("3 days", 72), ("7 days", 168))
+SPANS = ((noop("1 day"), 24), (noop("3 days"), 72), (noop("7 days"), 168))
 
 
 @page
@@ -78,7 +79,7 @@ def new_page(request: HttpRequest) -> HttpResponse:
     initial = STARTERS[wanted].initial(offered) if wanted in STARTERS else {"head": head, "when": [{}], "then": [{}]}
     form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
     if request.method == "POST" and _saved(request, form, []):
-        messages.success(request, "Saved, and still off. Look at what it would have done, then switch it on.")
+        messages.success(request, _("Saved, and still off. Look at what it would have done, then switch it on."))
         return redirect("rule-page", uuid=chain.uuid)
     return _form_page(request, form, organization)
 
@@ -94,7 +95,7 @@ def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
         return redirect("admin:rules_rulechain_change", chain.pk)
     form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
     if request.method == "POST" and _saved(request, form, nodes):
-        messages.success(request, "Saved.")
+        messages.success(request, _("Saved."))
         return redirect("rule-page", uuid=chain.uuid)
     return _form_page(request, form, chain.organization)
 
@@ -162,7 +163,7 @@ def switch(request: HttpRequest, uuid: UUID) -> HttpResponse:
     try:
         editing.switch(chain, enabled=request.POST.get("enabled") == "yes", by=request.user.get_username())
     except InvalidChain as error:
-        messages.error(request, f"It cannot be switched on: {error}")
+        messages.error(request, _("It cannot be switched on: {why}").format(why=error))
     return redirect("rule-page", uuid=chain.uuid)
 
 
@@ -172,7 +173,7 @@ def delete(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "delete")
     organization, name = chain.organization, chain.name
     editing.delete(chain)
-    messages.success(request, f"{name} is deleted.")
+    messages.success(request, _("{name} is deleted.").format(name=name))
     return redirect(f"{reverse('rules-page')}?organization={organization.uuid}")
 
 
@@ -189,7 +190,7 @@ def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool
     try:
         editing.save(form.chain, nodes, by=request.user.get_username())
     except IntegrityError:
-        form.head.add_error("name", "is the name of another rule of this farm")
+        form.head.add_error("name", _("is the name of another rule of this farm"))
     except InvalidChain as error:
         form.problems.append(str(error))
     else:

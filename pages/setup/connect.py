@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from django.conf import settings
 from django.http import HttpRequest
+from django.utils.translation import gettext_noop as noop
 
 from devices.models import Device, Sensor
 from devices.tokens import prefix_of
@@ -30,19 +31,19 @@ def snippets(request: HttpRequest, owner: Sensor | Device, token: str) -> list[S
     body = _body(owner)
     broker = _Broker(request, token)
     found = [
-        Snippet(title="Report over HTTP", kind="shell", text=_curl(url, token, body)),
+        Snippet(title=noop("Report over HTTP"), kind="shell", text=_curl(url, token, body)),
         Snippet(
-            title="Report over MQTT",
+            title=noop("Report over MQTT"),
             kind="shell",
             text=f"mosquitto_pub {broker.options} -q 1 -t 'devices/{owner.uuid}/datastream' -m '{body}'",
         ),
-        Snippet(title="Report from an ESP32", kind="Arduino", text=_sketch(url, token, body)),
+        Snippet(title=noop("Report from an ESP32"), kind="Arduino", text=_sketch(url, token, body)),
     ]
     if isinstance(owner, Device):
         listen = (
             f"mosquitto_sub {broker.options} -q 2 -t 'devices/{owner.uuid}/commands' -t 'devices/{owner.uuid}/state/+'"
         )
-        found.insert(0, Snippet(title="Hear commands over MQTT", kind="shell", text=listen))
+        found.insert(0, Snippet(title=noop("Hear commands over MQTT"), kind="shell", text=listen))
     return found
 
 

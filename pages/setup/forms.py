@@ -3,51 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django import forms
 from django.core.exceptions import ValidationError
 from django.db import transaction
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 
 from devices.models import Device, DeviceState, Membership, Organization, Role, Sensor, Variable
 from devices.values import Datatype
 from pages.areas import AreaChoice
+
+if TYPE_CHECKING:
+    from django_stubs_ext import StrOrPromise
 
 
 class Quantity(NamedTuple):
     """Something that many sensors measure: what it is called in readings, and for people."""
 
     name: str
-    label: str
+    label: StrOrPromise
     unit: str
 
 
 QUANTITIES = (
     Quantity("ph", "pH", ""),
     Quantity("ec", "EC", "mS/cm"),
-    Quantity("temperature", "temperature", "°C"),
-    Quantity("waterLevel", "water level", "%"),
-    Quantity("dissolvedOxygen", "dissolved oxygen", "mg/l"),
-    Quantity("humidity", "humidity", "%"),
+    Quantity("temperature", lazy("temperature"), "°C"),
+    Quantity("waterLevel", lazy("water level"), "%"),
+    Quantity("dissolvedOxygen", lazy("dissolved oxygen"), "mg/l"),
+    Quantity("humidity", lazy("humidity"), "%"),
     Quantity("vpd", "VPD", "kPa"),
     Quantity("co2", "CO2", "ppm"),
-    Quantity("light", "light", "µmol/m²s"),
+    Quantity("light", lazy("light"), "µmol/m²s"),
 )
 _KNOWN: Mapping[str, Quantity] = {each.name: each for each in QUANTITIES}
 # What a device can do: its name, what a person reads, and the fields of its state.
-KINDS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
-    "switch": ("power", "switch on and off: a pump, a lamp, a valve", {"allowed_values": ["on", "off"], "safe_value": "off"}),
-    "dose": ("dose", "dose an amount, in ml", {"kind": DeviceState.Kind.MOMENTARY, "datatype": Datatype.NUMBER}),
-    "speed": ("speed", "run at a speed: off, low, high", {"allowed_values": ["off", "low", "high"], "safe_value": "off"}),
-    "percent": ("level", "go to a percentage: a dimmer, a vent", {"datatype": Datatype.NUMBER, "safe_value": 0}),
-}  # fmt: skip
+KINDS: Mapping[str, tuple[str, StrOrPromise, dict[str, Any]]] = {
+    "switch": (
+        "power",
+        lazy("switch on and off: a pump, a lamp, a valve"),
+        {"allowed_values": ["on", "off"], "safe_value": "off"},
+    ),
+    "dose": (
+        "dose",
+        lazy("dose an amount, in ml"),
+        {"kind": DeviceState.Kind.MOMENTARY, "datatype": Datatype.NUMBER},
+    ),
+    "speed": (
+        "speed",
+        lazy("run at a speed: off, low, high"),
+        {"allowed_values": ["off", "low", "high"], "safe_value": "off"},
+    ),
+    "percent": (
+        "level",
+        lazy("go to a percentage: a dimmer, a vent"),
+        {"datatype": Datatype.NUMBER, "safe_value": 0},
+    ),
+}
 
 
 class FarmForm(forms.ModelForm):  # type: ignore[type-arg]  # not subscriptable at run time
     class Meta:
         model = Organization
         fields = ("name",)
-        labels: Mapping[str, Any] = {"name": "Name of your farm"}
+        labels: Mapping[str, Any] = {"name": lazy("Name of your farm")}
 
     def create(self, user: Any) -> Organization:
         """The farm, with its maker as admin."""
@@ -63,7 +84,7 @@ class _PlacedForm(forms.Form):
     def __init__(self, organization: Organization, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._organization = organization
-        place = AreaChoice(organization, none="no area", label="Stands in")
+        place = AreaChoice(organization, none=_("no area"), label=_("Stands in"))
         if place.has_areas:
             self.fields["area"] = place
 
@@ -73,25 +94,29 @@ class _PlacedForm(forms.Form):
 
 
 class SensorForm(_PlacedForm):
-    name = forms.CharField(max_length=200, label="Name", help_text="such as Tank 1, or the place where it hangs")
+    name = forms.CharField(
+        max_length=200,
+        label=lazy("Name"),
+        help_text=lazy("such as Tank 1, or the place where it hangs"),
+    )
     measures = forms.MultipleChoiceField(
-        choices=[(each.name, f"{each.label}{', ' if each.unit else ''}{each.unit}") for each in QUANTITIES],
+        choices=lambda: [(each.name, f"{each.label}{', ' if each.unit else ''}{each.unit}") for each in QUANTITIES],
         required=False,
         widget=forms.CheckboxSelectMultiple,
-        label="What it measures",
+        label=lazy("What it measures"),
     )
     others = forms.CharField(
         required=False,
         max_length=500,
-        label="Something else",
-        help_text="names with their units, separated by commas: flow l/min, orp mV",
+        label=lazy("Something else"),
+        help_text=lazy("names with their units, separated by commas: flow l/min, orp mV"),
     )
 
     def clean(self) -> dict[str, Any]:
         data = self.cleaned_data
         data["variables"] = variables = dict(self._variables())
         if not variables and not self.errors:
-            self.add_error("measures", "choose at least one")
+            self.add_error("measures", _("choose at least one"))
         self._try(Sensor(organization=self._organization, name=data.get("name", "")), "name")
         for name, unit in variables.items():
             self._try(Variable(name=name, unit=unit), "others")
@@ -116,12 +141,12 @@ class SensorForm(_PlacedForm):
 
 
 class DeviceForm(_PlacedForm):
-    name = forms.CharField(max_length=200, label="Name", help_text="such as Dosing pump, Fan or Lamp 2")
+    name = forms.CharField(max_length=200, label=lazy("Name"), help_text=lazy("such as Dosing pump, Fan or Lamp 2"))
     kinds = forms.MultipleChoiceField(
         choices=[(key, text) for key, (_, text, _) in KINDS.items()],
         widget=forms.CheckboxSelectMultiple,
-        label="What it can do",
-        error_messages={"required": "choose at least one"},
+        label=lazy("What it can do"),
+        error_messages={"required": lazy("choose at least one")},
     )
 
     def clean(self) -> dict[str, Any]:

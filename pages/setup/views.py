@@ -11,6 +11,7 @@ from django.db.models import Model
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils import timezone
+from django.utils.translation import gettext as _
 from django.views.decorators.http import require_http_methods
 
 from devices.models import Device, DeviceToken, Sensor
@@ -34,9 +35,9 @@ def new_farm(request: HttpRequest) -> HttpResponse:
     form = FarmForm(request.POST or None)
     if request.method == "POST" and form.is_valid():
         organization = form.create(request.user)
-        messages.success(request, f"{organization} is ready. Now its first sensor.")
+        messages.success(request, _("{farm} is ready. Now its first sensor.").format(farm=organization))
         return redirect(f"/sensors/new?organization={organization.uuid}")
-    return _form(request, form, title="New farm", button="Make the farm")
+    return _form(request, form, title=_("New farm"), button=_("Make the farm"))
 
 
 @page
@@ -46,7 +47,7 @@ def new_sensor(request: HttpRequest) -> HttpResponse:
     form = SensorForm(organization, request.POST or None)
     if request.method == "POST" and form.is_valid():
         return redirect("connect-sensor-page", uuid=form.create().uuid)
-    return _form(request, form, title="New sensor", button="Add the sensor", organization=organization)
+    return _form(request, form, title=_("New sensor"), button=_("Add the sensor"), organization=organization)
 
 
 @page
@@ -56,7 +57,7 @@ def new_device(request: HttpRequest) -> HttpResponse:
     form = DeviceForm(organization, request.POST or None)
     if request.method == "POST" and form.is_valid():
         return redirect("connect-device-page", uuid=form.create().uuid)
-    return _form(request, form, title="New device", button="Add the device", organization=organization)
+    return _form(request, form, title=_("New device"), button=_("Add the device"), organization=organization)
 
 
 @page
@@ -76,7 +77,7 @@ def _connect(request: HttpRequest, model: type[Model], kind: str, uuid: UUID) ->
     owner: Any = row_of(request, model._default_manager.select_related("organization"), f"{kind}s", uuid)
     demand(request, "add", "device-tokens", owner.organization_id)
     if request.method == "POST":
-        row, _ = DeviceToken.objects.issue(owner, name=f"made {timezone.now():%Y-%m-%d}")
+        row, _token = DeviceToken.objects.issue(owner, name=f"made {timezone.now():%Y-%m-%d}")
         request.session[ISSUED] = row.prefix
         return redirect(request.path)
     prefix = request.session.pop(ISSUED, None)

@@ -30,7 +30,7 @@ function drawLines(id, colors, points) {
     type: "line",
     data: { datasets: Object.entries(colors).map(([label, name]) => ({ label: gettext(label), data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
     options: {
-      animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
+      animation: false, responsive: true, locale: LOCALE, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
       plugins: { legend: { labels: { ...labels, usePointStyle: true, pointStyle: "line" } }, tooltip: { callbacks: { title: (items) => clock(items[0].parsed.x) } } },
       scales: { x: { type: "linear", min: Date.now() - 3600000, max: Date.now(), grid, ticks: { ...labels, maxRotation: 0, maxTicksLimit: 7, callback: clock } }, y: { beginAtZero: true, suggestedMax: 10, grid, ticks: { ...labels, precision: 0 } } },
     },

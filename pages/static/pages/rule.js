@@ -28,7 +28,7 @@ async function draw() {
       ],
     },
     options: {
-      animation: false, responsive: true, maintainAspectRatio: false,
+      animation: false, responsive: true, locale: LOCALE, maintainAspectRatio: false,
       plugins: { legend: { display: false }, tooltip: { callbacks: { title: (items) => clock(items[0].parsed.x) } } },
       scales: { x: { type: "linear", min: Date.parse(begin), max: Date.parse(end), grid, ticks: { ...labels, maxRotation: 0, maxTicksLimit: 7, callback: clock } }, y: { grid, ticks: labels } },
     },

@@ -112,14 +112,14 @@ function show(variable, begin, end, marks) {
     plugins: [drawing(name, marks)],
     data: { datasets },
     options: {
-      animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
+      animation: false, responsive: true, locale: LOCALE, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
       plugins: { legend: { display: false }, tooltip: { callbacks: { title: (items) => moment(items[0].parsed.x, LONG), label: (item) => `${[gettext("highest"), gettext("lowest"), gettext("mean")][item.datasetIndex]} ${number(item.parsed.y)} ${unit}` } } },
       scales: { x: { type: "linear", min: begin, max: end, grid, afterBuildTicks: (axis) => { axis.ticks = ticks(begin, end); }, ticks: { ...labels, maxRotation: 0, callback: (ms) => short(ms) } }, y: { grid, ticks: labels } },
     },
   }));
   const counted = points.filter((p) => p.inRange !== null && p.inRange !== undefined);
   const share = counted.reduce((sum, p) => sum + p.inRange, 0) / counted.reduce((sum, p) => sum + p.count, 0);
-  const within = counted.length ? ` · ${interpolate(gettext("in range %(share)s %% of the readings"), { share: number(share * 100) }, true)}` : "";
+  const within = counted.length ? ` · ${interpolate(gettext("in range %(share)s % of the readings"), { share: number(share * 100) }, true)}` : "";
   const text = points.length
     ? interpolate(gettext("now %(now)s · lowest %(low)s · highest %(high)s"), {
         now: `${number(points.at(-1).last)} ${unit}`,
