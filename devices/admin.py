@@ -165,6 +165,13 @@ class VariableAdmin(ScopedAdmin):
                 ),
             },
         ),
+        (
+            "How long it is kept",
+            {
+                "description": "Where it differs from what the organization says.",
+                "fields": (("keep_readings_days", "keep_hours_days"),),
+            },
+        ),
     )
 
     def readings(self, row: Variable) -> str:

@@ -129,6 +129,12 @@ class Variable(Identified):
         blank=True,
         help_text="Another number of days than the organization's, for this one.",
     )
+    keep_hours_days = models.PositiveIntegerField(
+        "keep hours, days",
+        null=True,
+        blank=True,
+        help_text="Another number of days than the organization's, for what this one was in each hour.",
+    )
     target_minimum = models.FloatField(
         "target from",
         null=True,

@@ -224,7 +224,7 @@ class VariableSerializer(CamelCaseSerializer[Variable]):
         fields = [
             "uuid", "sensor", "name", "datatype", "unit", "target_minimum", "target_maximum", "minimum", "maximum",
             "maximum_step", "maximum_step_seconds",
-            "stuck_after_seconds", "maximum_age_seconds", "keep_readings_days", "created_at",
+            "stuck_after_seconds", "maximum_age_seconds", "keep_readings_days", "keep_hours_days", "created_at",
         ]  # fmt: skip
         immutable = ["sensor"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +13,7 @@ from django.db.models import Count
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
+from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy as lazy
 from django.views.decorators.http import require_http_methods, require_POST
@@ -73,6 +75,7 @@ def areas_page(request: HttpRequest) -> HttpResponse:
         "form": form,
         "may_add": access_of(request).may("add", "areas", organization.pk),
         "page": "areas",
+        "month_ago": timezone.now() - timedelta(days=30),
     }
     return render(request, "pages/areas.html", context, status=400 if request.method == "POST" else 200)
 

@@ -23,7 +23,7 @@ from tests.test_api_rights import make_farm
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("empty_redis")]
 EXAMPLES = 15
 # One of two parameters is needed; a parameter names rows: which no schema says.
-ASK_FOR_ROWS = ("/api/v1/readings", "/api/v1/sensors/{uuid}/history")
+ASK_FOR_ROWS = ("/api/v1/readings", "/api/v1/sensors/{uuid}/history", "/api/v1/areas/{uuid}/history")
 # Path parameters whose row is known by the collection that they belong to.
 ROWS = {
     "organizations": "organization", "memberships": "organization", "sensors": "sensor", "variables": "variable",

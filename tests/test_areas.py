@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from devices.areas.models import MAXIMUM_DEPTH, tree, within
 from devices.models import Area, Device, Organization, Sensor
 from tests import builders
 from tests.problems import wrong
+from tests.test_pages import measured
 
 pytestmark = pytest.mark.django_db
 API = "/api/v1"
@@ -175,6 +177,40 @@ def test_pages_of_an_area_show_what_stands_in_it_and_its_parts(
     added = {"name": "Tank 2", "measures": ["ph"], "area": str(places["North"].uuid)}
     client.post(f"/sensors/new?organization={farm.uuid}", added)
     assert Sensor.objects.get(name="Tank 2").area == places["North"]
+
+
+def test_all_of_an_area_comes_as_one_file(farm: Organization, places: dict[str, Area], client: Client) -> None:
+    for name, place, numbers in (
+        ("Tank 1", "Bench 1", (6.1, 6.2)),
+        ("Tank 2", "North", (5.9,)),
+        ("Pond", "South", (7.0,)),
+    ):
+        sensor = builders.sensor(farm, name, variables={"ph": "number", "note": "string"} if name == "Tank 1" else None)
+        Sensor.objects.filter(pk=sensor.pk).update(area=places[place])
+        measured(sensor.variables.get(name="ph"), *numbers)
+    url = f"{API}/areas/{places['North'].uuid}/history"
+    answer = client.get(url, {"format": "csv", "interval": "raw", "variables": "ph"})
+    lines = answer.getvalue().decode().splitlines()
+    assert lines[0].startswith("sensor,at,variable,value,")
+    assert sorted((line.split(",")[0], line.split(",")[3]) for line in lines[1:]) == [
+        ("Tank 1", "6.1"), ("Tank 1", "6.2"), ("Tank 2", "5.9"),
+    ]  # fmt: skip
+    rows = [json.loads(line) for line in client.get(url, {"format": "ndjson"}).getvalue().splitlines()]
+    assert {(row["sensor"], row["variable"], row["count"]) for row in rows} >= {("Tank 2", "ph", 1)}
+    empty = client.get(f"{API}/areas/{places['Bench 2'].uuid}/history").getvalue()
+    assert empty.decode().splitlines() == [lines[0]]
+    for query, field in (
+        ({"variables": "ph,salt"}, "variables"),
+        ({"interval": "1s"}, "interval"),
+        ({"from": "x"}, "from"),
+        ({"since": "x"}, "since"),
+    ):
+        refused = client.get(url, query)
+        assert (refused.status_code, list(wrong(refused))) == (400, [field]), refused.content
+    stranger = builders.client_of(builders.member(builders.organization()))
+    assert stranger.get(url).status_code == 404
+    page = client.get(f"/areas?organization={farm.uuid}").text
+    assert f"/api/v1/areas/{places['North'].uuid}/history?format=csv" in page
 
 
 def test_viewers_see_areas_and_change_none(farm: Organization, places: dict[str, Area]) -> None:

@@ -12,6 +12,7 @@ from devices.models import Device, DeviceState, Organization, Reading, Sensor, S
 from rules.authoring import backtest
 from rules.models import RuleChain
 from tests import builders
+from tests.problems import wrong
 
 pytestmark = pytest.mark.django_db
 DAY = datetime(2026, 5, 4, tzinfo=UTC)
@@ -210,3 +211,108 @@ def test_the_sensors_of_others_are_not_read(farm: Organization, tank: Sensor, do
     reported(tank, MORNING)
     Sensor.objects.filter(pk=tank.pk).update(organization=builders.organization())
     assert played(chain).readings == 0
+
+
+# Over REST
+
+
+def asked(farm: Organization, path: str, body: dict[str, Any], role: str = "viewer") -> Any:
+    client = builders.client_of(builders.member(farm, role))
+    return client.post(f"/api/v1/rule-chains/{path}", body, content_type="application/json")
+
+
+def test_a_stored_day_is_played_over_rest(farm: Organization, tank: Sensor, doser: Device) -> None:
+    chain = dosing(farm, tank, doser)
+    chain.enabled = False
+    chain.save()
+    reported(tank, MORNING)
+    expected = played(chain)
+    answer = asked(farm, f"{chain.uuid}/backtest", {"from": at("00:00").isoformat(), "to": at("23:59").isoformat()})
+    assert answer.status_code == 200, answer.content
+    found = answer.json()
+    assert (found["count"], found["readings"], found["isCut"]) == (expected.count, expected.readings, False)
+    assert [each["text"] for each in found["done"]] == [each.text for each in expected.done]
+    assert found["count"] > 0
+
+
+def given(sensor: Sensor, **values: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "UUID": str(sensor.uuid),
+            "key": "ph",
+            "value": value,
+            "timestamp": at(clock.replace("_", ":").strip("t")).isoformat(),
+        }
+        for clock, value in values.items()
+    ]
+
+
+def held_for_five_minutes(farm: Organization, tank: Sensor) -> dict[str, Any]:
+    pump = builders.device(farm, "Pump")
+    nodes = [
+        {
+            "name": "high",
+            "type": "filter",
+            "config": {**builders.leaf(tank, operator=">", value=6.5), "for": "5m"},
+            "next": "on",
+        },
+        {"name": "on", "type": "action", "config": builders.command(pump)},
+    ]
+    return {"organization": str(farm.uuid), "nodes": nodes}
+
+
+@pytest.mark.parametrize(
+    ("series", "times_done"),
+    [
+        ({"t09_00": 6.9, "t09_06": 6.9}, 1),
+        ({"t09_00": 6.9, "t09_04": 6.0, "t09_06": 6.9}, 0),
+        ({"t09_06": 6.9, "t09_00": 6.9}, 1),  # in whatever order they come
+    ],
+)
+def test_a_series_shows_that_a_condition_over_time_fires(
+    farm: Organization, tank: Sensor, series: dict[str, float], times_done: int
+) -> None:
+    reported(tank, {"08:00": {"ph": 9.0}})  # stored, and not asked for
+    answer = asked(farm, "backtest", {**held_for_five_minutes(farm, tank), "readings": given(tank, **series)})
+    assert answer.status_code == 200, answer.content
+    assert answer.json()["count"] == times_done
+    assert not RuleChain.objects.exists()
+
+
+def test_a_series_is_played_to_the_end_that_is_asked_for(farm: Organization, tank: Sensor) -> None:
+    body = held_for_five_minutes(farm, tank)
+    silent = {**builders.leaf(tank, operator="olderThan"), "duration": "30m"}
+    silent.pop("value")
+    body["nodes"][0]["config"] = silent
+    body["readings"] = given(tank, t09_00=6.9)
+    assert asked(farm, "backtest", body).json()["count"] == 0
+    found = asked(farm, "backtest", {**body, "to": at("10:00").isoformat()}).json()
+    assert (found["count"], found["done"][0]["at"][:16]) == (1, "2026-05-04T09:30")
+
+
+def test_what_a_backtest_cannot_use_is_named(farm: Organization, tank: Sensor) -> None:
+    whole = held_for_five_minutes(farm, tank)
+    good = given(tank, t09_00=6.9)[0]
+    stranger = builders.sensor(builders.organization())
+    for change, field in (
+        ({"readings": [good, {**good, "key": "salt"}]}, "readings[1].key"),
+        ({"readings": [{**good, "UUID": str(stranger.uuid)}]}, "readings[0].key"),
+        ({"readings": [{**good, "value": "high"}]}, "readings[0].value"),
+        ({"readings": [{**good, "timestamp": "yesterday"}]}, "readings[0].timestamp"),
+        ({"readings": [good] * 5_001}, "readings"),
+        ({"from": "2026-05-02T00:00:00Z", "to": "2026-05-01T00:00:00Z"}, "from"),
+        ({"from": "2026-01-01T00:00:00Z", "to": "2026-05-01T00:00:00Z"}, "from"),
+        ({"since": "2026-05-01T00:00:00Z"}, "since"),
+        ({"organization": str(builders.organization().uuid)}, "organization"),
+        ({"executionType": "schedule-only", "cron": "at noon"}, "cron"),
+        ({"nodes": [{"name": "x", "type": "filter", "config": {}}]}, None),
+    ):
+        answer = asked(farm, "backtest", {**whole, **change})
+        assert answer.status_code == 400, (change, answer.content)
+        if field:
+            assert field in wrong(answer), (field, answer.content)
+
+
+def test_a_foreign_chain_cannot_be_played(farm: Organization, tank: Sensor, doser: Device) -> None:
+    chain = dosing(farm, tank, doser)
+    assert asked(builders.organization(), f"{chain.uuid}/backtest", {}).status_code == 404

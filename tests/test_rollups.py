@@ -313,6 +313,12 @@ def test_readings_are_deleted_after_their_time_and_their_rollups_stay(ph: Variab
     for _ in range(10):
         retention.delete_old()
     assert (Reading.objects.filter(variable=ph).count(), len(stored(ph)), len(stored(ph, "day"))) == (10, 50, 100)
+    ph.keep_hours_days = 20
+    ph.save()
+    redis.client().delete(keys.HISTORY_RETENTION_LOCK)
+    for _ in range(10):
+        retention.delete_old()
+    assert (len(stored(ph)), len(stored(ph, "day"))) == (20, 100)
 
 
 def test_the_newest_reading_stays_however_old(ph: Variable, clock: Any) -> None:

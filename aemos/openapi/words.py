@@ -123,7 +123,7 @@ FIELDS = {
     "goesOff": "Whether it goes to its safe value when the chain ends.",
     "idle": "Workers that wait.",
     "interlock": "uuid of the interlock.",
-    "keepHoursDays": "Days after which what readings were in each hour is deleted; null: never.",
+    "keepHoursDays": "Days after which what readings were in each hour is deleted; null: never, or as the organization says.",
     "keepReadingsDays": "Days after which single readings are deleted; null: never, or as the organization says.",
     "key": "Name of the variable or state.",
     "kind": "One of the kinds listed.",

@@ -10,6 +10,7 @@ from django.db.models import QuerySet
 from aemos.lib.problems import Conflict
 from devices.areas.models import Area, people_of, within
 from devices.filters import CharFilter, FilterSet, UUIDFilter, by_uuid
+from devices.history.api import AreaHistoryMixin
 from devices.serializers import CamelCaseSerializer, ScopedField, organization_field
 from devices.viewsets import EditViewSet
 
@@ -37,7 +38,7 @@ class AreaFilter(FilterSet):
     name = CharFilter(lookup_expr="icontains")
 
 
-class AreaViewSet(EditViewSet[Area]):
+class AreaViewSet(AreaHistoryMixin, EditViewSet[Area]):
     """The places of a farm. What stands in an area that is deleted stands in none."""
 
     resource = "areas"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
 import msgspec
 from django.core.exceptions import ValidationError
+from django.db.models import QuerySet
 from django.http import StreamingHttpResponse
 from django.utils import timezone
+from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, extend_schema
 from rest_framework import serializers
 from rest_framework.decorators import action
@@ -18,6 +20,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from aemos.lib.csv_lines import csv_lines
+from devices.areas.models import Area, within
 from devices.filters import IsoDateTimeFilter
 from devices.history import series
 from devices.history.series import INTERVALS, RAW, TooManyPoints
@@ -98,6 +101,17 @@ class _Query(serializers.Serializer[Any]):
         return {**attrs, "from": begin, "to": end}
 
 
+_SPAN = (
+    OpenApiParameter("from", datetime, description="Begin, with its zone; without it a day before the end."),
+    OpenApiParameter("to", datetime, description="End, not included; without it now."),
+    OpenApiParameter(
+        "interval",
+        enum=[AUTO, RAW, *INTERVALS],
+        description="auto, raw for single readings, or the length of an interval.",
+    ),
+)
+
+
 class HistoryMixin:
     """`GET /sensors/{uuid}/history`."""
 
@@ -113,13 +127,7 @@ class HistoryMixin:
         "Hours and days are in UTC. Suspect readings are left out of all but raw. As CSV or NDJSON, one line for each point.",
         parameters=[
             OpenApiParameter("variables", description="Names, separated by commas; without it all of the sensor."),
-            OpenApiParameter("from", datetime, description="Begin, with its zone; without it a day before the end."),
-            OpenApiParameter("to", datetime, description="End, not included; without it now."),
-            OpenApiParameter(
-                "interval",
-                enum=[AUTO, RAW, *INTERVALS],
-                description="auto, raw for single readings, or the length of an interval.",
-            ),
+            *_SPAN,
         ],
         responses=HistorySerializer,
         filters=False,
@@ -128,28 +136,69 @@ class HistoryMixin:
     def history(self: Any, request: Request, uuid: str) -> Any:
         """Points of the variables of a sensor."""
         sensor: Sensor = self.get_object()
-        query = _Query(data=request.query_params.dict())
-        query.is_valid(raise_exception=True)
-        asked = query.validated_data
+        asked = _asked(request)
         found = list(_series(sensor, asked))
-        if request.accepted_renderer.format == CsvRenderer.format:
-            lines = csv_lines(list(_HEADER), ([row.get(name) for name in _HEADER] for row in _flat(found)))
-            return _stream(lines, "text/csv; charset=utf-8", f"{sensor.name}.csv")
-        if request.accepted_renderer.format == NdjsonRenderer.format:
-            rows = (msgspec.json.encode(row) + b"\n" for row in _flat(found))
-            return _stream(rows, NdjsonRenderer.media_type, f"{sensor.name}.ndjson")
+        if isinstance(request.accepted_renderer, CsvRenderer):
+            return _export(request, _HEADER, _flat(found), sensor.name)
         interval = found[0]["interval"] if found else asked["interval"]
         variables = [{name: each[name] for name in ("name", "unit", "points", "truncated")} for each in found]
         return Response({"sensor": sensor.uuid, "interval": interval, "variables": variables})
 
 
-def _series(sensor: Sensor, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+class AreaHistoryMixin:
+    """`GET /areas/{uuid}/history`: a file of all that stands in an area."""
+
+    def get_renderers(self: Any) -> list[BaseRenderer]:
+        renderers: list[BaseRenderer] = super().get_renderers()  # type: ignore[misc]
+        return [CsvRenderer(), NdjsonRenderer()] if self.action == "history" else renderers
+
+    @extend_schema(
+        summary="History of all sensors of an area, as a file",
+        description="As CSV, or NDJSON: one line for each point of each variable of the sensors that stand in the area or its "
+        "parts, sensor by sensor. At most 2,000 points of each variable; without an interval, one is chosen.",
+        parameters=[
+            OpenApiParameter("variables", description="Names, separated by commas; without it all that there are."),
+            *_SPAN,
+        ],
+        responses={(200, "text/csv"): OpenApiTypes.STR, (200, "application/x-ndjson"): OpenApiTypes.STR},
+        filters=False,
+    )
+    @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
+    def history(self: Any, request: Request, uuid: str) -> Any:
+        """Points of all that stands there."""
+        area: Area = self.get_object()
+        asked = _asked(request)
+        sensors = Sensor.objects.filter(area__in=within(area)).order_by("name")
+        known = set(Variable.objects.filter(sensor__in=sensors).values_list("name", flat=True))
+        wanted = known if asked.get("variables") is None else {each.strip() for each in asked["variables"].split(",")}
+        _refuse_unknown(wanted - known, known, "a sensor of this area")
+        return _export(request, ("sensor", *_HEADER), _of_sensors(sensors, asked, wanted), area.name)
+
+
+def _of_sensors(sensors: QuerySet[Sensor], asked: dict[str, Any], wanted: set[str]) -> Iterator[dict[str, Any]]:
+    for sensor in sensors.prefetch_related("variables").iterator(chunk_size=100):
+        names = sorted(variable.name for variable in sensor.variables.all() if variable.name in wanted)
+        if names:
+            for row in _flat(_series(sensor, {**asked, "variables": ",".join(names)})):
+                yield {"sensor": sensor.name, **row}
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """The parameters, with the interval that was chosen. Raises ValidationError."""
+    query = _Query(data=request.query_params.dict())
+    query.is_valid(raise_exception=True)
+    asked: dict[str, Any] = query.validated_data
     begin, end, interval = asked["from"], asked["to"], asked["interval"]
-    interval = series.interval_for(begin, end) if interval == AUTO else interval
+    asked["interval"] = series.interval_for(begin, end) if interval == AUTO else interval
     try:
-        series.check(begin, end, interval)
+        series.check(begin, end, asked["interval"])
     except TooManyPoints as problem:
         raise serializers.ValidationError({"interval": [f"{problem}."]}) from None
+    return asked
+
+
+def _series(sensor: Sensor, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    begin, end, interval = asked["from"], asked["to"], asked["interval"]
     for variable in _variables(sensor, asked.get("variables")):
         if interval == RAW:
             values = series.values(variable, begin, end)
@@ -171,16 +220,31 @@ def _variables(sensor: Sensor, names: str | None) -> list[Variable]:
     if names is None:
         return list(known.values())
     wanted = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in known]:
-        text = f"{', '.join(map(repr, unknown))}: not a variable of this sensor (known: {', '.join(known) or 'none'})."
-        raise serializers.ValidationError({"variables": [text]})
+    _refuse_unknown(set(wanted) - known.keys(), known.keys(), "this sensor")
     return [known[name] for name in dict.fromkeys(wanted)]
 
 
-def _flat(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _refuse_unknown(unknown: Collection[str], known: Collection[str], owner: str) -> None:
+    if unknown:
+        names, there = ", ".join(map(repr, sorted(unknown))), ", ".join(sorted(known)) or "none"
+        raise serializers.ValidationError({"variables": [f"{names}: not a variable of {owner} (known: {there})."]})
+
+
+def _flat(found: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for each in found:
         for point in each["points"]:
             yield {"variable": each["name"], **point}
+
+
+def _export(
+    request: Request, header: Sequence[str], rows: Iterator[dict[str, Any]], name: str
+) -> StreamingHttpResponse:
+    """A file in the format that was asked for."""
+    if request.accepted_renderer.format == NdjsonRenderer.format:
+        lines: Iterator[Any] = (msgspec.json.encode(row) + b"\n" for row in rows)
+        return _stream(lines, NdjsonRenderer.media_type, f"{name}.ndjson")
+    lines = csv_lines(list(header), ([row.get(column) for column in header] for row in rows))
+    return _stream(lines, "text/csv; charset=utf-8", f"{name}.csv")
 
 
 def _stream(lines: Iterator[Any], content_type: str, name: str) -> StreamingHttpResponse:

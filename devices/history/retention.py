@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from aemos.lib import keys, redis
 from devices.history.models import Rollup, RollupState
-from devices.models import Organization, Reading, Variable
+from devices.models import Reading, Variable
 
 # At most a day of one variable at once, so that no other transaction waits.
 STEP = timedelta(days=1)
@@ -49,8 +49,10 @@ def _expired(rolled_up: datetime) -> Iterator[QuerySet[Reading] | QuerySet[Rollu
             end = min(first + STEP, limit)
             yield readings.filter(timestamp__lt=end)
             first = end
-    for organization, kept in Organization.objects.exclude(keep_hours_days=None).values_list("pk", "keep_hours_days"):
-        hours = Rollup.objects.filter(interval=Rollup.Interval.HOUR, start__lt=now - timedelta(days=kept or 0))
-        rows = hours.filter(variable__sensor__organization_id=organization)
+    hours = Coalesce("keep_hours_days", "sensor__organization__keep_hours_days")
+    kept_hours = Variable.objects.annotate(kept=hours).exclude(kept=None)
+    for kept in kept_hours.order_by("kept").values_list("kept", flat=True).distinct():
+        old = Rollup.objects.filter(interval=Rollup.Interval.HOUR, start__lt=now - timedelta(days=kept))
+        rows = old.filter(variable__in=kept_hours.filter(kept=kept).order_by())
         if rows.exists():
             yield Rollup.objects.filter(pk__in=list(rows.values_list("pk", flat=True)[:10_000]))

@@ -29,6 +29,7 @@ from devices.models import Device, DeviceState, Organization
 from devices.serializers import in_camel_case
 from devices.viewsets import EditViewSet, ReadViewSet, ScopedViewSet
 from rules.api import telemetry
+from rules.api.backtest_views import BacktestMixin
 from rules.api.serializers import (
     ChainRefused,
     EditedNodeSerializer,
@@ -84,13 +85,13 @@ class QueueRefuses(ProblemException):
     update=extend_schema(request=RuleChainSerializer, responses=RuleChainDetailSerializer),
     partial_update=extend_schema(request=RuleChainSerializer, responses=RuleChainDetailSerializer),
 )
-class RuleChainViewSet(EditViewSet[RuleChain]):
+class RuleChainViewSet(BacktestMixin, EditViewSet[RuleChain]):
     """Rule chains with their nodes. `nodes` in a PUT or PATCH replaces all nodes at once."""
 
     resource = "rule-chains"
-    # These last three change nothing, or demand the right themselves in the organization that the body names.
+    # These last ones change nothing, or demand the right themselves in the organization that the body names.
     verbs: ClassVar = dict.fromkeys(("enable", "disable", "duplicate", "trigger"), "change") | dict.fromkeys(
-        ("import_chain", "execute", "execute_unsaved"), "view"
+        ("import_chain", "execute", "execute_unsaved", "backtest", "backtest_unsaved"), "view"
     )
     queryset = RuleChain.objects.select_related("organization", "statistics").prefetch_related("nodes")
     serializer_class = RuleChainSerializer

@@ -19,7 +19,7 @@ from django.conf import settings
 
 from devices.latest import Latest
 from devices.models import DeviceState, Reading, StateChange, Variable
-from devices.values import measured
+from devices.values import measured, value_problem
 from rules import events
 from rules.authoring import describe
 from rules.authoring.sentences import ChainDescriber
@@ -69,6 +69,23 @@ class Backtest:
     is_cut: bool = False
 
 
+class Given(NamedTuple):
+    """A reading that somebody gives: uuid of the sensor, name of the variable, what it measured and when."""
+
+    uuid: str
+    key: str
+    value: Value
+    at: datetime
+
+
+class NotRead(ValueError):
+    """A given reading, counted from 0, is of no variable that the chain reads, or no value of its datatype."""
+
+    def __init__(self, position: int, field: str, text: str) -> None:
+        super().__init__(text)
+        self.position, self.field = position, field
+
+
 class _Happened(NamedTuple):
     """What becomes known of a source at a time, all of it at once; of a schedule and of a timer nothing."""
 
@@ -80,14 +97,22 @@ class _Happened(NamedTuple):
 
 
 def run(
-    chain: RuleChain, nodes: Sequence[RuleNode], *, begin: datetime, end: datetime, teller: ChainDescriber | None = None
+    chain: RuleChain,
+    nodes: Sequence[RuleNode],
+    *,
+    begin: datetime,
+    end: datetime,
+    given: Sequence[Given] | None = None,
+    teller: ChainDescriber | None = None,
 ) -> Backtest:
-    """Raises InvalidChain. `teller`: says what was done, and knows all that the nodes mention."""
+    """Raises InvalidChain, and NotRead. `given`: readings in the place of those that are stored, before the span as well.
+    `teller`: says what was done, and knows all that the nodes mention.
+    """
     compiled = chains.compile(loading.spec_of(chain, nodes))
     played = _Played(compiled, teller or describe.teller_of(chain.organization_id, nodes))
-    found = _Stored(chain, compiled).happened(begin, end)
+    found = _Stored(chain, compiled).happened(begin, end, given)
     result = Backtest(begin=found.begin, end=end, readings=found.readings, is_cut=found.is_cut)
-    played.remember(found.before, since_us=events.microseconds(found.begin))
+    played.remember(found.before, since_us=events.microseconds(found.begin), with_stored=given is None)
     began = rested = time.monotonic()
     for happened in played.in_order(found.events, until_us=events.microseconds(end)):
         now = time.monotonic()
@@ -124,21 +149,37 @@ class _Stored:
         self._variables = {row.pk: (reference, row.datatype) for row, reference in named.items() if reference}
         self._commanded = {Reference("device", each.device_uuid, each.state_name) for each in compiled.commands}
 
-    def happened(self, begin: datetime, end: datetime) -> _Found:
-        rows = self._readings(begin, end)
+    def happened(self, begin: datetime, end: datetime, given: Sequence[Given] | None = None) -> _Found:
+        rows = self._readings(begin, end) if given is None else list(self._given(given, begin, end))
         is_cut = len(rows) > MAXIMUM_READINGS
         if is_cut:
             rows = rows[1:]
             begin = rows[0][1]
         happened = [*self._of_sensors(rows), *self._of_devices(begin, end), *self._of_schedule(begin, end)]
         happened.sort(key=lambda each: (each.at_us, each.order))
-        return _Found(begin=begin, events=happened, before=self._before(begin), readings=len(rows), is_cut=is_cut)
+        before = self._before(begin, of_sensors=given is None)
+        return _Found(begin=begin, events=happened, before=before, readings=len(rows), is_cut=is_cut)
 
     def _readings(self, begin: datetime, end: datetime) -> list[tuple[int, datetime, float | None, str | None]]:
         """The newest of the span, one more than are played, in ascending order."""
         believed = Reading.objects.filter(variable_id__in=self._variables, timestamp__gte=begin, timestamp__lte=end)
         believed = believed.exclude(suspect__gt="").order_by("-timestamp", "-id")
         return list(believed.values_list("variable_id", "timestamp", "number", "text")[: MAXIMUM_READINGS + 1])[::-1]
+
+    def _given(
+        self, given: Sequence[Given], begin: datetime, end: datetime
+    ) -> Iterator[tuple[int, datetime, float | None, str | None]]:
+        """As if they were stored. Raises NotRead."""
+        known = {reference[1:]: (pk, datatype) for pk, (reference, datatype) in self._variables.items()}
+        for position, each in enumerate(given):
+            pk, datatype = known.get((each.uuid, each.key), (0, ""))
+            if not pk:
+                raise NotRead(position, "key", f"The chain reads no variable {each.key!r} of a sensor {each.uuid}.")
+            if problem := value_problem(each.value, datatype):
+                raise NotRead(position, "value", f"It {problem}.")
+            if begin <= each.at <= end:
+                text = each.value if isinstance(each.value, str) else None
+                yield pk, each.at, None if text is not None else float(each.value), text  # type: ignore[arg-type]
 
     def _of_sensors(self, rows: Sequence[tuple[int, datetime, float | None, str | None]]) -> Iterator[_Happened]:
         together: defaultdict[tuple[int, Source], dict[str, Value]] = defaultdict(dict)
@@ -163,9 +204,9 @@ class _Stored:
             at = due
             yield _Happened(events.microseconds(due), 1, (CHAIN, str(self._chain.uuid)), {}, True)
 
-    def _before(self, begin: datetime) -> dict[Reference, Latest]:
+    def _before(self, begin: datetime, *, of_sensors: bool) -> dict[Reference, Latest]:
         known = {}
-        for variable, (reference, datatype) in self._variables.items():
+        for variable, (reference, datatype) in self._variables.items() if of_sensors else ():
             older = Reading.objects.filter(variable_id=variable, timestamp__lt=begin).exclude(suspect__gt="")
             if row := older.order_by("-timestamp").values_list("timestamp", "number", "text").first():
                 at, number, text = row
@@ -206,10 +247,12 @@ class _Played:
         ages = rows.values_list("sensor__uuid", "name", "maximum_age_seconds")
         self._maximum_ages = {Reference("sensor", str(uuid), name): age and age * 1_000_000 for uuid, name, age in ages}
 
-    def remember(self, known: Mapping[Reference, Latest], *, since_us: int) -> None:
-        """What was before the span."""
+    def remember(self, known: Mapping[Reference, Latest], *, since_us: int, with_stored: bool) -> None:
+        """What was before the span, conditions over time included unless readings are given."""
         self._latest.update(known)
         self._effects.remember(known)
+        if not with_stored:
+            return
         for watch in self._compiled.watches:
             earlier = condition_memory.stored(watch, since_us=since_us - watch.window_us)
             before = (sample for sample in earlier if sample.timestamp_us < since_us)
