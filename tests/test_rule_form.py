@@ -305,15 +305,11 @@ def test_who_may_do_what(farm: Organization, tank: Sensor, pump: Device) -> None
     assert RuleChain.objects.filter(pk=chain.pk, enabled=True).exists()
 
 
-def test_a_rule_of_another_shape_is_shown_and_changed_in_the_expert_view(
+def test_a_rule_that_no_form_can_show_is_changed_in_the_expert_view(
     farm: Organization, tank: Sensor, pump: Device
 ) -> None:
-    nodes = [
-        builders.node("scale", {"operation": "add", "key": "ph", "value": 1}, next="low"),
-        builders.node("low", builders.leaf(tank), next="on"),
-        builders.node("on", builders.command(pump)),
-    ]
-    chain = builders.chain(farm, nodes)
+    both = {**builders.leaf(tank, operator="in", value=["a,b", "c"])}
+    chain = builders.chain(farm, [builders.node("low", both, next="on"), builders.node("on", builders.command(pump))])
     client = client_of(builders.member(farm, "admin"))
     assert "steps that the form does not show" in client.get(f"/rules/{chain.uuid}").text
     assert client.get(f"/rules/{chain.uuid}/edit").headers["Location"] == f"/admin/rules/rulechain/{chain.pk}/change/"

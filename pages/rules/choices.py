@@ -12,7 +12,7 @@ from typing import Any
 from django.utils.dates import WEEKDAYS_ABBR
 from django.utils.translation import gettext as _
 
-from devices.models import DeviceState, Organization, Variable
+from devices.models import Device, DeviceState, Organization, Variable
 from devices.units import AS_STORED, Scale, Units
 from devices.values import Datatype
 from rules.engine.operators import OPERATORS, RANGE
@@ -85,6 +85,12 @@ class Choices:
             )
             for row in rows.order_by("device__name", "name")
         )
+
+    @cached_property
+    def devices(self) -> Mapping[str, str]:
+        """uuid -> name."""
+        rows = Device.objects.filter(organization=self._organization).order_by("name")
+        return {str(uuid): name for uuid, name in rows.values_list("uuid", "name")}
 
     @cached_property
     def sources(self) -> Mapping[str, Choice]:

@@ -15,12 +15,14 @@ from pages.rules import choices, times
 from pages.rules.choices import Choice, Choices
 from pages.rules.rows import ActionForm, ConditionForm, action_initial, condition_initial
 from rules.authoring import editing, validation
-from rules.authoring.when_then import OTHERWISE, THEN, WHEN, Place, WhenThen
+from rules.authoring.when_then import OTHERWISE, THEN, WHEN, WhenThen
 from rules.engine.exceptions import Problem
 from rules.models import RuleChain, RuleNode
 from rules.processing import schedules
 
 MAXIMUM_ROWS = 50
+# Fields of the chain that the head shows under their own names.
+_OF_CHAIN = ("priority", "max_retries", "late_events", "missed_runs")
 ALL, ANY = "all", "any"
 EXECUTION_TYPES = (
     (RuleChain.ExecutionType.EVENT_TRIGGERED, lazy("whenever a new value is reported")),
@@ -31,7 +33,7 @@ EXECUTION_TYPES = (
 _FIELDS = {
     "UUID": "source", "sourceType": "source", "key": "source", "for": "lasting", "per": "measure_of", "increase": "measure_of",
     "median": "measure_of", "releaseAt": "release", "off": "release", "deviceUuid": "target", "stateName": "target",
-    "type": "kind",
+    "type": "kind", "valueFrom": "value_from",
 }  # fmt: skip
 
 
@@ -54,6 +56,29 @@ class HeadForm(forms.Form):
         label=lazy("How many must be true"),
     )
 
+    priority = forms.IntegerField(
+        required=False,
+        min_value=1,
+        max_value=1_000,
+        label=lazy("Priority: of rules that one value triggers, 1 runs first"),
+    )
+    max_retries = forms.IntegerField(
+        required=False, min_value=0, max_value=100, label=lazy("More attempts after a failure")
+    )
+    late_events = forms.ChoiceField(
+        required=False,
+        choices=(
+            (RuleChain.LateEvents.HISTORY, lazy("do not run")),
+            (RuleChain.LateEvents.RUN, lazy("run all the same")),
+        ),
+        label=lazy("When a reading comes late"),
+    )
+    missed_runs = forms.ChoiceField(
+        required=False,
+        choices=((RuleChain.MissedRuns.ONCE, lazy("run once, late")), (RuleChain.MissedRuns.SKIP, lazy("leave out"))),
+        label=lazy("Times at which the system was away"),
+    )
+
     def clean(self) -> dict[str, Any]:
         data = self.cleaned_data
         data["cron"] = ""
@@ -65,89 +90,61 @@ class HeadForm(forms.Form):
         return data
 
 
-class RuleForm:
-    """The head, the conditions and the actions of one rule, as one form."""
+class ChainForm:
+    """What every form of a chain has: its head, problems that belong to no field, and how nodes come of it."""
 
-    def __init__(
-        self, offered: Choices, chain: RuleChain, *, data: Any = None, initial: Mapping[str, Any] | None = None
-    ) -> None:
+    # Which template shows it.
+    template = ""
+
+    def __init__(self, chain: RuleChain, *, data: Any, initial: Mapping[str, Any] | None) -> None:
         self.chain = chain
         self.problems: list[str] = []
-        initial = initial or {}
-        self.head = HeadForm(data, initial=initial.get("head"))
-        options = {"form_kwargs": {"offered": offered}}
-        self.conditions = _Conditions(data, prefix=WHEN, initial=initial.get(WHEN, []), **options)
-        self.then = _Actions(data, prefix=THEN, initial=initial.get(THEN, []), **options)
-        self.otherwise = _Actions(data, prefix=OTHERWISE, initial=initial.get(OTHERWISE, []), **options)
+        own = {name: getattr(chain, name) for name in _OF_CHAIN}
+        self.head = HeadForm(data, initial={**own, **(initial or {}).get("head", {})})
 
     def build(self, before: Sequence[RuleNode] = ()) -> list[RuleNode] | None:
         """The nodes, with the chain's fields set; None, and the fields say why, when something is wrong. Nothing is saved."""
-        parts = (self.conditions, self.then, self.otherwise)
-        if not all([self.head.is_valid(), *(part.is_valid() for part in parts)]):
+        valid = [part.is_valid() for part in self.parts]  # each of them, so that all that is wrong is shown at once
+        if not all(valid):
             return None
-        rule = self._rule()
-        if not rule.then and not rule.otherwise:
-            self.problems.append(_("Say what is to be done: add an action."))
+        self._fill_chain()
+        nodes = self._nodes(before)
+        if nodes is None:
             return None
-        if not rule.groups and self.chain.execution_type == RuleChain.ExecutionType.EVENT_TRIGGERED:
-            self.problems.append(_("Say when it is to be done: add a condition, or choose times."))
-            return None
-        if not rule.groups and rule.otherwise:
-            self.problems.append(
-                _("Without a condition there is no otherwise: take those actions away, or add a condition.")
-            )
-            return None
-        nodes = rule.nodes(before)
-        problems = validation.problems_of(self.chain, nodes)
-        self.explain(rule, [*schedules.problems_of(self.chain), *problems])
+        problems = [*schedules.problems_of(self.chain), *validation.problems_of(self.chain, nodes)]
+        for problem in problems:
+            self._explain(problem)
         return None if problems or self.head.errors else nodes
 
-    def explain(self, rule: WhenThen, problems: Iterable[Problem]) -> None:
-        """Puts each problem where it belongs."""
-        for problem in problems:
-            place = rule.place_of(problem.path)
-            if place is None or not self._put(place, problem.message):
-                field = {"name": "name", "cron": "times", "timezone": "timezone"}.get(problem.path)
-                if field:
-                    self.head.add_error(field, problem.message)
-                else:
-                    self.problems.append(f"{problem.path}: {problem.message}")
+    @property
+    def parts(self) -> Sequence[Any]:
+        """All forms that make it up, as far as they count."""
+        raise NotImplementedError
+
+    def _nodes(self, before: Sequence[RuleNode]) -> list[RuleNode] | None:
+        raise NotImplementedError
+
+    def _put(self, problem: Problem) -> bool:
+        """At the field that it is about, if there is one."""
+        raise NotImplementedError
 
     def in_words(self, problems: Iterable[Problem]) -> list[str]:
-        """Each with the row that it is about; only after `build`."""
-        rule = self._rule()
-        rows = {WHEN: _("Condition"), THEN: _("Then"), OTHERWISE: _("Otherwise")}
-        found = [(rule.place_of(problem.path), problem.message) for problem in problems]
-        texts = (f"{rows[place.part]} {place.position + 1}: {text}" if place else text for place, text in found)
-        return list(dict.fromkeys(texts))
+        """Each with the part that it is about; only after `build`."""
+        raise NotImplementedError
 
-    def _put(self, place: Place, message: str) -> bool:
-        rows = {WHEN: self.conditions, THEN: self.then, OTHERWISE: self.otherwise}[place.part].rows
-        if place.position >= len(rows):
-            return False
-        row = rows[place.position]
-        field = _FIELDS.get(place.key, place.key)
-        row.add_error(field if field in row.fields else None, message)
-        return True
+    def _explain(self, problem: Problem) -> None:
+        field = {"name": "name", "cron": "times", "timezone": "timezone"}.get(problem.path)
+        if field:
+            self.head.add_error(field, problem.message)
+        elif not self._put(problem):
+            self.problems.append(f"{problem.path}: {problem.message}")
 
-    def _rule(self) -> WhenThen:
-        head = self.head.cleaned_data
-        chain = self.chain
+    def _fill_chain(self) -> None:
+        head, chain = self.head.cleaned_data, self.chain
         chain.name, chain.execution_type, chain.cron = head["name"], head["execution_type"], head["cron"]
-        if head["timezone"]:
-            chain.timezone = head["timezone"]
-        groups: list[list[dict[str, Any]]] = []
-        for row in self.conditions.rows:
-            if row.cleaned_data["together"] and groups:
-                groups[-1].append(row.config)
-            else:
-                groups.append([row.config])
-        return WhenThen(
-            groups=groups,
-            any_group=head["needed"] == ANY,
-            then=[row.config for row in self.then.rows],
-            otherwise=[row.config for row in self.otherwise.rows],
-        )
+        for name in ("timezone", *_OF_CHAIN):
+            if head[name] not in (None, ""):
+                setattr(chain, name, head[name])
 
     def next_runs(self, count: int = 5) -> list[datetime]:
         """Of a valid form with a schedule."""
@@ -157,6 +154,76 @@ class RuleForm:
             at = at_next
             found.append(at)
         return found
+
+
+def put_error(form: forms.Form, key: str, message: str) -> None:
+    """At the field that shows this key of a configuration, or at the form."""
+    field = _FIELDS.get(key, key)
+    form.add_error(field if field in form.fields else None, message)
+
+
+class RuleForm(ChainForm):
+    """The head, the conditions and the actions of one rule, as one form."""
+
+    template = "pages/rules/when_then.html"
+
+    def __init__(
+        self, offered: Choices, chain: RuleChain, *, data: Any = None, initial: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(chain, data=data, initial=initial)
+        initial = initial or {}
+        options = {"form_kwargs": {"offered": offered}}
+        self.conditions = _Conditions(data, prefix=WHEN, initial=initial.get(WHEN, []), **options)
+        self.then = _Actions(data, prefix=THEN, initial=initial.get(THEN, []), **options)
+        self.otherwise = _Actions(data, prefix=OTHERWISE, initial=initial.get(OTHERWISE, []), **options)
+        self._rule: WhenThen | None = None
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        rows = (*self.conditions.rows, *self.then.rows, *self.otherwise.rows)
+        return (self.head, self.conditions, self.then, self.otherwise, *rows)
+
+    def _nodes(self, before: Sequence[RuleNode]) -> list[RuleNode] | None:
+        self._rule = rule = self._read()
+        if not rule.then and not rule.otherwise:
+            self.problems.append(_("Say what is to be done: add an action."))
+        elif not rule.groups and self.chain.execution_type == RuleChain.ExecutionType.EVENT_TRIGGERED:
+            self.problems.append(_("Say when it is to be done: add a condition, or choose times."))
+        elif not rule.groups and rule.otherwise:
+            self.problems.append(
+                _("Without a condition there is no otherwise: take those actions away, or add a condition.")
+            )
+        return None if self.problems else rule.nodes(before)
+
+    def in_words(self, problems: Iterable[Problem]) -> list[str]:
+        rows = {WHEN: _("Condition"), THEN: _("Then"), OTHERWISE: _("Otherwise")}
+        found = [(self._rule and self._rule.place_of(problem.path), problem.message) for problem in problems]
+        texts = (f"{rows[place.part]} {place.position + 1}: {text}" if place else text for place, text in found)
+        return list(dict.fromkeys(texts))
+
+    def _put(self, problem: Problem) -> bool:
+        place = self._rule and self._rule.place_of(problem.path)
+        if not place:
+            return False
+        rows = {WHEN: self.conditions, THEN: self.then, OTHERWISE: self.otherwise}[place.part].rows
+        if place.position >= len(rows):
+            return False
+        put_error(rows[place.position], place.key, problem.message)
+        return True
+
+    def _read(self) -> WhenThen:
+        groups: list[list[dict[str, Any]]] = []
+        for row in self.conditions.rows:
+            if row.cleaned_data["together"] and groups:
+                groups[-1].append(row.config)
+            else:
+                groups.append([row.config])
+        return WhenThen(
+            groups=groups,
+            any_group=self.head.cleaned_data["needed"] == ANY,
+            then=[row.config for row in self.then.rows],
+            otherwise=[row.config for row in self.otherwise.rows],
+        )
 
 
 class _Rows(forms.BaseFormSet):  # type: ignore[type-arg]  # not subscriptable at run time
@@ -186,7 +253,6 @@ _Actions: Any = forms.formset_factory(ActionForm, **_OPTIONS)
 def initial_of(chain: RuleChain, rule: WhenThen, offered: Choices | None = None) -> dict[str, Any] | None:
     """What the form shows of a chain; None when it says more than the form has fields for. `offered` has the units."""
     sources: Mapping[str, Choice] = offered.sources if offered else {}
-    shown, weekdays = times.as_times(chain.cron)
     conditions = [
         condition_initial(leaf, together=number > 0, sources=sources)
         for group in rule.groups
@@ -195,12 +261,16 @@ def initial_of(chain: RuleChain, rule: WhenThen, offered: Choices | None = None)
     then, otherwise = ([action_initial(each) for each in actions] for actions in (rule.then, rule.otherwise))
     if None in (*conditions, *then, *otherwise):
         return None
-    head = {
+    head = {**head_initial(chain), "needed": ANY if rule.any_group else ALL}
+    return {"head": head, WHEN: conditions, THEN: then, OTHERWISE: otherwise}
+
+
+def head_initial(chain: RuleChain) -> dict[str, Any]:
+    shown, weekdays = times.as_times(chain.cron)
+    return {
         "name": chain.name,
         "execution_type": chain.execution_type,
         "times": shown,
         "weekdays": weekdays,
         "timezone": chain.timezone,
-        "needed": ANY if rule.any_group else ALL,
     }
-    return {"head": head, WHEN: conditions, THEN: then, OTHERWISE: otherwise}

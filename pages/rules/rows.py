@@ -32,8 +32,8 @@ _LEAF_KEYS = frozenset(
      "increase", "median")
 )  # fmt: skip
 _ACTION_KEYS: Mapping[str, frozenset[str]] = {
-    "device_command": frozenset(("type", "deviceUuid", "stateName", "value", "force", "cooldown")),
-    "notify": frozenset(("type", "title", "message", "severity", "audience", "cooldown")),
+    "device_command": frozenset(("type", "deviceUuid", "stateName", "value", "valueFrom", "force", "cooldown")),
+    "notify": frozenset(("type", "title", "message", "severity", "audience", "deviceUuid", "cooldown")),
     "raise_alarm": frozenset(("type", "alarm", "severity", "message", "cooldown")),
     "clear_alarm": frozenset(("type", "alarm", "cooldown")),
 }
@@ -101,6 +101,10 @@ class ConditionForm(forms.Form):
         return leaf
 
 
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def scale_of(source: Choice | None, measure: str) -> Scale:
     """Of what is compared: the value of a source, or how much it changed."""
     scale = source.scale if source else choices.AS_IT_IS
@@ -111,7 +115,7 @@ def condition_initial(
     leaf: Mapping[str, Any], *, together: bool, sources: Mapping[str, Choice]
 ) -> dict[str, Any] | None:
     """What the form shows of a leaf; None when it says more than the form has fields for."""
-    if leaf.keys() - _LEAF_KEYS:
+    if leaf.keys() - _LEAF_KEYS or any("," in str(each) for each in _listed(leaf.get("value"))):
         return None
     value, upper = leaf.get("value"), None
     if leaf.get("operator") == "between" and isinstance(value, list) and len(value) == 2:
@@ -138,7 +142,9 @@ class ActionForm(forms.Form):
     kind = forms.ChoiceField(choices=KINDS, label=lazy("What to do"))
     target = forms.CharField(required=False, widget=_offered_in("states"), label=lazy("Device"))
     value = forms.CharField(required=False, max_length=200, label=lazy("set it to"))
+    value_from = forms.CharField(required=False, max_length=100, label=lazy("or to the value that is called"))
     force = forms.BooleanField(required=False, label=lazy("also when it is so already"))
+    about = forms.CharField(required=False, widget=_offered_in("devices"), label=lazy("About which device"))
     title = forms.CharField(required=False, max_length=200, label=lazy("Title"))
     alarm = forms.CharField(required=False, max_length=100, label=lazy("Name of the alarm"))
     message = forms.CharField(required=False, max_length=500, label=lazy("Text"))
@@ -166,6 +172,8 @@ class ActionForm(forms.Form):
             self.add_error("alarm", _("give the alarm a name"))
         if kind == "notify" and not (data.get("title") or data.get("message")):
             self.add_error("message", _("say what people are told"))
+        if data.get("about") and data["about"] not in self._offered.devices:
+            self.add_error("about", _("choose a device"))
         return data
 
     @property
@@ -176,8 +184,11 @@ class ActionForm(forms.Form):
         found: dict[str, Any] = {"type": kind}
         if kind == "device_command":
             _, device, state = data["target"].split("|", 2)
-            value = self._offered.states[data["target"]].typed(data["value"])
-            found |= {"deviceUuid": device, "stateName": state, "value": value}
+            found |= {"deviceUuid": device, "stateName": state}
+            if data["value_from"]:
+                found["valueFrom"] = data["value_from"]
+            else:
+                found["value"] = self._offered.states[data["target"]].typed(data["value"])
             if data["force"]:
                 found["force"] = True
         for name in _ACTION_KEYS[kind] & {"title", "message", "severity", "audience", "alarm"}:
@@ -186,6 +197,8 @@ class ActionForm(forms.Form):
         if kind == "notify":
             found.setdefault("title", self._short(found["message"]))
             found.setdefault("message", found["title"])
+            if data["about"]:
+                found["deviceUuid"] = data["about"]
         if data["cooldown"]:
             found["cooldown"] = choices.as_duration(data["cooldown"])
         return found
@@ -201,12 +214,13 @@ def action_initial(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(kind, str) or kind not in _ACTION_KEYS or config.keys() - _ACTION_KEYS[kind]:
         return None
     texts = {name: choices.as_text(config.get(name)) for name in ("title", "alarm", "message", "severity", "cooldown")}
+    device = str(config.get("deviceUuid", "")).lower()
     return {
         "kind": kind,
-        "target": f"device|{str(config['deviceUuid']).lower()}|{config.get('stateName')}"
-        if "deviceUuid" in config
-        else "",
+        "target": f"device|{device}|{config.get('stateName')}" if kind == "device_command" else "",
+        "about": device if kind == "notify" else "",
         "value": choices.as_text(config.get("value")),
+        "value_from": choices.as_text(config.get("valueFrom")),
         "force": bool(config.get("force")),
         "audience": config.get("audience", []),
         **texts,

@@ -9,6 +9,7 @@ from uuid import UUID
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db import IntegrityError
+from django.forms import Form
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
 from django.template.loader import render_to_string
@@ -25,16 +26,17 @@ from devices.permissions import Verb, access_of
 from devices.units import Units
 from pages import organizations
 from pages.place import demand, page, row_of
-from pages.rules import choices
+from pages.rules import choices, steps
 from pages.rules.choices import Choices
-from pages.rules.forms import RuleForm, initial_of
+from pages.rules.forms import ChainForm, RuleForm, initial_of
 from pages.rules.starters import STARTERS
+from pages.rules.steps import StepsForm
 from rules.authoring import backtest, describe, editing, lint, validation, when_then
 from rules.authoring.sentences import ChainDescriber
 from rules.engine.exceptions import InvalidChain
 from rules.models import RuleChain, RuleNode
 
-BLANK = "blank"
+BLANK, STEPS = "blank", "steps"
 SHOWN = 50
 # Spans of the trial: what it says, and its hours.
 SPANS = ((noop("1 day"), 24), (noop("3 days"), 72), (noop("7 days"), 168))
@@ -71,33 +73,25 @@ def new_page(request: HttpRequest) -> HttpResponse:
     if not wanted:
         context = {"organization": organization, "starters": STARTERS.values(), "page": "rules"}
         return render(request, "pages/rules/starters.html", context)
-    if wanted != BLANK and wanted not in STARTERS:
+    if wanted not in (BLANK, STEPS, *STARTERS):
         raise Http404("There is no such template.")
     offered = _choices(request, organization)
     chain = RuleChain(organization=organization, enabled=False)
     head = {"execution_type": RuleChain.ExecutionType.EVENT_TRIGGERED, "needed": "all"}
+    if wanted == STEPS:
+        form = StepsForm(offered, chain, data=request.POST or None, initial={"head": head})
+        return _edited(request, form, [])
     initial = STARTERS[wanted].initial(offered) if wanted in STARTERS else {"head": head, "when": [{}], "then": [{}]}
-    form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
-    if request.method == "POST" and _saved(request, form, []):
-        messages.success(request, _("Saved, and still off. Look at what it would have done, then switch it on."))
-        return redirect("rule-page", uuid=chain.uuid)
-    return _form_page(request, form, organization)
+    return _edited(request, RuleForm(offered, chain, data=request.POST or None, initial=initial), [])
 
 
 @page
 def edit_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "change")
     nodes = list(chain.nodes.all())
-    shape = when_then.read(nodes)
     offered = _choices(request, chain.organization)
-    initial = initial_of(chain, shape, offered) if shape else None
-    if initial is None:
-        return redirect("admin:rules_rulechain_change", chain.pk)
-    form = RuleForm(offered, chain, data=request.POST or None, initial=initial)
-    if request.method == "POST" and _saved(request, form, nodes):
-        messages.success(request, _("Saved."))
-        return redirect("rule-page", uuid=chain.uuid)
-    return _form_page(request, form, chain.organization)
+    form = _form_of(request, chain, nodes, offered)
+    return redirect("admin:rules_rulechain_change", chain.pk) if form is None else _edited(request, form, nodes)
 
 
 @page
@@ -106,7 +100,8 @@ def preview(request: HttpRequest) -> HttpResponse:
     """What the form says so far: sentence, graph, next times, and each problem with its field. Saves nothing."""
     organization = organizations.demanded(request, "add", "rule-chains")
     chain = RuleChain(organization=organization, name=_("New rule"))
-    form = RuleForm(_choices(request, organization), chain, data=request.POST)
+    kind = StepsForm if request.GET.get("form") == STEPS else RuleForm
+    form = kind(_choices(request, organization), chain, data=request.POST)
     nodes = form.build()
     context: dict[str, Any] = {"problems": form.problems}
     if nodes is not None:
@@ -119,7 +114,8 @@ def preview(request: HttpRequest) -> HttpResponse:
         }
     wrong = [
         (field, " ".join(str(error) for error in field.errors))
-        for part in (form.head, *form.conditions.rows, *form.then.rows, *form.otherwise.rows)
+        for part in form.parts
+        if isinstance(part, Form)
         for field in part
         if field.errors
     ]
@@ -133,7 +129,7 @@ def preview(request: HttpRequest) -> HttpResponse:
 def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     chain = _chain(request, uuid, "view")
     nodes = list(chain.nodes.all())
-    shape = when_then.read(nodes)
+    is_plain = _plain(chain, nodes) is not None
     hours = _hours(request)
     teller = _teller(request, chain.organization_id, nodes)
     context = {
@@ -142,7 +138,8 @@ def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
         "sentence": describe.sentence_of(chain, nodes, teller),
         "graph": _graph(chain, nodes, teller),
         "may_change": access_of(request).may("change", "rule-chains", chain.organization_id),
-        "is_plain": shape is not None and initial_of(chain, shape) is not None,
+        "is_plain": is_plain,
+        "is_editable": is_plain or steps.initial_of(chain, nodes) is not None,
         "spans": SPANS,
         "hours": hours,
         "page": "rules",
@@ -183,7 +180,33 @@ def _chain(request: HttpRequest, uuid: UUID, verb: Verb) -> RuleChain:
     return chain
 
 
-def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool:
+def _plain(chain: RuleChain, nodes: list[RuleNode], offered: Choices | None = None) -> dict[str, Any] | None:
+    """What the form of when and then shows of a chain; None of one of another shape."""
+    shape = when_then.read(nodes)
+    return initial_of(chain, shape, offered) if shape else None
+
+
+def _form_of(request: HttpRequest, chain: RuleChain, nodes: list[RuleNode], offered: Choices) -> ChainForm | None:
+    """When and then where the chain has that shape, unless its steps are asked for; None for JSON alone."""
+    data = request.POST or None
+    initial = None if request.GET.get("form") == STEPS else _plain(chain, nodes, offered)
+    if initial is not None:
+        return RuleForm(offered, chain, data=data, initial=initial)
+    initial = steps.initial_of(chain, nodes, offered)
+    return None if initial is None else StepsForm(offered, chain, data=data, initial=initial)
+
+
+def _edited(request: HttpRequest, form: ChainForm, before: list[RuleNode]) -> HttpResponse:
+    """The page of the form, or what follows when it was saved."""
+    is_new = form.chain.pk is None
+    if request.method != "POST" or not _saved(request, form, before):
+        return _form_page(request, form)
+    text = _("Saved, and still off. Look at what it would have done, then switch it on.") if is_new else _("Saved.")
+    messages.success(request, text)
+    return redirect("rule-page", uuid=form.chain.uuid)
+
+
+def _saved(request: HttpRequest, form: ChainForm, before: list[RuleNode]) -> bool:
     nodes = form.build(before)
     if nodes is None:
         return False
@@ -198,17 +221,21 @@ def _saved(request: HttpRequest, form: RuleForm, before: list[RuleNode]) -> bool
     return False
 
 
-def _form_page(request: HttpRequest, form: RuleForm, organization: Organization) -> HttpResponse:
+def _form_page(request: HttpRequest, form: ChainForm) -> HttpResponse:
+    organization = form.chain.organization
     offered = _choices(request, organization)
     context = {
         "form": form,
+        "kind": STEPS if isinstance(form, StepsForm) else "",
         "chain": form.chain,
         "organization": organization,
         "page": "rules",
         "offered": {
             "variables": choices.as_json(offered.variables.values()),
             "states": choices.as_json(offered.states.values()),
+            "devices": [[key, name] for key, name in offered.devices.items()],
             "operands": choices.operands(),
+            "calculations": steps.OPERANDS,
         },
     }
     return render(request, "pages/rules/form.html", context, status=400 if request.method == "POST" else 200)
