@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from django.contrib.auth.decorators import login_required
 from django.urls import path
 from django.views.decorators.cache import cache_control
 from django.views.i18n import JavaScriptCatalog
@@ -12,11 +13,13 @@ from pages.rules import views as rules
 from pages.setup import views as setup
 
 # What scripts say, in the language of the page, which names it so that a cache keeps languages apart.
-texts = JavaScriptCatalog.as_view(packages=["pages"])
+texts = cache_control(private=True, max_age=3_600)(
+    login_required(login_url="admin:login")(JavaScriptCatalog.as_view(packages=["pages"]))
+)
 
 urlpatterns = [
     path("", views.overview_page, name="home"),
-    path("texts.js", cache_control(private=True, max_age=3_600)(texts), name="texts"),
+    path("texts.js", texts, name="texts"),
     path("account/preferences", preferences.preferences_page, name="preferences"),
     path("live", live.live_token, name="live-token"),
     path("farms/new", setup.new_farm, name="new-farm-page"),

@@ -43,6 +43,7 @@ TESTED_IN = {
     "audit": "test_audit.py",
     "second_factor": "test_second_factor.py",
     "import_readings": "test_importing.py",
+    "lane": "test_pauses.py",
 }
 commands = sorted(name for name, app in get_commands().items() if app in OURS)
 
