@@ -84,6 +84,14 @@ class Membership(models.Model):
     def clean(self) -> None:
         check_place(self)
         check_limit(self.role, self.area)
+        if self.role != Role.ADMIN and self.is_last_admin:
+            raise ValidationError({"role": "is that of the only admin: make somebody else one first"})
+
+    @property
+    def is_last_admin(self) -> bool:
+        """As it is stored: without this one, nobody could invite anybody any more."""
+        admins = Membership.objects.filter(organization=self.organization_id, role=Role.ADMIN)
+        return bool(self.pk) and list(admins.values_list("pk", flat=True)[:2]) == [self.pk]
 
 
 class Sensor(Identified):

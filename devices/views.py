@@ -15,6 +15,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.serializers import BaseSerializer
 
+from aemos.lib.problems import Conflict
 from devices.areas.api import StandsInFilter
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.history.api import HistoryMixin
@@ -81,6 +82,11 @@ class MembershipViewSet(EditViewSet[Membership]):
         found = get_object_or_404(rows, organization__uuid=self.kwargs["uuid"], user__username=self.kwargs["username"])
         self.check_object_permissions(self.request, found)
         return found
+
+    def perform_destroy(self, instance: Membership) -> None:
+        if instance.is_last_admin:
+            raise Conflict("It is that of the only admin: make somebody else one first.")
+        super().perform_destroy(instance)
 
 
 class OrganizationFilter(StandsInFilter):

@@ -28,8 +28,10 @@ def of(device: Device) -> DevicePage:
     described = [(row.state.name, describe(row)) for row in interlocks.prefetch_related("excludes", "requirements")]
     changes = StateChange.objects.filter(state__device=device).select_related("state").order_by("-timestamp", "-id")
     vetoes = Veto.objects.filter(state__device=device).select_related("state").order_by("-last_at")
+    states = list(device.states.all())
+    actors = overview.actors_of(states)
     return DevicePage(
-        rows=[overview.state_row(state) for state in device.states.all()],
+        rows=[overview.state_row(state, actors) for state in states],
         limits=[(name, text) for name, text in described if text],
         changes=list(changes[:CHANGES_SHOWN]),
         vetoes=list(vetoes[:VETOES_SHOWN]),

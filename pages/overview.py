@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from django.db.models import QuerySet
 from django.utils import timezone
@@ -15,7 +16,7 @@ from django.utils.translation import gettext as _
 from devices import latest
 from devices.areas.models import within
 from devices.latest import Latest
-from devices.models import Area, Device, DeviceState, Organization, Sensor, Variable
+from devices.models import Area, Device, DeviceState, Organization, Sensor, StateChange, Variable
 from devices.permissions import Access
 from devices.units import AS_STORED, Scale, Units
 from devices.values import Datatype
@@ -60,10 +61,11 @@ class SensorTiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateRow:
-    """One state of a device: what it should be, and what a person may switch it to."""
+    """One state of a device: what it should be, who said so, and what a person may switch it to."""
 
     state: DeviceState
     text: str
+    actor: str
     choices: Sequence[str]
     is_locked: bool
 
@@ -182,23 +184,36 @@ def as_text(value: Any) -> str:
 
 
 def _devices(rows: QuerySet[Device], access: Access) -> list[DeviceCard]:
+    devices = list(rows.prefetch_related("states"))
+    actors = actors_of(state for device in devices for state in device.states.all())
     return [
         DeviceCard(
             device=device,
-            rows=[state_row(state) for state in device.states.all()],
+            rows=[state_row(state, actors) for state in device.states.all()],
             may_switch=access.may("add", "state-changes", device.organization_id, area=device.area_id),
         )
-        for device in rows.prefetch_related("states")
+        for device in devices
     ]
 
 
-def state_row(state: DeviceState) -> StateRow:
+def actors_of(states: Iterable[DeviceState]) -> dict[UUID, str]:
+    """Of each command that a state comes from, who gave it: a person, or a rule and its step. One query."""
+    wanted = {state.command_uuid for state in states if state.command_uuid}
+    return dict(StateChange.objects.filter(uuid__in=wanted).values_list("uuid", "actor")) if wanted else {}
+
+
+def state_row(state: DeviceState, actors: Mapping[UUID, str]) -> StateRow:
     is_level = state.kind == DeviceState.Kind.LEVEL
     value, _ = state.newest if is_level else (None, None)
     choices = [as_text(each) for each in state.allowed_values] if is_level else []
     if is_level and not choices and state.datatype == Datatype.BOOLEAN:
         choices = ["yes", "no"]
     locked = state.locked_until is not None and state.locked_until > timezone.now()
+    is_commanded = value is not None and state.command_uuid is not None and value == state.value
     return StateRow(
-        state=state, text="" if value is None else as_text(value), choices=() if locked else choices, is_locked=locked
+        state=state,
+        text="" if value is None else as_text(value),
+        actor=actors.get(state.command_uuid, "") if is_commanded and state.command_uuid else "",
+        choices=() if locked else choices,
+        is_locked=locked,
     )

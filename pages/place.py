@@ -21,9 +21,11 @@ def page(view: Any) -> Any:
     return never_cache(login_required(login_url="admin:login")(view))
 
 
-def row_of(request: HttpRequest, rows: QuerySet[Row], resource: str, uuid: UUID | str) -> Row:
-    """The one with this uuid, in an organization whose rows the person may see. Raises Http404."""
-    found = access_of(request).limit(rows, "organization", resource=resource).filter(uuid=uuid).first()
+def row_of(
+    request: HttpRequest, rows: QuerySet[Row], resource: str, uuid: UUID | str, *, path: str = "organization"
+) -> Row:
+    """The one with this uuid, in an organization whose rows the person may see; `path` leads there. Raises Http404."""
+    found = access_of(request).limit(rows, path, resource=resource).filter(uuid=uuid).first()
     if found is None:
         raise Http404(f"There is no such {rows.model._meta.verbose_name}.")
     return found

@@ -61,7 +61,7 @@ def paths(system: LocalSystem) -> list[str]:
         "/", f"/sensors/{sensor}", f"/devices/{device}", "/rules", f"/rules/{chain}", f"/rules/{chain}/edit", "/rules/new",
         "/rules/new?template=dry-run", "/rules/new?template=light-on", "/operations", "/sensors/new", "/devices/new", "/areas",
         "/farms/new", f"/sensors/{sensor}/connect", "/rules/new?template=steps", f"/rules/{chain}/edit?form=steps",
-        "/account/preferences",
+        "/account/preferences", "/people",
     ]  # fmt: skip
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.test import Client
+from django.test import Client, RequestFactory
 from django.utils import timezone
+from django.views.defaults import server_error
 from pytest_django.live_server_helper import LiveServer
 
 from devices import latest
 from devices.models import Device, DeviceState, Interlock, Organization, Reading, StateChange, Variable, Veto
 from pages import overview
+from rules.effects import states
 from rules.models import Alarm
 from tests import builders
 from tests.browser import browser
@@ -121,6 +124,33 @@ def test_empty_places_say_what_to_do_next(farm: Organization) -> None:
     assert "ask its admin for an invitation" in client_of(builders.user()).get("/").text
     Organization.objects.all().delete()
     assert "make a farm" in client_of(builders.user(is_superuser=True)).get("/").text
+
+
+def test_who_switched_what_is_on_the_overview(farm: Organization) -> None:
+    pump = builders.device(farm, "Pump", states={"power": ["on", "off"]})
+    person = builders.member(farm, "operator", username="ada")
+    state = pump.states.get()
+    states.change_by_person(state, "on", user=person, override="")
+    for path in ("/", f"/devices/{pump.uuid}"):
+        assert re.search(r"by ada, 0\xa0minutes ago", client_of(person).get(path).text), path
+    state.refresh_from_db()
+    state.reported_value, state.reported_at = "off", timezone.now() + timedelta(seconds=1)
+    state.save()
+    assert "minutes ago" not in client_of(person).get("/").text, "it is what the device says now"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [("/no-such-page", 404, "There is no such page"), ("/operations", 403, "for staff")],
+)
+def test_what_cannot_be_shown_is_a_page_too(farm: Organization, path: str, status: int, said: str) -> None:
+    answer = client_of(builders.member(farm, "viewer")).get(path)
+    assert (answer.status_code, said in answer.text, "pages.css" in answer.text) == (status, True, True)
+
+
+def test_an_error_of_ours_is_a_page_that_needs_nothing() -> None:
+    text = server_error(RequestFactory().get("/")).content.decode()
+    assert "It is not your fault" in text
 
 
 def test_strangers_are_asked_to_log_in() -> None:

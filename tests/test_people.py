@@ -124,7 +124,7 @@ def test_the_page_of_an_invitation(admin: Any, farm: Organization) -> None:
     assert "Basil Farm" in client.get(path).text
     assert "too common" in client.post(path, {"username": "bo", "password": "password123"}).text
     answer = client.post(path, {"username": "bo", "password": PASSWORD})
-    assert (answer.status_code, answer.headers["Location"]) == (302, "/admin/")
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/")
     assert "Rule chains" in client.get("/admin/").text
     assert client.get(path).status_code == 410
 

@@ -18,7 +18,7 @@ from deploy.programs import REPOSITORY
 
 PAGES = REPOSITORY / "pages"
 LOCALE = PAGES / "locale"
-TEMPLATES = PAGES / "templates"
+TEMPLATES = (PAGES / "templates", REPOSITORY / "devices" / "templates")
 # The page of those who run the system.
 ENGLISH = "operations"
 LANGUAGES = ("de",)
@@ -47,7 +47,8 @@ def _of_scripts() -> Iterator[str]:
 
 
 def _of_python() -> Iterator[str]:
-    for path in sorted([*PAGES.rglob("*.py"), *(REPOSITORY / "rules" / "authoring").glob("*.py")]):
+    others = (REPOSITORY / "rules" / "authoring", REPOSITORY / "devices" / "people")
+    for path in sorted([*PAGES.rglob("*.py"), *(path for folder in others for path in folder.glob("*.py"))]):
         if ENGLISH in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -87,7 +88,7 @@ def _of_templates() -> Iterator[tuple[str, str]]:
     from django.template.engine import Engine
 
     engine = Engine.get_default()
-    for path in sorted(TEMPLATES.rglob("*.html")):
+    for path in sorted(path for folder in TEMPLATES for path in folder.rglob("*.html")):
         if ENGLISH not in path.parts:
             yield from _in_nodes(Template(path.read_text(), engine=engine).nodelist)
 

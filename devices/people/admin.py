@@ -8,6 +8,8 @@ from django import forms
 from django.contrib.admin.forms import AdminAuthenticationForm
 from django.contrib.auth.forms import AuthenticationForm
 from django.core.exceptions import ValidationError
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 
 from devices.models import Membership
 from devices.people import failures, second_factor
@@ -19,7 +21,7 @@ class LoginForm(AdminAuthenticationForm):
 
     otp = forms.CharField(
         required=False,
-        label="Code, if you use a second factor",
+        label=lazy("Code, if you use a second factor"),
         widget=forms.TextInput(attrs={"inputmode": "numeric", "autocomplete": "one-time-code"}),
     )
 
@@ -27,7 +29,8 @@ class LoginForm(AdminAuthenticationForm):
         attempt = tried(self.request, self.cleaned_data.get("username"))
         closed = failures.seconds_closed(attempt)
         if closed:
-            raise ValidationError(f"Too many failed logins. Try again in {closed} seconds.", code="throttled")
+            text = _("Too many failed logins. Try again in {seconds} seconds.")
+            raise ValidationError(text.format(seconds=closed), code="throttled")
         try:
             cleaned = super().clean()
             self._check_second_factor()
@@ -40,14 +43,14 @@ class LoginForm(AdminAuthenticationForm):
         user, code = self.user_cache, self.cleaned_data.get("otp") or ""
         if user is not None and second_factor.is_on(user) and not (code and second_factor.accepts(user, code)):
             raise ValidationError(
-                "The code is missing, wrong or used: take the newest of your app.", code="second-factor"
+                _("The code is missing, wrong or used: take the newest of your app."), code="second-factor"
             )
 
     def confirm_login_allowed(self, user: Any) -> None:
         AuthenticationForm.confirm_login_allowed(self, user)
         if not may_enter(user):
             raise ValidationError(
-                "You belong to no organization yet: ask its admin to add you.", code="no-organization"
+                _("You belong to no organization yet: ask its admin to add you."), code="no-organization"
             )
 
 

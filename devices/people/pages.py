@@ -11,6 +11,8 @@ from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy as lazy
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods
 
@@ -22,9 +24,11 @@ from devices.people.models import CannotJoin
 
 
 class AccountForm(forms.Form):
-    username = forms.CharField(max_length=150, label="User name")
+    username = forms.CharField(max_length=150, label=lazy("User name"))
     password = forms.CharField(
-        widget=forms.PasswordInput(attrs={"autocomplete": "new-password"}), help_text="At least ten characters."
+        widget=forms.PasswordInput(attrs={"autocomplete": "new-password"}),
+        label=lazy("Password"),
+        help_text=lazy("At least ten characters."),
     )
 
 
@@ -33,7 +37,7 @@ class AccountForm(forms.Form):
 def join_page(request: HttpRequest, token: str) -> HttpResponse:
     attempt = {failures.ADDRESS: failures.address_of(request.META)}
     if closed := failures.seconds_closed(attempt):
-        return _page(request, {"problem": f"Too many attempts; try again in {closed} seconds."}, status=429)
+        return _page(request, {"problem": _too_many(closed)}, status=429)
     try:
         invitation = Invitation.objects.of(token)
         form = AccountForm(request.POST or None)
@@ -55,11 +59,11 @@ def join_page(request: HttpRequest, token: str) -> HttpResponse:
 def second_factor_page(request: HttpRequest) -> HttpResponse:
     """Switch one's own second factor on or off."""
     attempt = tried(request, request.user.get_username())
-    context: dict[str, Any] = {"title": "Second factor"}
+    context: dict[str, Any] = {"title": _("Second factor")}
     if request.method == "POST":
         code = request.POST.get("code", "")
         if closed := failures.seconds_closed(attempt):
-            context["problem"] = f"Too many attempts; try again in {closed} seconds."
+            context["problem"] = _too_many(closed)
         elif second_factor.is_on(request.user):
             if second_factor.accepts(request.user, code):
                 second_factor.remove(request.user)
@@ -68,7 +72,7 @@ def second_factor_page(request: HttpRequest) -> HttpResponse:
             context["codes"] = codes
         if not (context.get("codes") or context.get("problem")):
             failures.count(attempt)
-            context["problem"] = "This is not the code of now. Is the clock of your phone right?"
+            context["problem"] = _("This is not the code of now. Is the clock of your phone right?")
     context["is_on"] = second_factor.is_on(request.user)
     if not context["is_on"]:
         device = second_factor.proposed(request.user)
@@ -76,14 +80,18 @@ def second_factor_page(request: HttpRequest) -> HttpResponse:
     return render(request, "devices/second_factor.html", {**admin.site.each_context(request), **context})
 
 
+def _too_many(seconds: int) -> str:
+    return _("Too many attempts; try again in {seconds} seconds.").format(seconds=seconds)
+
+
 def _joined(request: HttpRequest, form: AccountForm, token: str) -> HttpResponse:
     given = {} if request.user.is_authenticated else form.cleaned_data
     membership = join(request.user, token=token, **given)
     if not request.user.is_authenticated:
         login(request, membership.user, backend="django.contrib.auth.backends.ModelBackend")
-    return redirect("admin:index")
+    return redirect("home")
 
 
 def _page(request: HttpRequest, context: dict[str, Any], *, status: int = 200) -> HttpResponse:
-    whole = {**admin.site.each_context(request), "title": "Join a farm", "is_nav_sidebar_enabled": False, **context}
+    whole = {**admin.site.each_context(request), "title": _("Join a farm"), "is_nav_sidebar_enabled": False, **context}
     return render(request, "devices/join.html", whole, status=status)
