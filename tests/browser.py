@@ -20,6 +20,8 @@ import pytest
 import requests
 import websocket
 
+from deploy.local import LocalSystem
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -83,6 +85,15 @@ class Page:
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]
+
+
+def log_in(page: Page, system: LocalSystem, to: str = "/admin/") -> None:
+    """As the admin of the demo farm; opens the page that follows."""
+    page.open(f"{system.web}/admin/login/?next={to}")
+    for field in ("username", "password"):
+        page.evaluate(f"document.getElementById('id_{field}').value = {system.farm['admin'][field]!r}")
+    page.evaluate("document.forms[0].submit()")
+    page.until("document.getElementById('login-form') === null && document.querySelector('#user-tools, nav') !== null")
 
 
 @contextmanager

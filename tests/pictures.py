@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.local import LocalSystem, local_system
 from deploy.programs import REPOSITORY
-from tests.browser import Page, browser
+from tests.browser import Page, browser, log_in
 
 PICTURES = REPOSITORY / "docs" / "pictures"
 WIDE, PHONE = (1200, 800), (390, 844)
@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, local_system(Path(folder)) as system, browser(Path(folder)) as page:
         system.manage("shell", "-v", "0", "-c", FARM)
         system.start("web", "worker", "scheduler")
-        _log_in(page, system)
+        log_in(page, system)
         sensor = system.farm["sensors"][0]["uuid"]
         for name, path, size in (
             ("overview", "/", WIDE),
@@ -50,18 +50,12 @@ def main() -> None:
             ("device", f"/devices/{system.farm['devices'][0]['uuid']}", WIDE),
             ("rule-templates", "/rules/new", WIDE),
             ("operations", "/operations", WIDE),
+            ("people", "/people", WIDE),
+            ("preferences", "/account/preferences", PHONE),
         ):
             _take(page, system.web + path, name, size)
         _make_rule(page, system)
         print(f"The pictures are in {PICTURES}.")
-
-
-def _log_in(page: Page, system: LocalSystem) -> None:
-    page.open(f"{system.web}/admin/login/")
-    for field in ("username", "password"):
-        page.evaluate(f"document.getElementById('id_{field}').value = {system.farm['admin'][field]!r}")
-    page.evaluate("document.forms[0].submit()")
-    page.until("document.querySelector('#user-tools') !== null")
 
 
 def _take(page: Page, url: str, name: str, size: tuple[int, int]) -> None:
@@ -84,6 +78,9 @@ def _make_rule(page: Page, system: LocalSystem) -> None:
     page.until("document.body?.innerText.includes('What it would have done')")
     page.resize(1200, 900)
     _shoot(page, "rule-trial")
+    page.evaluate("location.href = location.pathname + '/edit?form=steps'")
+    page.until("document.querySelector('[data-steps]') !== null")
+    _shoot(page, "rule-steps")
 
 
 if __name__ == "__main__":

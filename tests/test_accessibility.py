@@ -12,7 +12,7 @@ import axe_core_python
 import pytest
 
 from deploy.local import LocalSystem, local_system
-from tests.browser import Page, browser
+from tests.browser import Page, browser, log_in
 
 pytestmark = pytest.mark.timeout(300)
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
@@ -41,11 +41,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
 @pytest.fixture
 def page(system: LocalSystem, tmp_path: Path) -> Iterator[Page]:
     with browser(tmp_path) as opened:
-        opened.open(f"{system.web}/admin/login/")
-        for field in ("username", "password"):
-            opened.evaluate(f"document.getElementById('id_{field}').value = {system.farm['admin'][field]!r}")
-        opened.evaluate("document.forms[0].submit()")
-        opened.until("document.querySelector('#user-tools') !== null")
+        log_in(opened, system)
         yield opened
 
 

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from deploy.local import LocalSystem, local_system
-from tests.browser import Page, browser
+from tests.browser import Page, browser, log_in
 from tests.system_clients import http_post, reading
 
 pytestmark = pytest.mark.timeout(180)
@@ -29,11 +29,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
 @pytest.fixture
 def page(system: LocalSystem, tmp_path: Path) -> Iterator[Page]:
     with browser(tmp_path) as opened:
-        opened.open(f"{system.web}/admin/login/?next=/")
-        for field in ("username", "password"):
-            opened.evaluate(f"document.getElementById('id_{field}').value = {system.farm['admin'][field]!r}")
-        opened.evaluate("document.forms[0].submit()")
-        opened.until("document.getElementById('live') !== null")
+        log_in(opened, system, "/")
         yield opened
 
 

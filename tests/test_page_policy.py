@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from deploy.local import LocalSystem, local_system
-from tests.browser import Page, browser
+from tests.browser import browser, log_in
 
 pytestmark = pytest.mark.timeout(180)
 WATCH = """
@@ -31,14 +31,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSystem]:
     with local_system(tmp_path_factory.mktemp("system")) as running:
         running.start("web")
         yield running
-
-
-def log_in(page: Page, system: LocalSystem) -> None:
-    page.open(f"{system.web}/admin/login/")
-    for field in ("username", "password"):
-        page.evaluate(f"document.getElementById('id_{field}').value = {system.farm['admin'][field]!r}")
-    page.evaluate("document.forms[0].submit()")
-    page.until("document.querySelector('#user-tools') !== null")
 
 
 def test_no_page_needs_what_the_policy_forbids(system: LocalSystem, tmp_path: Path) -> None:
