@@ -109,15 +109,16 @@ def of(
     Raises RedisError when newest values cannot be read.
     """
     wanted: dict[str, Any] = {"organization": organization, "name__icontains": search}
+    open_alarms = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
     if area is not None:
-        wanted["area__in"] = within(area)
+        wanted["area__in"] = here = within(area)
+        open_alarms = alarms.standing_in(open_alarms, here)
     sensors = Sensor.objects.filter(**wanted).order_by("name")
     devices = Device.objects.filter(**wanted).order_by("name")
     sensor_count, device_count = sensors.count(), devices.count()
     pages = max(1, -(-max(sensor_count, device_count) // SHOWN))
     page = min(max(page, 1), pages)
     shown = slice((page - 1) * SHOWN, page * SHOWN)
-    open_alarms = Alarm.objects.filter(organization=organization).exclude(state=Alarm.State.CLEARED)
     found = list(open_alarms.select_related("chain").order_by("-raised_at")[:ALARMS_SHOWN])
     return Overview(
         sensors=_sensors(sensors[shown], units),

@@ -85,6 +85,17 @@ def test_alarms_are_acknowledged_in_the_area_and_its_parts(farm: Farm, place: st
         assert farm.post(f"alarms/{farm.alarms[place].uuid}/{verb}").status_code == status
 
 
+def test_alarms_are_found_by_the_area(farm: Farm) -> None:
+    for area, places in ((farm.north, {"north", "bench"}), (farm.bench, {"bench"}), (farm.south, {"south"})):
+        rows = farm.client.get(f"{API}/alarms", {"area": str(area.uuid)}).json()["results"]
+        assert {row["uuid"] for row in rows} == {str(farm.alarms[place].uuid) for place in places}
+        page = farm.client.get("/", {"area": str(area.uuid)}).text
+        assert page.count("pH high") == len(places)
+    foreign = Area.objects.create(organization=builders.organization(), name="x")
+    for unknown in (foreign.uuid, farm.organization.uuid):
+        assert farm.client.get(f"{API}/alarms", {"area": str(unknown)}).json()["count"] == 0
+
+
 def test_all_of_the_farm_is_seen(farm: Farm) -> None:
     for path, count in (("devices", 4), ("alarms", 4), ("sensors", 4), ("device-states", 4), ("rule-chains", 0)):
         assert farm.client.get(f"{API}/{path}").json()["count"] == count, path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
+from uuid import UUID
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.db.models import QuerySet
@@ -14,6 +15,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from aemos.lib.problems import Conflict
+from devices.areas.models import Area, within
 from devices.filters import BooleanFilter, CharFilter, ChoiceFilter, FilterSet, UUIDFilter, by_uuid
 from devices.models import Organization
 from devices.serializers import CamelCaseSerializer, ScopedField
@@ -65,9 +67,16 @@ class AlarmFilter(FilterSet):
     severity = ChoiceFilter(choices=Severity.choices)
     state = ChoiceFilter(choices=Alarm.State.choices)
     open = BooleanFilter(method="filter_open", label="Not cleared.")
+    area = UUIDFilter(
+        method="filter_area", label="uuid of an area; of sensors and devices that stand in it or its parts."
+    )
 
     def filter_open(self, rows: QuerySet[Alarm], name: str, value: bool) -> QuerySet[Alarm]:
         return rows.exclude(state=Alarm.State.CLEARED) if value else rows.filter(state=Alarm.State.CLEARED)
+
+    def filter_area(self, rows: QuerySet[Alarm], name: str, value: UUID) -> QuerySet[Alarm]:
+        found = Area.objects.filter(uuid=value).first()
+        return alarms.standing_in(rows, within(found)) if found else rows.none()
 
 
 class AlarmViewSet(ReadViewSet[Alarm]):
