@@ -7,6 +7,7 @@ const message = document.getElementById("message");
 const RENEW_MS = 10000;
 const RENEW_LIVE_MS = 60000; // ages grow, and what was missed is found
 const SOON_MS = 500; // several messages at once are one reason to look
+const AT_MOST_MS = 2000; // and many, one after the other, are no reason to look all the time
 const lines = new Map(); // "sensor variable" -> points, so that a renewed page does not ask again for a while
 const LINES_MS = 300000;
 
@@ -97,26 +98,29 @@ function asText(value) {
 function showReading({ variable, value, suspect }) {
   const tile = live.querySelector(`[data-live="${CSS.escape(variable)}"]`);
   const text = tile?.querySelector("[data-value]");
-  // What is not believed, or misses its target or does no longer, is for the server to say.
-  if (!text || suspect || tile.matches(".suspect, .missed") || outside(tile, value)) return soon();
+  if (!text) return soon();
+  // What is not believed, or misses its target or does no longer, is for the server to say, which has time for that.
+  if (suspect || tile.matches(".suspect, .missed") || outside(tile, value)) soon(RENEW_MS);
+  if (suspect || tile.matches(".suspect")) return;
   text.textContent = asText(typeof value === "number" ? shown(value, tile) : value);
   tile.classList.remove("silent");
-  tile.querySelector(".age").textContent = gettext("just now");
+  if (!tile.matches(".missed")) tile.querySelector(".age").textContent = gettext("just now");
 }
 
 function outside({ dataset }, value) {
   return (dataset.low && value < Number(dataset.low)) || (dataset.high && value > Number(dataset.high));
 }
 
-let renewing = 0;
 let renewed = Date.now();
+let due = Infinity;
 
-function soon() {
-  if (!renewing) renewing = setTimeout(() => { renewing = 0; again(); }, SOON_MS);
+function soon(wait = SOON_MS) {
+  due = Math.min(due, Math.max(Date.now() + wait, renewed + AT_MOST_MS));
 }
 
 function again() {
   renewed = Date.now();
+  due = Infinity;
   if (!document.hidden) renew();
 }
 
@@ -124,7 +128,7 @@ watch();
 const heard = listen({
   variables: () => [...live.querySelectorAll("[data-live]")].map((tile) => tile.dataset.live),
   onReading: showReading,
-  onMessage: soon,
+  onMessage: () => soon(),
 });
 document.addEventListener("visibilitychange", () => document.hidden || again());
-setInterval(() => Date.now() - renewed < (heard.isLive() ? RENEW_LIVE_MS : RENEW_MS) || again(), 1000);
+setInterval(() => Date.now() < Math.min(due, renewed + (heard.isLive() ? RENEW_LIVE_MS : RENEW_MS)) || again(), 200);

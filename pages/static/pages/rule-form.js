@@ -107,7 +107,11 @@ function arrangeSteps() {
   const names = shownSteps().map((step) => field(step, "name").value.trim()).filter(Boolean);
   for (const step of shownSteps()) {
     const kind = field(step, "kind").value;
-    for (const panel of step.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== kind;
+    for (const panel of step.querySelectorAll("[data-panel]")) {
+      panel.hidden = panel.dataset.panel !== kind;
+      // What is not shown is not sent.
+      for (const input of panel.querySelectorAll("input, select, textarea")) input.disabled = panel.hidden;
+    }
     show(step, "on_false", kind === "filter");
     show(step, "on_failure", kind !== "filter");
     const transform = step.querySelector("[data-panel=transform]");
