@@ -20,7 +20,7 @@ from aemos.lib import per_process
 from devices import catalogue
 from devices.models import DataProblem, DeviceToken, Sensor, Variable
 from devices.quality import data_problems
-from rules.admission import rejections
+from rules.admission import control, rejections
 from rules.admission.control import Admission
 from rules.journal import ledger, slots
 from rules.journal.group_commit import GroupCommit
@@ -213,10 +213,13 @@ def test_a_new_variable_is_known_once_the_catalogue_looked(sensor: Sensor) -> No
     assert post({"values": {"ec": 1.8}}, token).status_code == 202
 
 
-def test_a_warm_request_makes_no_query(sensor: Sensor) -> None:
+def test_a_warm_request_makes_no_query(sensor: Sensor, monkeypatch: pytest.MonkeyPatch) -> None:
     token = builders.token(sensor)
     post(READING, token)
-    catalogue.shared()._checked_at = float("inf")  # the look at the versions is once a second, whatever the traffic
+    # The looks at versions and at the circuit come by the clock, whatever the traffic.
+    catalogue.shared()._checked_at = float("inf")
+    monkeypatch.setattr(control, "SNAPSHOT_SECONDS", float("inf"))
+    monkeypatch.setattr(control, "TRUST_SECONDS", float("inf"))
 
     with CaptureQueriesContext(connection) as queries:
         assert post(READING, token).status_code == 202
