@@ -7,8 +7,9 @@ from django.urls import path
 from django.views.decorators.cache import cache_control
 from django.views.i18n import JavaScriptCatalog
 
-from pages import areas, live, people, preferences, views
+from pages import areas, live, views
 from pages.operations import views as operations
+from pages.people import members, preferences
 from pages.rules import views as rules
 from pages.setup import views as setup
 
@@ -35,10 +36,10 @@ urlpatterns = [
     path("areas/<uuid:uuid>/delete", areas.delete_area, name="delete-area"),
     path("sensors/<uuid:uuid>/area", areas.put_sensor, name="put-sensor"),
     path("devices/<uuid:uuid>/area", areas.put_device, name="put-device"),
-    path("people", people.people_page, name="people-page"),
-    path("people/invitations/<uuid:uuid>/withdraw", people.withdraw, name="withdraw-invitation"),
-    path("people/<uuid:uuid>/<int:user>/change", people.change_member, name="change-member"),
-    path("people/<uuid:uuid>/<int:user>/remove", people.remove_member, name="remove-member"),
+    path("people", members.people_page, name="people-page"),
+    path("people/invitations/<uuid:uuid>/withdraw", members.withdraw, name="withdraw-invitation"),
+    path("people/<uuid:uuid>/<int:user>/change", members.change_member, name="change-member"),
+    path("people/<uuid:uuid>/<int:user>/remove", members.remove_member, name="remove-member"),
     path("operations", operations.operations_page, name="operations-page"),
     path("operations/circuit", operations.set_circuit, name="set-circuit"),
     path("operations/lane", operations.set_lane, name="set-lane"),

@@ -12,7 +12,8 @@ from pytest_django.live_server_helper import LiveServer
 
 from devices.models import Device, Organization, Sensor
 from pages.rules.choices import Choices
-from pages.rules.steps import Group, StepsForm, Unreadable, _tree, initial_of
+from pages.rules.groups import Group, Unreadable, tree_of
+from pages.rules.steps import StepsForm, initial_of
 from rules.models import RuleChain, RuleNode
 from tests import builders
 from tests.browser import Page, browser
@@ -223,7 +224,7 @@ def test_a_count_that_is_none_makes_no_steps(farm: Farm, count: str) -> None:
 )  # fmt: skip
 def test_a_structure_that_is_none_is_refused(structure: Any) -> None:
     with pytest.raises(Unreadable):
-        _tree(structure, lambda number: pytest.fail(f"row {number} was made"))
+        tree_of(structure, lambda number: pytest.fail(f"row {number} was made"))
 
 
 def test_depth_ends_somewhere() -> None:
@@ -231,7 +232,7 @@ def test_depth_ends_somewhere() -> None:
     for _ in range(30):
         deep = {"type": "OR", "expressions": [deep]}
     with pytest.raises(Unreadable):
-        _tree(deep, lambda number: pytest.fail(str(number)))
+        tree_of(deep, lambda number: pytest.fail(str(number)))
 
 
 def test_a_group_of_one_has_no_level_of_its_own() -> None:
