@@ -53,6 +53,16 @@ def test_news_come_without_a_look(system: LocalSystem, page: Page) -> None:
     assert page.evaluate("looked") > 0, "what else happened is asked of the server"
 
 
+def test_a_chart_is_drawn_anew_when_a_reading_comes(system: LocalSystem, page: Page) -> None:
+    report(system, 6.2)
+    page.open(f"{system.web}/sensors/{system.farm['sensors'][0]['uuid']}")
+    numbers = "document.querySelector('[data-numbers=ph]').innerText"
+    page.until(f"{numbers}.includes('now 6.2')")
+    time.sleep(KNOWN_SECONDS)
+    report(system, 6.27)
+    page.until(f"{numbers}.includes('now 6.27')", seconds=30)
+
+
 def test_without_the_gateway_the_page_looks_by_itself(system: LocalSystem, page: Page) -> None:
     page.until("heard.isLive()")
     system.stop("gateway")

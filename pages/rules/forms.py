@@ -244,6 +244,7 @@ _OPTIONS: dict[str, Any] = {
     "extra": 0,
     "can_delete": True,
     "max_num": MAXIMUM_ROWS,
+    "absolute_max": MAXIMUM_ROWS,
     "validate_max": True,
 }
 _Conditions: Any = forms.formset_factory(ConditionForm, **_OPTIONS)

@@ -5,6 +5,7 @@ const place = document.getElementById("charts");
 const message = document.getElementById("message");
 const charts = new Map();
 const RENEW_MS = 60000;
+const LIVE_MS = 10000;
 let hours = Number(new URLSearchParams(location.search).get("hours")) || 24;
 
 const LONG = { dateStyle: "medium", timeStyle: "short" };
@@ -160,3 +161,12 @@ for (const button of document.querySelectorAll("[data-hours]")) {
 }
 load();
 setInterval(() => document.hidden || load(), RENEW_MS);
+
+// A new reading is a reason to draw anew, but not while somebody is still looking at the last drawing.
+let waiting = 0;
+
+function soon() {
+  waiting ||= setTimeout(() => { waiting = 0; document.hidden || load(); }, LIVE_MS);
+}
+
+listen({ variables: () => [...place.querySelectorAll("[data-live]")].map((each) => each.dataset.live), onReading: soon, onMessage: soon });
