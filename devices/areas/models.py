@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils import timezone
@@ -107,9 +108,5 @@ def check_limit(role: str, area: Area | None) -> None:
 
 def people_of(area: Area) -> list[str]:
     """The names of those who are limited to the area or a part of it: while there are any, it cannot be deleted."""
-    rows = Membership.objects.filter(area__in=within(area)).order_by("user__username")
-    return list(rows.values_list("user__username", flat=True))
-
-
-# At the end: its keys lead to the table above.
-from devices.models import Membership  # noqa: E402
+    limited = get_user_model()._default_manager.filter(memberships__area__in=within(area)).order_by("username")
+    return list(limited.values_list("username", flat=True))

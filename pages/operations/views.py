@@ -57,8 +57,7 @@ def set_circuit(request: HttpRequest) -> HttpResponse:
                 messages.error(request, "Choose for how long the circuit is to stay open.")
                 return redirect("operations-page")
             until = timezone.now() + timedelta(hours=int(hours))
-            note = request.POST.get("note", "").replace("\x00", "")[:MAXIMUM_NOTE]
-            circuit_store.hold_open(Hold(by=by, until=until, note=note), queue_depth=depth)
+            circuit_store.hold_open(Hold(by=by, until=until, note=_note(request)), queue_depth=depth)
             messages.success(
                 request,
                 f"The circuit stays open for {hours} h, or until it is closed here: only urgent events are accepted.",
@@ -84,14 +83,17 @@ def set_lane(request: HttpRequest) -> HttpResponse:
         elif hours not in map(str, HOURS):
             messages.error(request, "Choose for how long the lane is to be paused.")
         else:
-            note = request.POST.get("note", "").replace("\x00", "")[:MAXIMUM_NOTE]
-            pauses.pause(lane, by=request.user.get_username(), seconds=int(hours) * 3_600, note=note)
+            pauses.pause(lane, by=request.user.get_username(), seconds=int(hours) * 3_600, note=_note(request))
             messages.success(request, f"The {lane} lane is paused for {hours} h: its events wait.")
     except ValueError as error:
         messages.error(request, f"Nothing was changed: {error}.")
     except RedisError as error:
         messages.error(request, f"Nothing was changed: {redis.explain(error)}.")
     return redirect("operations-page")
+
+
+def _note(request: HttpRequest) -> str:
+    return request.POST.get("note", "").replace("\x00", "")[:MAXIMUM_NOTE]
 
 
 def _demand_staff(request: HttpRequest) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from zoneinfo import available_timezones
 
@@ -52,7 +52,6 @@ class PreferencesForm(forms.ModelForm):  # type: ignore[type-arg]  # not subscri
     class Meta:
         model = Preferences
         fields = ("language", "time_zone", "temperature", "conductivity")
-        labels: Mapping[str, Any] = {}
 
 
 @page

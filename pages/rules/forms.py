@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -90,7 +91,7 @@ class HeadForm(forms.Form):
         return data
 
 
-class ChainForm:
+class ChainForm(ABC):
     """What every form of a chain has: its head, problems that belong to no field, and how nodes come of it."""
 
     # Which template shows it.
@@ -117,20 +118,21 @@ class ChainForm:
         return None if problems or self.head.errors else nodes
 
     @property
+    @abstractmethod
     def parts(self) -> Sequence[Any]:
         """All forms that make it up, as far as they count."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _nodes(self, before: Sequence[RuleNode]) -> list[RuleNode] | None:
-        raise NotImplementedError
+        """Of valid forms; None, and `problems` say why, when something is missing."""
 
+    @abstractmethod
     def _put(self, problem: Problem) -> bool:
         """At the field that it is about, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_words(self, problems: Iterable[Problem]) -> list[str]:
         """Each with the part that it is about; only after `build`."""
-        raise NotImplementedError
 
     def _explain(self, problem: Problem) -> None:
         field = {"name": "name", "cron": "times", "timezone": "timezone"}.get(problem.path)

@@ -1,4 +1,5 @@
-// What every page needs: texts in the language of the page, and times, numbers and units as the person who looks wants them.
+// What every page needs: texts in the language of the page, times, numbers and units as the person who looks wants
+// them, and a question before what cannot be taken back.
 "use strict";
 
 // Where the catalogue of translations did not come, the page speaks English.
@@ -44,3 +45,9 @@ function localTimes(place) {
 }
 
 localTimes(document);
+
+// A question before what a button or a form does, where it has one.
+document.addEventListener("submit", (event) => {
+  const question = event.submitter?.dataset.ask ?? event.target.dataset.confirm;
+  if (question && !confirm(question)) event.preventDefault();
+});

@@ -1,11 +1,7 @@
-// Copy buttons, a question before what cannot be taken back, and the wait for the first thing that a new sensor or device says.
+// Copy buttons, and the wait for the first thing that a new sensor or device says.
 "use strict";
 
 const waiting = document.getElementById("waiting");
-
-document.addEventListener("submit", (event) => {
-  if (event.target.dataset.confirm && !confirm(event.target.dataset.confirm)) event.preventDefault();
-});
 const LOOK_MS = 2000;
 
 document.addEventListener("click", async (event) => {

@@ -26,14 +26,18 @@ function listen({ variables, onReading, onMessage }) {
   }
 
   async function connect() {
-    let gateway;
+    let first;
     try {
-      ({ gateway } = await access());
+      first = await access();
     } catch {
       return void setTimeout(connect, AGAIN_MS); // the server is away, or the session has ended: the page itself says so
     }
-    const auth = (give) => access().then(({ token }) => give({ token }), () => give({}));
-    socket = io(gateway, { auth, reconnectionDelayMax: AGAIN_MS });
+    const auth = (give) => {
+      const given = first ?? access(); // the token that came with the address is good for the first connection
+      first = null;
+      Promise.resolve(given).then(({ token }) => give({ token }), () => give({}));
+    };
+    socket = io(first.gateway, { auth, reconnectionDelayMax: AGAIN_MS });
     socket.on("connect", () => {
       asked.clear();
       ask();

@@ -1,4 +1,4 @@
-// The operations page: the queue by lane, all of it anew every ten seconds, and a question before a button does something.
+// The operations page: the queue by lane, and all of it anew every ten seconds.
 "use strict";
 
 const RENEW_MS = 10000;
@@ -28,7 +28,7 @@ function drawLines(id, colors, points) {
   const clock = (ms) => moment(ms, { hour: "2-digit", minute: "2-digit" });
   new Chart(canvas, {
     type: "line",
-    data: { datasets: Object.entries(colors).map(([label, name]) => ({ label: gettext(label), data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
+    data: { datasets: Object.entries(colors).map(([label, name]) => ({ label, data: points(label), borderColor: color(name), borderWidth: 1.5, pointRadius: 0 })) },
     options: {
       animation: false, responsive: true, locale: LOCALE, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
       plugins: { legend: { labels: { ...labels, usePointStyle: true, pointStyle: "line" } }, tooltip: { callbacks: { title: (items) => clock(items[0].parsed.x) } } },
@@ -49,14 +49,10 @@ async function renew() {
     draw();
     message.hidden = true;
   } catch {
-    message.textContent = gettext("The server does not answer. What you see may be old.");
+    message.textContent = "The server does not answer. What you see may be old.";
     message.hidden = false;
   }
 }
 
-document.addEventListener("submit", (event) => {
-  const question = event.submitter?.dataset.ask ?? event.target.dataset.confirm;
-  if (question && !confirm(question)) event.preventDefault();
-});
 draw();
 setInterval(() => document.hidden || renew(), RENEW_MS);
