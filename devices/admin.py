@@ -34,6 +34,7 @@ from devices.models import (
     Variable,
 )
 from devices.people.links import page_of
+from devices.permissions import access_of
 from devices.scoped_admin import (
     DisposableRecordAdmin,
     FixedParentForm,
@@ -65,6 +66,11 @@ class MembershipAdmin(ScopedAdmin):
     search_help_text = "A part of the user's or organization's name"
     autocomplete_fields = ("organization", "area")
     raw_id_fields = ("user",)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """A farm keeps an admin; whoever deletes whole farms may delete that one too."""
+        is_kept = isinstance(obj, Membership) and obj.is_last_admin and not access_of(request).superuser
+        return super().has_delete_permission(request, obj) and not is_kept
 
 
 class VariableInline(ScopedTabularInline):

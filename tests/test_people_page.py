@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from django.test import Client
+from django.urls import reverse
 
 from devices.models import Area, AuditEntry, Invitation, Membership, Organization
 from tests import builders
@@ -78,6 +79,11 @@ def test_a_farm_keeps_an_admin(client: Client, farm: Organization, ada: Any) -> 
     url = f"/api/v1/memberships/{farm.uuid}/ada"
     assert "only admin" in str(problem(client.delete(url), 409))
     assert "only admin" in str(problem(client.patch(url, {"role": "viewer"}, content_type="application/json"), 400))
+    row = Membership.objects.get(user=ada)
+    deletion = reverse("admin:devices_membership_delete", args=[row.pk])
+    assert client.post(deletion, {"post": "yes"}).status_code == 403
+    chosen = {"action": "delete_selected", "_selected_action": row.pk, "post": "yes"}
+    client.post(reverse("admin:devices_membership_changelist"), chosen)
     assert Membership.objects.get(user=ada).role == "admin"
     builders.member(farm, "admin")
     assert client.post(address(farm, ada, "remove")).headers["Location"] == "/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -102,14 +103,18 @@ def _by_key(offered: Iterable[Choice]) -> dict[str, Choice]:
     return {each.key: each for each in offered}
 
 
-def as_json(offered: Iterable[Choice]) -> list[list[Any]]:
-    """For the script: of each sensor or device [beginning of the keys, name, [[name, unit, allowed values], ...]]."""
-    found: dict[str, list[Any]] = {}
+def as_json(offered: Iterable[Choice]) -> dict[str, Any]:
+    """For the script: of each sensor or device [uuid, name, its kind]; of each kind [[name, unit, allowed values], ...].
+
+    A farm with a thousand sensors has a few kinds of them, and the page says once what they have in common.
+    """
+    groups: dict[tuple[str, str], list[list[Any]]] = {}
     for choice in offered:
-        beginning = choice.key.removesuffix(choice.name)
-        own = found.setdefault(beginning, [beginning, choice.group, []])
-        own[2].append([choice.name, choice.scale.unit, choice.allowed_texts])
-    return list(found.values())
+        uuid = choice.key.split("|", 2)[1]
+        groups.setdefault((uuid, choice.group), []).append([choice.name, choice.scale.unit, choice.allowed_texts])
+    kinds: dict[str, int] = {}
+    numbered = [[uuid, name, kinds.setdefault(json.dumps(own), len(kinds))] for (uuid, name), own in groups.items()]
+    return {"kinds": [json.loads(each) for each in kinds], "groups": numbered}
 
 
 def operators() -> list[tuple[str, str]]:

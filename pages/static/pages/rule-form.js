@@ -3,29 +3,39 @@
 
 const form = document.getElementById("rule");
 const offered = JSON.parse(document.getElementById("offered").textContent);
-const flat = (groups) => groups.flatMap(([beginning, group, own]) => own.map(([name, unit, allowed]) => ({ key: beginning + name, group, name, unit, allowed })));
-const states = flat(offered.states);
+const flat = (source, { groups, kinds }) => groups.flatMap(([uuid, group, kind]) => kinds[kind].map(([name, unit, allowed]) => ({ key: `${source}|${uuid}|${name}`, group, name, unit, allowed })));
+const states = flat("device", offered.states);
 const devices = offered.devices.map(([key, name]) => ({ key, name }));
-const lists = { sources: [...flat(offered.variables), ...states], states, devices, steps: [] };
+const lists = { sources: [...flat("sensor", offered.variables), ...states], states, devices, steps: [] };
 const byKey = Object.fromEntries(Object.entries(lists).map(([name, own]) => [name, new Map(own.map((each) => [each.key, each]))]));
 const touched = new Set();
 const PREVIEW_MS = 350;
 let waiting = 0;
 
-// A list in the place of a text field: of thousands of values the page holds one copy.
-function listed(input) {
-  const select = document.createElement("select");
-  for (const { name, value } of input.attributes) if (["id", "name", "data-list"].includes(name)) select.setAttribute(name, value);
-  select.append(new Option(gettext("choose …"), ""));
+// Of thousands of values the page holds one list, which every field copies.
+const options = {};
+function optionsOf(name) {
+  if (options[name]) return options[name];
+  const found = (options[name] = document.createDocumentFragment());
+  found.append(new Option(gettext("choose …"), ""));
   let group = null;
-  for (const each of lists[input.dataset.list]) {
+  for (const each of lists[name]) {
     if (each.group && group?.label !== each.group) {
       group = document.createElement("optgroup");
       group.label = each.group;
-      select.append(group);
+      found.append(group);
     }
-    (group ?? select).append(new Option(each.group ? `${each.group}: ${each.name}` : each.name, each.key, false, each.key === input.value));
+    (group ?? found).append(new Option(each.group ? `${each.group}: ${each.name}` : each.name, each.key));
   }
+  return found;
+}
+
+// A list in the place of a text field.
+function listed(input) {
+  const select = document.createElement("select");
+  for (const { name, value } of input.attributes) if (["id", "name", "data-list"].includes(name)) select.setAttribute(name, value);
+  select.append(optionsOf(input.dataset.list).cloneNode(true));
+  if (byKey[input.dataset.list].has(input.value)) select.value = input.value;
   if (input.dataset.list === "steps") select.dataset.wanted = input.value;
   else if (input.value && !byKey[input.dataset.list].has(input.value)) select.append(new Option(gettext("gone: choose another"), input.value, false, true));
   input.replaceWith(select);
