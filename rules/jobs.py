@@ -56,7 +56,8 @@ def attend(slot: Slot, *, with_tickets: bool = False) -> int | None:
     3. `_next`: read a batch: events whose next attempt is due, then entries of the journal.
     4. `process_with_isolation`: `batch.process` in one transaction, or event by event when something in it raises.
     5. `_finish`: publish what was committed, then acknowledge it in the journal; repeat from 3 while time is left.
-    6. `_give_back`: release the lease, and queue a ticket if events are left.
+    6. `_take_over_stranded`: when nothing came of all that, what Redis has lost track of.
+    7. `_give_back`: release the lease, and queue a ticket if events are left.
 
     Without tickets the caller looks again soon: then a batch that was not full is the last one. While the database or Redis is
     away the slot waits, and no attempt is spent.
@@ -72,11 +73,11 @@ def _attend(lease: Lease, *, with_tickets: bool) -> int:
     count = 0
     try:
         index.shared().refresh()
-        if left := take_over(lease):
-            _finish(lease, *left)
-            count = len(left[0].events)
-        else:
-            count = _work(lease, deadline=time.monotonic() + SLICE_SECONDS, until_empty=with_tickets)
+        count = (
+            _take_over(lease)
+            or _work(lease, deadline=time.monotonic() + SLICE_SECONDS, until_empty=with_tickets)
+            or _take_over_stranded(lease)
+        )
     except AWAY as error:
         _wait(lease.slot, error)
     except BaseTimeoutException:
@@ -86,6 +87,20 @@ def _attend(lease: Lease, *, with_tickets: bool) -> int:
     finally:
         _give_back(lease, with_tickets=with_tickets)
     return count
+
+
+def _take_over(lease: Lease) -> int:
+    if left := take_over(lease):
+        _finish(lease, *left)
+    return len(left[0].events) if left else 0
+
+
+def _take_over_stranded(lease: Lease) -> int:
+    """A slot with entries that no read gives would be looked at again and again, and the other slots would wait."""
+    stranded = lease.claim_stranded(READ_ENTRIES)
+    if stranded:
+        log.error("%s: Redis has lost that %d entries are in work; they are taken over", lease.slot, stranded)
+    return _take_over(lease) if stranded else 0
 
 
 def _work(lease: Lease, *, deadline: float, until_empty: bool) -> int:

@@ -233,10 +233,14 @@ class Machine:
         if unit in self.running:
             terminate(self.running.pop(unit), stop_signal=signal.SIGTERM, grace_seconds=20)
 
+    def kill(self, unit: str) -> None:
+        """With SIGKILL."""
+        kill(self.running.pop(unit))
+
     def crash(self) -> None:
         """The power fails: everything but the database, which others of the machine may use, ends at once."""
         for unit in list(self.running):
-            kill(self.running.pop(unit))
+            self.kill(unit)
 
     def close(self) -> None:
         for unit in reversed(list(self.running)):

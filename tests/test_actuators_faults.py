@@ -63,7 +63,7 @@ class Traffic:
 
     def _measure(self) -> None:
         values = {"ph": self._chance.choice([6.0, 6.9]), "temperature": self._chance.choice([20.0, 27.0])}
-        http_post(self._system, self._system.farm["sensors"][0], reading(**values))
+        http_post(self._system, self._system.farm["sensors"][0], reading(**values), patience=0)
 
     def _press(self) -> None:
         pump, fan = self._system.farm["devices"]

@@ -116,6 +116,43 @@ def test_an_accepted_event_is_in_the_journal_with_a_ticket_before_the_answer(far
     assert tickets.queue_of("normal").count == 1
 
 
+def test_entries_that_no_read_returns_are_taken_over(farm: Farm, caplog: pytest.LogCaptureFixture) -> None:
+    """As when Redis comes back from a file that knows how far the group has read, and not what was pending."""
+    farm.post(6.9, timestamp=at(1))
+    drain_all()
+    DeviceState.objects.update(value="off")
+    for value, second in ((6.9, 1), (6.0, 2), (7.1, 3)):  # the first one is done already
+        farm.post(value, timestamp=at(second))
+    held = Lease(farm.slot, "before the end of Redis")
+    assert held.acquire()
+    stream = keys.events(farm.slot.lane, farm.slot.partition)
+    assert redis.client().xack(stream, slots.GROUP, *(entry.id for entry in held.next(10))) == 3
+    held.release()
+    assert held.acquire()
+    assert (held.next_pending(), held.next(10)) == (None, []), "no read returns them"
+    held.release()
+
+    drain_all()
+    assert redis.client().xlen(stream) == 0
+    assert ledger() == Account(accepted=4, processed=3, duplicate=1)
+    assert Reading.objects.count() == 3
+    assert (farm.state(), StateChange.objects.count()) == ("on", 2)
+    assert "3 entries" in caplog.text
+
+
+def test_what_is_stranded_is_left_alone_while_others_are_in_work(farm: Farm) -> None:
+    farm.post(6.0)
+    held = Lease(farm.slot, "a")
+    assert held.acquire()
+    assert held.next_pending() is None
+    assert held.claim_stranded(10) == 1, "new ones may be claimed, too: they are done once all the same"
+    assert held.claim_stranded(10) == 0
+    assert Lease(farm.slot, "b").claim_stranded(10) == 0
+    held.release()
+    drain_all()
+    assert ledger() == Account(accepted=1, processed=1)
+
+
 def test_duplicate_readings_are_accepted_and_have_no_second_effect(farm: Farm) -> None:
     for _ in range(3):
         assert farm.post(6.9, timestamp=at(1)).status_code == 202

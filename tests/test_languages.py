@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polib
 import pytest
 from django.test import Client
+from django.utils import translation
 
+from deploy.programs import REPOSITORY
 from devices.models import Organization, Variable
-from tests import builders, texts
+from pages.rules import problems
+from tests import builders, test_rule_form, texts
 from tests.test_pages import measured, raised
 
 GERMAN = {"Accept-Language": "de-AT,de;q=0.9,en;q=0.5"}
@@ -110,6 +116,62 @@ def test_a_rule_is_told_in_the_language_of_the_page(client: Client, farm: Organi
     form = client.get("/rules/new?template=dry-run", headers=GERMAN).text
     for text in ("Pumpe ohne Wasser anhalten", "Wasser zu niedrig", "unter … liegt", "einen Alarm auslösen"):
         assert text in form, text
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("empty_redis")
+def test_what_is_wrong_with_a_rule_is_told_in_the_language_of_the_page(client: Client, farm: Organization) -> None:
+    sensor, pump = builders.sensor(farm, "Tank"), builders.device(farm, "Pumpe")
+    then = [test_rule_form.switched(pump, "power", "on")]
+
+    def sent(number: str) -> dict[str, Any]:
+        return test_rule_form.posted([test_rule_form.value(sensor, "ph", ">", number)], then)
+
+    assert (
+        "muss eine Zahl sein"
+        in client.post(f"/rules/new?organization={farm.uuid}&template=blank", sent("viel"), headers=GERMAN).text
+    )
+    preview = client.post(f"/rules/preview?organization={farm.uuid}", sent("7"), headers=GERMAN)
+    assert "Der Sensor hat sie noch nie gemeldet" in preview.json()["html"]
+
+
+@pytest.mark.parametrize(
+    ("english", "german"),
+    [
+        ("must be a number", "muss eine Zahl sein"),
+        ("must be one of ['on', 'off']", "muss eines von ['on', 'off'] sein"),
+        ("is no state of this device; it has none", "ist kein Zustand dieses Geräts; it has none"),
+        ("must be below value, 6.5, for >", "muss unter dem Wert 6.5 liegen, bei >"),
+        (
+            "has a single {: write {{ for a brace, and {name} for a value",
+            "hat ein einzelnes {: Schreiben Sie {{ für eine Klammer und {name} für einen Wert",
+        ),
+        ("was never heard of", "was never heard of"),
+    ],
+)
+def test_a_sentence_of_the_engine_is_recognized(english: str, german: str) -> None:
+    with translation.override("de"):
+        assert problems.translated(english) == german
+    assert problems.translated(english) == english
+
+
+def test_sentences_that_are_recognized_are_written_somewhere() -> None:
+    """One that nobody writes any more would be translated for nothing."""
+    written = [pattern for path in _SPEAKERS for pattern in _sentences_in(REPOSITORY / path)]
+    assert [text for text in problems.SENTENCES if not any(pattern.fullmatch(text) for pattern in written)] == []
+
+
+_SPEAKERS = ("rules/engine", "rules/authoring/validation.py", "devices/values.py", "devices/models.py")
+
+
+def _sentences_in(path: Path) -> Iterator[re.Pattern[str]]:
+    """A pattern for every text and f-string that is longer than a word or two."""
+    for file in [path] if path.is_file() else path.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            fixed = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            if sum(len(each) for each in fixed if isinstance(each, str)) > len("is longer"):
+                yield re.compile("".join(re.escape(each) if isinstance(each, str) else ".*" for each in fixed))
 
 
 @pytest.mark.django_db

@@ -81,6 +81,27 @@ def test_no_process_may_do_in_redis_what_it_has_no_need_of(machine: Machine) -> 
     assert not refused(machine.redis("gateway"), "XREADGROUP GROUP mqtt nobody STREAMS aemos:notifications >")
 
 
+def test_health_says_when_a_kill_of_redis_would_cost_events(machine: Machine) -> None:
+    """As it would with a file of users from before."""
+
+    def problems() -> list[str]:
+        token = machine.variables("aemos.env")["METRICS_TOKEN"]
+        command = f"curl -sS -H 'Authorization: Bearer {token}' https://farm.example.org/api/v1/health"
+        answer = json.loads(machine.shell(command))
+        return [each for each in answer["problems"] if "Redis" in each]
+
+    machine.restart_ended()
+    assert until(lambda: problems() == [])
+    operator = machine.redis("operator")
+    operator.acl_setuser("default", categories=["-@all"])
+    try:
+        (problem,) = problems()
+        assert "loses accepted events when it starts again" in problem
+    finally:
+        operator.acl_setuser("default", categories=["+@all"])
+    assert problems() == []
+
+
 def test_without_a_login_redis_answers_nothing(machine: Machine) -> None:
     for client in (
         redis.Redis(port=machine.ports["REDIS_PORT"]),
@@ -130,6 +151,20 @@ def test_every_line_of_a_log_is_json(machine: Machine) -> None:
         assert lines or "worker" in file.stem  # which says nothing while all is well
         assert {line["process"] for line in lines} <= {file.stem.removeprefix("aemos-").partition("@")[0]}
         assert all(line["message"] and line["timestamp"] for line in lines)
+
+
+def test_what_was_accepted_outlives_a_kill_of_redis(machine: Machine) -> None:
+    """While no worker is there, so that nothing of it is anywhere else."""
+    sensor = Sensor(machine, name="outliving")
+    machine.stop("aemos-worker@1")
+    sent = [number / 100 for number in range(1, 21)]
+    assert {sensor.report({"values": {"ph": value}}) for value in sent} == {202}
+    machine.kill("redis-server")
+    machine.start("redis-server")
+    machine.restart_ended()
+    machine.start("aemos-worker@1")
+    until(lambda: sensor.values() == sent)
+    machine.shell("deploy/manage ledger")
 
 
 def test_passwords_of_redis_change_while_readings_come(machine: Machine) -> None:

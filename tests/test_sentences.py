@@ -172,7 +172,7 @@ def test_no_link_runs_behind_a_node_that_it_passes() -> None:
         node("d", command()),
     ]
     by_name = {each.name: each for each in nodes}
-    rows, routes = graph._rows(by_name)
+    rows, routes = graph._rows(by_name, str)
     boxes = graph._placed(rows, routes, {name: ["x"] for name in by_name})
     passing = {item: box for item, box in boxes.items() if not isinstance(item, str)}
     assert len(passing) == 2

@@ -225,7 +225,7 @@ def test_warnings_cost_the_same_few_queries_however_much_a_chain_reads(
     assert len([text for _, text in warned if "no value yet" in text]) == 50
 
 
-OLD = "may be arbitrarily old"
+OLD = "may be of any age"
 
 
 def test_a_chain_that_moves_an_actuator_on_a_value_of_any_age_is_told(farm: Farm) -> None:

@@ -69,15 +69,17 @@ def _of_rules() -> Iterator[str]:
     from django.utils import timezone
 
     from devices.models import Role, StateChange
-    from rules.authoring import sentences
+    from rules.authoring import graph, sentences
     from rules.engine.actions import ROLES, SEVERITIES
+    from rules.engine.chains import NODE_TYPES
     from rules.engine.operators import OPERATORS
     from rules.models import RuleChain
 
     yield from (operator.predicate for operator in OPERATORS.values())
     for phrases in (sentences.TRANSFORMS, sentences.MEASURES, sentences.OVER_TIME):
         yield from phrases.values()
-    yield from SEVERITIES
+    yield from (label for _kind, label in graph.LINKS)
+    yield from (graph.THEN, *NODE_TYPES, *SEVERITIES)
     yield from (f"{role}s" for role in ROLES)
     yield from (str(label) for label in (*StateChange.CommandState.labels, *Role.labels))
     yield from (RuleChain(enabled=False).stopped, RuleChain(enabled=True, suspended_at=timezone.now()).stopped)

@@ -89,7 +89,29 @@ def weaknesses() -> list[str]:
         )
     if memory.get("maxmemory_policy", "noeviction") != "noeviction":
         found.append(f"Redis may drop accepted events ({memory['maxmemory_policy']}): set maxmemory-policy noeviction.")
+    if persistence.get("aof_enabled") and (complaint := _complaint_of_default_user()):
+        found.append(complaint)
     return found
+
+
+def _complaint_of_default_user() -> str:
+    """Redis reads its file of changes as the user without a name, and leaves out the transactions that this user may not do.
+
+    Whoever is that user may do what was done. Empty when all is well.
+    """
+    if settings.REDIS_USERNAME in ("", "default"):
+        return ""
+    try:
+        answer = client().execute_command("ACL", "DRYRUN", "default", "SET", "key", "value")
+    except redis.ResponseError as error:
+        may = "whether its user default may do everything is unknown"
+        return f"Redis may lose accepted events when it starts again: {may} ({error})."
+    if answer in (b"OK", "OK"):
+        return ""
+    return (
+        "Redis loses accepted events when it starts again, because its user default may not do everything: in users.acl, "
+        "write user default off ~* &* +@all, then ACL LOAD."
+    )
 
 
 def _appendfsync() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy as lazy
 
-from pages.rules import choices, times
+from pages.rules import choices, problems, times
 from pages.rules.choices import Choice, Choices
 from pages.rules.rows import ActionForm, ConditionForm, action_initial, condition_initial
 from rules.authoring import editing, validation
@@ -112,10 +113,10 @@ class ChainForm(ABC):
         nodes = self._nodes(before)
         if nodes is None:
             return None
-        problems = [*schedules.problems_of(self.chain), *validation.problems_of(self.chain, nodes)]
-        for problem in problems:
+        found = [*schedules.problems_of(self.chain), *validation.problems_of(self.chain, nodes)]
+        for problem in found:
             self._explain(problem)
-        return None if problems or self.head.errors else nodes
+        return None if found or self.head.errors else nodes
 
     @property
     @abstractmethod
@@ -131,15 +132,16 @@ class ChainForm(ABC):
         """At the field that it is about, if there is one."""
 
     @abstractmethod
-    def in_words(self, problems: Iterable[Problem]) -> list[str]:
+    def in_words(self, warnings: Iterable[Problem]) -> list[str]:
         """Each with the part that it is about; only after `build`."""
 
     def _explain(self, problem: Problem) -> None:
-        field = {"name": "name", "cron": "times", "timezone": "timezone"}.get(problem.path)
+        told = replace(problem, message=problems.translated(problem.message))
+        field = {"name": "name", "cron": "times", "timezone": "timezone"}.get(told.path)
         if field:
-            self.head.add_error(field, problem.message)
-        elif not self._put(problem):
-            self.problems.append(f"{problem.path}: {problem.message}")
+            self.head.add_error(field, told.message)
+        elif not self._put(told):
+            self.problems.append(problems.with_place(told))
 
     def _fill_chain(self) -> None:
         head, chain = self.head.cleaned_data, self.chain
@@ -197,9 +199,9 @@ class RuleForm(ChainForm):
             )
         return None if self.problems else rule.nodes(before)
 
-    def in_words(self, problems: Iterable[Problem]) -> list[str]:
+    def in_words(self, warnings: Iterable[Problem]) -> list[str]:
         rows = {WHEN: _("Condition"), THEN: _("Then"), OTHERWISE: _("Otherwise")}
-        found = [(self._rule and self._rule.place_of(problem.path), problem.message) for problem in problems]
+        found = [(self._rule and self._rule.place_of(problem.path), problem.message) for problem in warnings]
         texts = (f"{rows[place.part]} {place.position + 1}: {text}" if place else text for place, text in found)
         return list(dict.fromkeys(texts))
 

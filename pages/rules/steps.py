@@ -221,9 +221,9 @@ class StepsForm(ChainForm):
             node.uuid = known.get(node.name, node.uuid)
         return nodes
 
-    def in_words(self, problems: Iterable[Problem]) -> list[str]:
+    def in_words(self, warnings: Iterable[Problem]) -> list[str]:
         found = []
-        for problem in problems:
+        for problem in warnings:
             step, _where = self._place(problem.path)
             found.append(f"{step.cleaned_data['name']}: {problem.message}" if step else problem.message)
         return list(dict.fromkeys(found))

@@ -26,7 +26,7 @@ from devices.permissions import Verb, access_of
 from devices.units import Units
 from pages import organizations
 from pages.place import demand, page, row_of
-from pages.rules import choices, steps
+from pages.rules import choices, problems, steps
 from pages.rules.choices import Choices
 from pages.rules.forms import ChainForm, RuleForm, initial_of
 from pages.rules.starters import STARTERS
@@ -148,7 +148,7 @@ def rule_page(request: HttpRequest, uuid: UUID) -> HttpResponse:
     try:
         context["trial"] = backtest.run(chain, nodes, begin=end - timedelta(hours=hours), end=end, teller=teller)
     except InvalidChain as error:
-        context["problems"] = [f"{problem.path}: {problem.message}" for problem in error.problems]
+        context["problems"] = [problems.with_place(each) for each in error.problems]
     context["drawn"] = _drawn(nodes, preferences_of(request).units)
     return render(request, "pages/rules/rule.html", context)
 
@@ -160,7 +160,8 @@ def switch(request: HttpRequest, uuid: UUID) -> HttpResponse:
     try:
         editing.switch(chain, enabled=request.POST.get("enabled") == "yes", by=request.user.get_username())
     except InvalidChain as error:
-        messages.error(request, _("It cannot be switched on: {why}").format(why=error))
+        why = "; ".join(problems.with_place(each) for each in error.problems)
+        messages.error(request, _("It cannot be switched on: {why}").format(why=why))
     return redirect("rule-page", uuid=chain.uuid)
 
 
@@ -215,7 +216,7 @@ def _saved(request: HttpRequest, form: ChainForm, before: list[RuleNode]) -> boo
     except IntegrityError:
         form.head.add_error("name", _("is the name of another rule of this farm"))
     except InvalidChain as error:
-        form.problems.append(str(error))
+        form.problems += [problems.with_place(each) for each in error.problems]
     else:
         return True
     return False

@@ -41,7 +41,7 @@ def graph_of(chain: RuleChain, nodes: Iterable[RuleNode], teller: ChainDescriber
     teller = teller or teller_of(chain.organization_id, nodes)
     specs = loading.spec_of(chain, nodes).nodes
     title = teller.say("Graph of {name}").format(name=chain.name)
-    return graph.svg(specs, {spec.name: teller.node(spec) for spec in specs}, title=title)
+    return graph.svg(specs, {spec.name: teller.node(spec) for spec in specs}, title=title, say=teller.say)
 
 
 def _when(chain: RuleChain, say: Say) -> str:

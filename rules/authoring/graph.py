@@ -14,12 +14,14 @@ from textwrap import wrap
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+from rules.authoring.sentences import Say
 from rules.engine.chains import NodeSpec
 
 MAXIMUM_NODES = 200
 WIDTH, GAP_X, GAP_Y = 250, 40, 56
 LINE, PADDING, CHARACTERS, MAXIMUM_LINES = 17, 12, 34, 6
 LINKS = (("next", "yes"), ("on_false", "no"), ("on_failure", "if it fails"))
+THEN = "then"
 
 
 Item = str | tuple[str, str, int]
@@ -48,45 +50,48 @@ class _Box:
         return self.x + self.width / 2
 
 
-def svg(nodes: Sequence[NodeSpec], texts: Mapping[str, str], *, title: str) -> str:
-    """The drawing; `texts` says by name what each node does. Links that lead nowhere are left out, and cycles drawn."""
+def svg(nodes: Sequence[NodeSpec], texts: Mapping[str, str], *, title: str, say: Say = str) -> str:
+    """The drawing; `texts` says by name what each node does. Links that lead nowhere are left out, and cycles drawn.
+
+    `say` translates the words of the drawing itself.
+    """
     if not nodes or len(nodes) > MAXIMUM_NODES:
-        return f"<p>{escape(_undrawn(len(nodes)))}</p>"
+        return f"<p>{escape(_undrawn(len(nodes), say))}</p>"
     by_name = {node.name: node for node in reversed(nodes)}
     lines = {name: _lines(texts.get(name, "")) for name in by_name}
-    rows, routes = _rows(by_name)
+    rows, routes = _rows(by_name, say)
     boxes = _placed(rows, routes, lines)
     width = max(box.x + box.width for box in boxes.values()) + GAP_X / 2
     height = max(box.y + box.height for box in boxes.values()) + PADDING
-    drawn = [*_links(routes, boxes), *(_drawn(node, boxes[name], lines[name]) for name, node in by_name.items())]
+    drawn = [*_links(routes, boxes), *(_drawn(node, boxes[name], lines[name], say) for name, node in by_name.items())]
     return (
         f'<svg class="chain-graph" role="img" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">'
-        f"<title>{escape(title)}</title><desc>{escape(_described(nodes, texts))}</desc>"
+        f"<title>{escape(title)}</title><desc>{escape(_described(nodes, texts, say))}</desc>"
         f"{''.join(drawn)}</svg>"
     )
 
 
-def _undrawn(number: int) -> str:
-    return f"{number} nodes are too many to draw." if number else "There are no nodes yet."
+def _undrawn(number: int, say: Say) -> str:
+    return say("{count} nodes are too many to draw.").format(count=number) if number else say("There are no nodes yet.")
 
 
-def _described(nodes: Sequence[NodeSpec], texts: Mapping[str, str]) -> str:
+def _described(nodes: Sequence[NodeSpec], texts: Mapping[str, str], say: Say) -> str:
     """For those who cannot see it."""
     parts = []
     for node in nodes:
-        links = ", ".join(f"{label}: {target}" for label, target in _labelled(node))
-        parts.append(f"{node.name} ({node.type}): {texts.get(node.name, '')}" + (f"; {links}" if links else ""))
+        links = ", ".join(f"{label}: {target}" for label, target in _labelled(node, say))
+        parts.append(f"{node.name} ({say(node.type)}): {texts.get(node.name, '')}" + (f"; {links}" if links else ""))
     return ". ".join(parts)
 
 
-def _labelled(node: NodeSpec) -> Iterator[tuple[str, str]]:
+def _labelled(node: NodeSpec, say: Say) -> Iterator[tuple[str, str]]:
     for kind, label in LINKS:
         target = getattr(node, kind)
         if target:
-            yield ("then" if kind == "next" and node.type != "filter" else label), target
+            yield say(THEN if kind == "next" and node.type != "filter" else label), target
 
 
-def _rows(nodes: Mapping[str, NodeSpec]) -> tuple[list[list[Item]], list[_Route]]:
+def _rows(nodes: Mapping[str, NodeSpec], say: Say) -> tuple[list[list[Item]], list[_Route]]:
     """What stands in each row, and the links between. A node's row follows from the longest way that leads to it; where a
     link passes a row it takes a place in it, so that it runs behind no node. A link that closes a cycle counts for nothing.
     """
@@ -102,7 +107,7 @@ def _rows(nodes: Mapping[str, NodeSpec]) -> tuple[list[list[Item]], list[_Route]
         rows[depth[name]].append(name)
     routes = []
     for name in names:
-        for kind, (label, target) in zip(_kinds(nodes[name]), _labelled(nodes[name]), strict=True):
+        for kind, (label, target) in zip(_kinds(nodes[name]), _labelled(nodes[name], say), strict=True):
             if target in nodes:
                 passed: list[Item] = [(name, kind, row) for row in range(depth[name] + 1, depth[target])]
                 for row, item in enumerate(passed, depth[name] + 1):
@@ -169,9 +174,9 @@ def _lines(text: str) -> list[str]:
     return lines if len(lines) <= MAXIMUM_LINES else [*lines[: MAXIMUM_LINES - 1], "…"]
 
 
-def _drawn(node: NodeSpec, box: _Box, lines: Sequence[str]) -> str:
+def _drawn(node: NodeSpec, box: _Box, lines: Sequence[str], say: Say) -> str:
     kind = node.type if node.type in ("filter", "transform", "action") else "unknown"
-    texts = [("kind", node.type), ("name", _cut(node.name)), *(("text", line) for line in lines)]
+    texts = [("kind", say(node.type)), ("name", _cut(node.name)), *(("text", line) for line in lines)]
     rows = "".join(
         f'<text class="{name}" text-anchor="middle" x="{box.middle:g}" y="{box.y + PADDING + LINE * (index + 0.8):g}">'
         f"{escape(text)}</text>"

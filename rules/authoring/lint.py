@@ -13,6 +13,7 @@ from operator import or_
 from typing import NamedTuple
 
 from django.db.models import Exists, OuterRef, Q
+from django.utils.translation import gettext as _
 
 from aemos.lib.batched import batched
 from devices.models import DeviceState, Interlock, Reading, Variable
@@ -116,7 +117,7 @@ class _Flow:
         for place, node in enumerate(self.nodes):
             before = [each for each in self.nodes if node.name in each.targets and self.regions[each.name]]
             if not self.regions[node.name] and any(not self._is_impossible(each) for each in before):
-                yield Problem(f"nodes[{place}]", node.name, "is never reached: the filters before it contradict it")
+                yield Problem(f"nodes[{place}]", node.name, _("is never reached: the filters before it contradict it"))
 
     def drives(self, chain: str = "") -> list[StateWrite]:
         found = []
@@ -178,7 +179,7 @@ def _clashes(node: NodeSpec, place: int) -> Iterator[Problem]:
                 break  # reported for the part itself
             before = satisfiability.meet(before, here)
             if not before:
-                text = "can never be true together with the conditions before it, so all of them together never are"
+                text = _("can never be true together with the conditions before it, so all of them together never are")
                 yield Problem(f"{path}.expressions[{index}]", part.get("value"), text)
                 break
 
@@ -200,13 +201,14 @@ def _never_reported(leaves: _Leaves, known: Facts) -> Iterator[Problem]:
     for path, leaf, reference in leaves:
         if (fact := known.get(tuple(reference))) is None:
             continue
-        datatype, heard, _ = fact
-        if not heard:
-            kind, what = ("sensor", "variable") if reference.source_type == "sensor" else ("device", "state")
-            yield Problem(
-                f"{path}.key", reference.key, f"is a {what} that has no value yet: the {kind} has never reported it"
+        if not fact.is_heard:
+            text = (
+                _("is a variable that has no value yet: the sensor has never reported it")
+                if reference.source_type == "sensor"
+                else _("is a state that has no value yet: the device has never reported it")
             )
-        if complaint := _kind_complaint(leaf, datatype):
+            yield Problem(f"{path}.key", reference.key, text)
+        if complaint := _kind_complaint(leaf, fact.datatype):
             yield Problem(f"{path}.value", leaf.get("value"), complaint)
 
 
@@ -225,9 +227,10 @@ def _actuators(chain: RuleChain, flow: _Flow) -> Iterator[Problem]:
         interlock: Interlock | None = getattr(state, "interlock", None)
         path = f"nodes[{write.place}].config"
         if interlock and (why := _always_vetoed(interlock, state, write)):
-            yield Problem(f"{path}.value", write.value, f"is always vetoed by the interlock of {state}: {why}")
+            text = _("is always vetoed by the interlock of {state}: {why}").format(state=state, why=why)
+            yield Problem(f"{path}.value", write.value, text)
         elif state.is_momentary and interlock is None and "cooldown" not in flow.nodes[write.place].config:
-            text = "is done at every event that leads here: give the action a cooldown, or the state an interlock"
+            text = _("is done at every event that leads here: give the action a cooldown, or the state an interlock")
             yield Problem(path, write.state_name, text)
 
 
@@ -235,12 +238,12 @@ def _always_vetoed(interlock: Interlock, state: DeviceState, write: StateWrite) 
     if not (state.is_momentary or state.is_on(write.value)):
         return ""
     if 0 in (interlock.maximum_runs_per_hour, interlock.maximum_runs_per_day):
-        return "it may run 0 times"
+        return _("it may run 0 times")
     limits = [
         each for each in (interlock.maximum_amount_per_hour, interlock.maximum_amount_per_day) if each is not None
     ]
     if limits and is_number(write.value) and abs(write.value) > min(limits):
-        return f"it may dose {min(limits):g}"
+        return _("it may dose {amount}").format(amount=f"{min(limits):g}")
     for requirement in interlock.requirements.all():
         region = write.region
         for operator, limit in ((">=", requirement.minimum), ("<=", requirement.maximum), ("==", requirement.equals)):
@@ -254,7 +257,9 @@ def _always_vetoed(interlock: Interlock, state: DeviceState, write: StateWrite) 
                 }
                 region = satisfiability.meet(region, satisfiability.where_true(leaf))
         if write.region and not region:
-            return f"it requires {requirement}, and the filters before it say otherwise"
+            return _("it requires {requirement}, and the filters before it say otherwise").format(
+                requirement=requirement
+            )
     return ""
 
 
@@ -268,16 +273,18 @@ def _arbitrarily_old(spec: ChainSpec, leaves: _Leaves, known: Facts) -> Iterator
     """
     if not any(node.type == "action" and node.config.get("type") == "device_command" for node in spec.nodes):
         return
-    references = {reference for _, _, reference in leaves}
+    references = {reference for _path, _leaf, reference in leaves}
     if not spec.is_scheduled and len(references) == 1:
         return
-    asked = {reference for _, leaf, reference in leaves if leaf.get("operator") in _ASKS_AGE or "within" in leaf}
-    for path, _, reference in leaves:
+    asked = {reference for _path, leaf, reference in leaves if leaf.get("operator") in _ASKS_AGE or "within" in leaf}
+    for path, _leaf, reference in leaves:
         fact = known.get(tuple(reference))
         if reference.source_type == "sensor" and reference not in asked and fact and not fact.has_maximum_age:
             asked.add(reference)
-            text = "may be arbitrarily old when a device is switched because of it: set a maximum age on the variable, "
-            yield Problem(f"{path}.key", reference.key, text + "or also ask whether it is newerThan some time")
+            text = _(
+                "may be of any age when a device is switched: give the variable a maximum age, or ask here how old it is"
+            )
+            yield Problem(f"{path}.key", reference.key, text)
 
 
 class _Fact(NamedTuple):
@@ -313,16 +320,16 @@ def _states(chain: RuleChain, leaves: _Leaves) -> Facts:
 
 
 def _batches(leaves: _Leaves, source_type: str) -> Iterator[Sequence[str]]:
-    wanted = sorted({reference.uuid for _, _, reference in leaves if reference.source_type == source_type})
+    wanted = sorted({reference.uuid for _path, _leaf, reference in leaves if reference.source_type == source_type})
     return batched(wanted, validation.LOOKUP_BATCH)
 
 
 def _kind_complaint(leaf: Mapping[str, object], datatype: str) -> str:
     operator, value = str(leaf.get("operator")), leaf.get("value")
     if operator in OPERATORS and OPERATORS[operator].is_numeric and datatype != Datatype.NUMBER:
-        return f"is a number, and what is compared is a {datatype}: this is never true"
+        return _("is a number, and what is compared is of the kind {kind}: this is never true").format(kind=datatype)
     if operator == "==" and _datatype_of(value) != datatype:
-        return f"is of another kind than what is compared, a {datatype}: this is never true"
+        return _("is of another kind than what is compared, {kind}: this is never true").format(kind=datatype)
     return ""
 
 
@@ -336,7 +343,8 @@ def _undone_on_the_way(flow: _Flow) -> Iterator[Problem]:
         after = flow.follows(first.node)
         for second in drives:
             if second.node in after and first.opposes(second):
-                text = f"is set again in the same run, to another value, by the node {second.node!r}"
+                text = _("is set again in the same run, to another value, by the node {name}")
+                text = text.format(name=repr(second.node))
                 yield Problem(f"nodes[{first.place}].config.value", first.value, text)
 
 
@@ -348,10 +356,12 @@ def _conflicting_writers(chain: RuleChain, flow: _Flow, rivals: OtherWriters) ->
         opponents = [other for other in others if drive.opposes(other)]
         if not opponents:
             continue
-        named = [f"{each.chain!r} (node {each.node!r}) to {each.value!r}" for each in opponents[:SHOWN_OPPONENTS]]
-        more = f" and {len(opponents) - len(named)} more" if len(opponents) > len(named) else ""
-        text = f"may be set at the same time to something else: by the chain {', '.join(named)}{more}"
-        yield Problem(f"nodes[{drive.place}].config.value", drive.value, text)
+        shown, hidden = opponents[:SHOWN_OPPONENTS], opponents[SHOWN_OPPONENTS:]
+        one = _("{chain} (node {node}) to {value}")
+        named = [one.format(chain=repr(each.chain), node=repr(each.node), value=repr(each.value)) for each in shown]
+        text = _("may be set at the same time to something else: by the chain {chains}").format(chains=", ".join(named))
+        more = _(" and {count} more").format(count=len(hidden)) if hidden else ""
+        yield Problem(f"nodes[{drive.place}].config.value", drive.value, text + more)
 
 
 def _rivals_of(chain: RuleChain, drives: Sequence[StateWrite]) -> Iterator[StateWrite]:

@@ -89,6 +89,17 @@ redis.call('SET', KEYS[3], '1', 'PX', ARGV[2])
 return 1
 """
 
+# What it does: gives the caller entries that no read returns, neither as new nor as pending: Redis came back with the position of
+# the group, and without what was pending. Where nothing is pending, every entry of the stream is one of these, or new.
+# KEYS: lease, stream. ARGV: lease token, group, consumer, how many entries at most. Returns: how many became pending.
+_CLAIM_STRANDED = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('XLEN', KEYS[2]) == 0 then return 0 end
+if redis.call('XPENDING', KEYS[2], ARGV[2])[1] > 0 then return 0 end
+local entries = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', ARGV[4])
+for _, entry in ipairs(entries) do redis.call('XCLAIM', KEYS[2], ARGV[2], ARGV[3], 0, entry[1], 'FORCE', 'JUSTID') end
+return #entries
+"""
+
 # What it does: lengthens the lease and the ticket flag if the lease is still the caller's.
 # KEYS: lease, ticket. ARGV: lease token, ms. Returns: 1 or 0.
 _RENEW = """
@@ -206,6 +217,11 @@ class Lease:
             if isinstance(each, Exception) and "NOGROUP" not in str(each):
                 raise each
         return due, self.next(entries) if isinstance(answer, Exception) else _entries(answer)
+
+    def claim_stranded(self, count: int) -> int:
+        """After a read that gave nothing: makes up to so many entries pending that no read will ever give; their number."""
+        args: list[Any] = [self._token, GROUP, CONSUMER, count]
+        return int(redis.script(_CLAIM_STRANDED)(keys=[self._lease, self._stream], args=args, client=self._client))
 
     def checkpoint(self, event_id: str, *, deaths: int) -> None:
         """Records the event that is decided next and how many workers have died on it, in case this one dies on it, too."""
