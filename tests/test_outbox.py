@@ -332,6 +332,19 @@ def test_what_redis_lost_in_mid_stream_is_published_again_once_gateways_idle(
     assert [message.id for message in stream()] == [later.id, lost.id]
 
 
+def test_what_redis_lost_at_its_end_is_published_again_although_the_group_is_further(box: Outbox) -> None:
+    kept, lost = box.message(), box.message()
+    box.publish(kept, lost)
+    made(kept, State.ACKNOWLEDGED, Protocol.MQTT)
+    (kept_id, kept_fields), (lost_id, _) = redis.client().xrange(keys.NOTIFICATIONS)
+    redis.client().delete(keys.NOTIFICATIONS)
+    redis.client().xadd(keys.NOTIFICATIONS, kept_fields, id=kept_id)
+    redis.client().xgroup_create(keys.NOTIFICATIONS, keys.NOTIFICATIONS_MQTT_GROUP, id=lost_id)
+    assert upkeep.publish_lost(timezone.now()) == 0, "a gateway may still be noting what the broker has"
+    assert upkeep.publish_lost(timezone.now() + timedelta(seconds=10)) == 1
+    assert [message.id for message in stream()] == [kept.id, lost.id]
+
+
 def test_what_is_still_in_the_stream_is_not_published_again(box: Outbox) -> None:
     message = box.message()
     box.publish(message)

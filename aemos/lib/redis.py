@@ -104,8 +104,10 @@ def _complaint_of_default_user() -> str:
     try:
         answer = client().execute_command("ACL", "DRYRUN", "default", "SET", "key", "value")
     except redis.ResponseError as error:
-        may = "whether its user default may do everything is unknown"
-        return f"Redis may lose accepted events when it starts again: {may} ({error})."
+        return (
+            "Redis may lose accepted events when it starts again: whether its user default may do everything cannot be asked "
+            f"({error}). Write users.acl anew with deploy.production.configure, or allow this user +acl|dryrun."
+        )
     if answer in (b"OK", "OK"):
         return ""
     return (
