@@ -52,8 +52,9 @@ SENTENCES = (
     noop("has a place without a name, {place}: write {name} for a value"),
     noop("is the name of an earlier node"),
     noop("names no node of this chain"),
-    noop("closes a cycle of {count}: {names}"),
-    noop("must have one start, but no other node points to {count}: {names}"),
+    noop("closes a cycle of 1 node: {names}"),
+    noop("closes a cycle of {count} nodes: {names}"),
+    noop("must have one start, but no other node points to {count} nodes: {names}"),
     noop("must have a filter, or nothing can trigger the chain"),
     noop("must not have more than {maximum} nodes"),
     noop("must not read more than {maximum} variables"),
@@ -80,6 +81,8 @@ def translated(message: str) -> str:
 
 def with_place(problem: Problem) -> str:
     """For a problem that belongs to no field."""
+    if problem.path == "nodes":
+        return _("The rule {what}.").format(what=translated(problem.message))
     return f"{problem.path}: {translated(problem.message)}"
 
 
