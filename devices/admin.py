@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
-from django.db.models import QuerySet
+from django.db.models import JSONField, QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import timezone
@@ -201,9 +201,7 @@ class DeviceStateInline(ScopedTabularInline):
     fields = ("name", "kind", "datatype", "allowed_values", "safe_value", *STATE_VALUES, "uuid")
     readonly_fields = (*STATE_VALUES, "uuid")
     show_change_link = True
-    formfield_overrides = {
-        DeviceState._meta.get_field("allowed_values").__class__: {"widget": forms.Textarea(attrs={"rows": 2})}
-    }
+    formfield_overrides: ClassVar[dict[Any, Any]] = {JSONField: {"widget": forms.Textarea(attrs={"rows": 2})}}
 
 
 @admin.register(Device)
@@ -244,6 +242,8 @@ class DeviceStateAdmin(ScopedAdmin):
     @admin.display(description="interlock")
     def interlocked(self, row: DeviceState) -> str:
         interlock = getattr(row, "interlock", None)
+        if row._state.adding:
+            return "save the state first"
         if interlock is None:
             return format_html('<a href="{}?state={}">add</a>', reverse("admin:devices_interlock_add"), row.pk)
         return format_html(

@@ -13,6 +13,7 @@ from django.db.models import ForeignKey, Model, Q, QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
 
+from devices.forgiving import ForgivingFields
 from devices.models import Organization
 from devices.permissions import RIGHTS, Verb, access_of, id_at
 
@@ -62,7 +63,7 @@ class OrganizationListFilter(admin.SimpleListFilter):
         return queryset.filter(**{self._path: organization.pk}) if organization else queryset.none()
 
 
-class ScopedAdmin(_ModelAdmin):
+class ScopedAdmin(ForgivingFields, _ModelAdmin):
     """A page of rows that belong to organizations. `fixed`: what cannot be changed once the row exists."""
 
     resource: ClassVar[str]
@@ -146,7 +147,7 @@ class ScopedAdmin(_ModelAdmin):
         return names, {str(self.opts.verbose_name_plural): len(rows)}, denied, []
 
 
-class ScopedInline(_Inline):
+class ScopedInline(ForgivingFields, _Inline):
     """Rows on the page of what they belong to, whose organization `parent_path` leads to from there."""
 
     resource: ClassVar[str]

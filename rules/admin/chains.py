@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from aemos.lib import redis
 from devices.exceptions import Overloaded
+from devices.forgiving import ShallowDecoder
 from devices.scoped_admin import FixedParentForm, OrganizationListFilter, ScopedAdmin, ScopedStackedInline
 from rules.admin.trial import TrialForm
 from rules.authoring import describe, editing, import_export, lint, validation
@@ -55,7 +56,9 @@ HELP_TEXTS = {
 
 class NodeForm(_NodeForm):
     # Named here, or Django would compare it with what the page showed instead of with what is stored.
-    config = forms.JSONField(widget=forms.Textarea(attrs={"rows": 5, "cols": 80, "class": "vLargeTextField"}))
+    config = forms.JSONField(
+        decoder=ShallowDecoder, widget=forms.Textarea(attrs={"rows": 5, "cols": 80, "class": "vLargeTextField"})
+    )
 
     def validate_unique(self) -> None:
         """Left to the chain's judge: two nodes that swap their names are no doubles."""

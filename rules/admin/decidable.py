@@ -18,6 +18,7 @@ from rest_framework.exceptions import APIException
 
 from aemos.lib.csv_lines import csv_lines
 from devices import exceptions
+from devices.forgiving import can_be_id
 from devices.models import Organization
 from devices.permissions import access_of
 from devices.scoped_admin import DisposableRecordAdmin, ScopedAdmin, as_uuid
@@ -169,6 +170,8 @@ class DecidableAdmin(DisposableRecordAdmin):
     def _searched(self, text: str) -> Criteria:
         if not text.strip():
             return {}
+        if "\0" in text:
+            raise ValidationError("What is looked for holds a NUL character.")
         uuid = as_uuid(text)
         if uuid is None:
             return {f"{self.text_path}__icontains": text.strip()}
@@ -264,7 +267,7 @@ class DecidableAdmin(DisposableRecordAdmin):
     def _chosen(self, request: HttpRequest) -> tuple[Criteria, Organization | None]:
         access = access_of(request)
         if "ids" in request.GET:
-            ids = [int(text) for text in request.GET["ids"].split(",")[:MAXIMUM_SELECTED] if text.isdecimal()]
+            ids = [int(text) for text in request.GET["ids"].split(",")[:MAXIMUM_SELECTED] if text and can_be_id(text)]
             return {"id__in": ids}, self._organization_of(request, ids)
         named = {
             name: value for name, value in request.GET.items() if name in filtersets.FILTERS[self.kind].get_filters()

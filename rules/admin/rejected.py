@@ -186,6 +186,6 @@ class ReplayAdmin(RecordAdmin):
 def _pretty(text: str) -> str:
     try:
         shown = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = text
     return format_html("<pre>{}</pre>", shown)
