@@ -140,14 +140,17 @@ def test_entries_that_no_read_returns_are_taken_over(farm: Farm, caplog: pytest.
     assert "3 entries" in caplog.text
 
 
-def test_what_is_stranded_is_left_alone_while_others_are_in_work(farm: Farm) -> None:
+def test_only_entries_that_no_read_returns_are_stranded(farm: Farm) -> None:
     farm.post(6.0)
     held = Lease(farm.slot, "a")
     assert held.acquire()
     assert held.next_pending() is None
-    assert held.claim_stranded(10) == 1, "new ones may be claimed, too: they are done once all the same"
-    assert held.claim_stranded(10) == 0
-    assert Lease(farm.slot, "b").claim_stranded(10) == 0
+    assert held.claim_stranded(10) == 0, "it is new"
+    (entry,) = held.next(10)
+    assert held.claim_stranded(10) == 0, "it is in work"
+    redis.client().xack(keys.events(farm.slot.lane, farm.slot.partition), slots.GROUP, entry.id)
+    assert Lease(farm.slot, "b").claim_stranded(10) == 0, "another holds the slot"
+    assert held.claim_stranded(10) == 1
     held.release()
     drain_all()
     assert ledger() == Account(accepted=1, processed=1)

@@ -89,15 +89,21 @@ redis.call('SET', KEYS[3], '1', 'PX', ARGV[2])
 return 1
 """
 
-# What it does: gives the caller entries that no read returns, neither as new nor as pending: Redis came back with the position of
-# the group, and without what was pending. Where nothing is pending, every entry of the stream is one of these, or new.
+# What it does: gives the caller entries that no read returns: the group is past them, and they are not pending, because Redis
+# came back without what it knew of that.
 # KEYS: lease, stream. ARGV: lease token, group, consumer, how many entries at most. Returns: how many became pending.
 _CLAIM_STRANDED = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('XLEN', KEYS[2]) == 0 then return 0 end
-if redis.call('XPENDING', KEYS[2], ARGV[2])[1] > 0 then return 0 end
-local entries = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', ARGV[4])
-for _, entry in ipairs(entries) do redis.call('XCLAIM', KEYS[2], ARGV[2], ARGV[3], 0, entry[1], 'FORCE', 'JUSTID') end
-return #entries
+for _, fields in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
+  local group = {}
+  for i = 1, #fields, 2 do group[fields[i]] = fields[i + 1] end
+  if group['name'] == ARGV[2] and group['pending'] == 0 then
+    local entries = redis.call('XRANGE', KEYS[2], '-', group['last-delivered-id'], 'COUNT', ARGV[4])
+    for _, entry in ipairs(entries) do redis.call('XCLAIM', KEYS[2], ARGV[2], ARGV[3], 0, entry[1], 'FORCE', 'JUSTID') end
+    return #entries
+  end
+end
+return 0
 """
 
 # What it does: lengthens the lease and the ticket flag if the lease is still the caller's.
