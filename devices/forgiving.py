@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
-from django.contrib.admin.widgets import AutocompleteSelect, AutocompleteSelectMultiple
+from django.contrib.admin.widgets import AutocompleteMixin, AutocompleteSelect, AutocompleteSelectMultiple
 from django.db.models import JSONField
 from django.http import HttpRequest
 
@@ -19,7 +19,7 @@ else:
 LONGEST_ID = 19
 
 
-def can_be_id(text: str) -> bool:
+def _can_be_id(text: str) -> bool:
     """Or empty, where nothing was chosen."""
     return not text or (text.isdecimal() and len(text) < LONGEST_ID)
 
@@ -34,18 +34,19 @@ class ShallowDecoder(json.JSONDecoder):
             raise json.JSONDecodeError("nested too deeply", s, 0) from None
 
 
-class _One(AutocompleteSelect):
+class _Ids(AutocompleteMixin):
     """Looks up what was sent, in a form shown again or a parameter, as far as it can be an id."""
 
     def optgroups(self, name: str, value: Sequence[str], attr: dict[str, Any] | None = None) -> Any:
-        return super().optgroups(name, [each for each in value if can_be_id(each)], attr)
+        return super().optgroups(name, [each for each in value if _can_be_id(each)], attr)
 
 
-class _Several(AutocompleteSelectMultiple):
-    """The same for several."""
+class _One(_Ids, AutocompleteSelect):
+    """For a foreign key."""
 
-    def optgroups(self, name: str, value: Sequence[str], attr: dict[str, Any] | None = None) -> Any:
-        return super().optgroups(name, [each for each in value if can_be_id(each)], attr)
+
+class _Several(_Ids, AutocompleteSelectMultiple):
+    """For many to many."""
 
 
 class ForgivingFields(_BaseModelAdmin):

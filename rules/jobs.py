@@ -99,7 +99,7 @@ def _take_over_stranded(lease: Lease) -> int:
     """A slot with entries that no read gives would be looked at again and again, and the other slots would wait."""
     stranded = lease.claim_stranded(READ_ENTRIES)
     if stranded:
-        log.error("%s: Redis has lost that %d entries are in work; they are taken over", lease.slot, stranded)
+        log.error("%s: Redis has lost track of %d entries in work; they are taken over", lease.slot, stranded)
     return _take_over(lease) if stranded else 0
 
 

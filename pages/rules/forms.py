@@ -141,7 +141,7 @@ class ChainForm(ABC):
         if field:
             self.head.add_error(field, told.message)
         elif not self._put(told):
-            self.problems.append(problems.with_place(told))
+            self.problems.append(problems.with_place(problem))
 
     def _fill_chain(self) -> None:
         head, chain = self.head.cleaned_data, self.chain

@@ -88,11 +88,7 @@ def with_place(problem: Problem) -> str:
 
 @cache
 def _patterns() -> Mapping[re.Pattern[str], str]:
-    return {re.compile(_expression(sentence), re.DOTALL): sentence for sentence in SENTENCES}
-
-
-def _expression(sentence: str) -> str:
-    return "".join(_parts(sentence))
+    return {re.compile("".join(_parts(sentence)), re.DOTALL): sentence for sentence in SENTENCES}
 
 
 def _parts(sentence: str) -> Iterator[str]:
